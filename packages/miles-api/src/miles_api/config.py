@@ -1,0 +1,104 @@
+"""`RunConfig`: every option of a run, typed by group, with the place each value came from."""
+
+from __future__ import annotations
+
+import functools
+import json
+from collections.abc import Mapping
+from typing import Any, TypeVar
+
+import msgspec
+
+from miles_api.args import Args
+from miles_api.errors import ConfigError
+from miles_api.load import entry_points
+from miles_api.options import Options
+
+__all__ = ["RunConfig", "option_groups"]
+
+Group = TypeVar("Group", bound=msgspec.Struct)
+
+
+@functools.cache
+def option_groups() -> dict[str, type[Options]]:
+    """Return every installed option group by its TOML table; two fields of one name are a `ConfigError`."""
+    groups: dict[str, type[Options]] = {}
+    owners: dict[str, str] = {}
+    for name, points in sorted(entry_points("miles.options").items(), key=lambda item: (item[0] != "run", item[0])):
+        if len({point.value for point in points}) > 1:
+            raise ConfigError(f"option group {name!r} is offered twice: {', '.join(point.value for point in points)}")
+        groups[name] = points[0].load()
+        for field in groups[name].__struct_fields__:
+            if field in owners:
+                raise ConfigError(f"option {field!r} stands in two groups: {owners[field]} and {points[0].value}")
+            owners[field] = points[0].value
+    return groups
+
+
+class RunConfig(msgspec.Struct, frozen=True):
+    """The resolved options of a run. Framework code takes its own group; only hooks see the flat `args`."""
+
+    groups: dict[str, Any]
+    """Option Structs by TOML table."""
+    sources: dict[str, str]
+    """Where each value that is not a default came from: a TOML file, `command line` or `derived`."""
+    extra: dict[str, Any] = {}
+    """Option Structs that hooks brought along, by hook name."""
+
+    @classmethod
+    def of(cls, *groups: Options) -> RunConfig:
+        """Build a config from Structs; groups that are not given take their defaults."""
+        by_type = {type(group): group for group in groups}
+        return cls({name: by_type.get(kind) or kind() for name, kind in option_groups().items()}, {})
+
+    def group(self, kind: type[Group]) -> Group:
+        """Return the options of one group."""
+        for options in self.groups.values():
+            if type(options) is kind:
+                return options
+        raise ConfigError(f"this run has no option group {kind.__name__}; is its package installed?")
+
+    @property
+    def args(self) -> Args:
+        """Return the flat view that hooks receive, with an empty overlay."""
+        return Args(self.flat())
+
+    def flat(self) -> dict[str, Any]:
+        """Return every option by name."""
+        structs = [*self.groups.values(), *self.extra.values()]
+        return {field: getattr(options, field) for options in structs for field in options.__struct_fields__}
+
+    def replace(self, source: str = "derived", **changes: Any) -> RunConfig:
+        """Return a config with other values, recorded as coming from `source`."""
+        groups = dict(self.groups)
+        for name, options in self.groups.items():
+            mine = {key: value for key, value in changes.items() if key in options.__struct_fields__}
+            if mine:
+                groups[name] = msgspec.structs.replace(options, **mine)
+        return RunConfig(groups, {**self.sources, **dict.fromkeys(changes, source)}, self.extra)
+
+    def to_toml(self) -> str:
+        """Return the whole config as TOML that `miles train` reads back; each set value says where it came from."""
+        lines: list[str] = ["# The resolved options of this run. Values without a remark are defaults."]
+        for name, options in self.groups.items():
+            lines += ["", f"[{name}]", *_assignments(msgspec.structs.asdict(options), self.sources)]
+        for name, options in self.extra.items():
+            lines += ["", f"[hooks.{name}]", *_assignments(msgspec.structs.asdict(options), self.sources)]
+        return "\n".join(lines) + "\n"
+
+
+def _assignments(values: Mapping[str, Any], sources: Mapping[str, str]) -> list[str]:
+    lines = []
+    for key, value in values.items():
+        remark = f"  # {sources[key]}" if key in sources else ""
+        lines.append(f"# {key} is not set" if value is None else f"{key} = {_toml(value)}{remark}")
+    return lines
+
+
+def _toml(value: Any) -> str:
+    # JSON strings, numbers, booleans and lists are TOML; only tables differ.
+    if isinstance(value, Mapping):
+        return "{" + ", ".join(f"{json.dumps(str(k))} = {_toml(v)}" for k, v in value.items()) + "}"
+    if isinstance(value, list | tuple):
+        return "[" + ", ".join(_toml(item) for item in value) + "]"
+    return json.dumps(value, ensure_ascii=False)

@@ -1,0 +1,61 @@
+"""Every error Miles raises on purpose, so that a caller can tell a user's mistake from a defect of ours."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+__all__ = [
+    "ConfigError",
+    "DataError",
+    "HookError",
+    "HookLoadError",
+    "HookResultError",
+    "HookSignatureError",
+    "MilesError",
+    "SampleError",
+    "ServiceError",
+    "did_you_mean",
+]
+
+
+class MilesError(Exception):
+    """The base of all our errors; the `miles` program prints its text without a traceback and exits 2."""
+
+
+class ConfigError(MilesError):
+    """A flag, a TOML key or a combination of them cannot work."""
+
+
+class DataError(MilesError):
+    """A prompt file, a model directory or a checkpoint is missing or malformed."""
+
+
+class SampleError(MilesError):
+    """A `Sample` or a batch column contradicts itself."""
+
+
+class ServiceError(MilesError):
+    """An engine, the router or a trainer did not start, died or answered with an error."""
+
+
+class HookError(MilesError):
+    """The base of what can be wrong with a hook."""
+
+
+class HookLoadError(HookError):
+    """A reference names nothing that can be imported."""
+
+
+class HookSignatureError(HookError):
+    """A hook cannot be called the way Miles calls it."""
+
+
+class HookResultError(HookError):
+    """A hook returned something its signature does not allow."""
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """Return `; did you mean 'x'?` for the nearest of `known`, or an empty string."""
+    near = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
+    return f"; did you mean {near[0]!r}?" if near else ""

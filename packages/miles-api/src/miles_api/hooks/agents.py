@@ -1,0 +1,53 @@
+"""Agent and tool hooks: conversations that the generation drives."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from miles_api.args import Args
+from miles_api.spec import hook
+
+
+@hook(flag="--custom-agent-function-path", since=(1, 0), side="rollout", default="none")
+async def agent(
+    base_url: str,
+    prompt: str | list[dict[str, Any]],
+    request_kwargs: dict[str, Any],
+    metadata: dict[str, Any],
+    /,
+    **kwargs: Any,
+) -> dict[str, Any] | None:
+    """Run one conversation against an OpenAI-compatible session at `base_url`.
+
+    Called once per sample, concurrently. What it returns is merged into the sample's metadata.
+    """
+    raise NotImplementedError
+
+
+@hook(flag=None, since=(1, 0), side="rollout", either_color=True, default="a function `abort` beside the agent")
+async def agent_abort(args: Args, /) -> None:
+    """Stop all conversations under way.
+
+    Called when a rollout is aborted. It has no flag: a function `abort` in the agent function's module is taken.
+    """
+    raise NotImplementedError
+
+
+@hook(flag="--generate-execute-tool-function-path", since=(1, 0), side="rollout", default="none")
+async def execute_tool(name: str, params: dict[str, Any], /) -> str:
+    """Run one tool call of the multi-turn generate and return its output as text.
+
+    Called concurrently, once per parsed tool call.
+    """
+    raise NotImplementedError
+
+
+@hook(
+    flag="--generate-tool-specs-path", since=(1, 0), side="rollout", kind="value", default="none"
+)
+def tool_specs() -> list[dict[str, Any]]:
+    """Name a list of OpenAI tool specifications: a value, not a function.
+
+    Read once when the rollout starts and given to the chat template.
+    """
+    raise NotImplementedError

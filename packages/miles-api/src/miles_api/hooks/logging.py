@@ -1,0 +1,40 @@
+"""Logging hooks: what is said about a rollout or an evaluation."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from miles_api.args import Args
+from miles_api.sample import Sample
+from miles_api.spec import hook
+
+
+@hook(
+    flag="--custom-rollout-log-function-path", since=(1, 0), side="rollout", many=True, default="the built-in metrics"
+)
+def rollout_log(
+    rollout_id: int,
+    args: Args,
+    samples: list[Sample],
+    rollout_extra_metrics: dict[str, float],
+    rollout_time: float,
+    /,
+) -> bool:
+    """Log one rollout your own way.
+
+    Called once per rollout with its flat samples; `rollout_time` is in seconds. True suppresses the built-in log.
+    """
+    raise NotImplementedError
+
+
+@hook(
+    flag="--custom-eval-rollout-log-function-path", since=(1, 0), side="rollout", default="the built-in metrics"
+)
+def eval_rollout_log(
+    rollout_id: int, args: Args, data: dict[str, dict[str, Any]], extra_metrics: dict[str, float], /
+) -> bool:
+    """Log one evaluation your own way.
+
+    Called once per evaluation; `data` is `RolloutFnEvalOutput.data`. True suppresses the built-in log.
+    """
+    raise NotImplementedError

@@ -1,0 +1,29 @@
+"""Model hooks: what is trained."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from miles_api.args import Args
+from miles_api.spec import hook
+
+
+@hook(
+    flag="--custom-model-provider-path", since=(1, 0), side="train", by_keyword=True,
+    default="a GPTModel built from the Hugging Face config",
+)  # fmt: skip
+def model_provider(
+    pre_process: bool,
+    post_process: bool,
+    vp_stage: int | None = None,
+    *,
+    config: Any,
+    hf_config: dict[str, Any],
+    pg_collection: Any,
+    args: Args,
+) -> Any:
+    """Build the Megatron model of one pipeline stage.
+
+    Called by keyword, once per virtual stage on every rank. The framework adds a critic's head.
+    """
+    raise NotImplementedError

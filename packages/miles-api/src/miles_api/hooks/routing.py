@@ -1,0 +1,23 @@
+"""Routing hooks: what happens to a request on its way to an engine."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+from typing import Any, Protocol
+
+from miles_api.spec import hook
+
+
+@hook(
+    flag="--miles-router-middleware-paths", since=(1, 0), side="router", name="router_middleware", kind="class",
+    many=True, default="none",
+)  # fmt: skip
+class RouterMiddleware(Protocol):
+    """Wrap the router's ASGI app: observe, route, reject, delay or record requests.
+
+    Built once in the router process, outermost first; called for every request.
+    """
+
+    def __init__(self, app: Callable[..., Awaitable[None]], /, *, router: Any) -> None: ...
+
+    async def __call__(self, scope: dict[str, Any], receive: Any, send: Any, /) -> None: ...

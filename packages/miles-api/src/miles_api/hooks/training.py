@@ -1,0 +1,85 @@
+"""Training hooks: advantages, loss, importance weights, reduction. They need torch; their stubs do not."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from miles_api.args import Args
+from miles_api.spec import hook
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@hook(
+    flag="--custom-advantage-function-path", since=(1, 0), side="train", default="what --advantage-estimator names"
+)
+def advantage(args: Args, rollout_data: dict[str, Any], /) -> None:
+    """Set `advantages` and `returns` in `rollout_data`: one fp32 tensor of response length for each sample.
+
+    Called once per rollout on every rank of the last pipeline stage, after log-probs; responses are whole.
+    """
+    raise NotImplementedError
+
+
+@hook(
+    flag="--custom-loss-function-path", since=(1, 0), side="train", default="what --loss-type names"
+)
+def loss(
+    args: Args,
+    batch: dict[str, Any],
+    logits: Tensor,
+    sum_of_sample_mean: Callable[[Tensor], Tensor],
+    /,
+    *,
+    log_probs_and_entropy: Callable[..., Any],
+    parallel: Any,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Compute the loss of one micro-batch, with `--loss-type custom_loss`.
+
+    Called for every micro-batch on the last pipeline stage. `log_probs_and_entropy(logits, entropy=False)` gives
+    per-sample response tensors, scaled by the rollout temperature and right under TP and CP. Loss and metrics are sums
+    over samples (over tokens with `--calculate-per-token-loss`); the framework divides.
+    """
+    raise NotImplementedError
+
+
+@hook(
+    flag="--custom-tis-function-path", since=(1, 0), side="train", by_keyword=True, default="truncated importance sampling"
+)
+def importance_weights(
+    args: Args,
+    *,
+    pg_loss: Tensor,
+    train_log_probs: list[Tensor],
+    rollout_log_probs: list[Tensor],
+    loss_masks: list[Tensor],
+    total_lengths: list[int],
+    response_lengths: list[int],
+    parallel_state: Any,
+    max_seq_lens: list[int] | None,
+) -> tuple[Tensor, list[Tensor], dict[str, Tensor]]:
+    """Correct the policy-gradient loss for the gap between trainer and engine.
+
+    Called by keyword for every micro-batch, with `--use-tis` or `--get-mismatch-metrics`. `pg_loss` has length
+    `sum(response_lengths)`. Returns the new loss, the masks (numerators only) and per-token 1-D metrics.
+    """
+    raise NotImplementedError
+
+
+@hook(
+    flag="--custom-pg-loss-reducer-function-path", since=(1, 0), side="train", default="sum of sample means"
+)
+def pg_loss_reducer(
+    total_lengths: list[int],
+    response_lengths: list[int],
+    loss_masks: list[Tensor],
+    calculate_per_token_loss: bool = False,
+    /,
+) -> Callable[[Tensor], Tensor]:
+    """Return the function that reduces a per-token policy loss to the sum over this micro-batch's samples.
+
+    Called for every micro-batch; whole responses on every CP rank; the framework divides by the step's samples.
+    """
+    raise NotImplementedError

@@ -1,0 +1,91 @@
+"""The hooks of one process: resolved together, before anything starts, with our defaults loaded the same way."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import msgspec
+
+from miles_api.args import Args
+from miles_api.bind import BoundHook, bind, resolve
+from miles_api.errors import ConfigError, HookError
+from miles_api.hooks import REGISTRY
+from miles_api.load import entry_points, provider
+from miles_api.spec import HookSpec
+
+__all__ = ["HookSet", "configured_hooks"]
+
+
+def configured_hooks(args: Args) -> dict[str, list[str]]:
+    """Return the references that the options name, by hook, in their order."""
+    found: dict[str, list[str]] = {}
+    for spec in REGISTRY.values():
+        if spec.field is None or not _is_meant(spec, args):
+            continue
+        value = getattr(args, spec.field)
+        if value:
+            found[spec.name] = value if isinstance(value, list) else [value]
+    return found
+
+
+def _is_meant(spec: HookSpec, args: Args) -> bool:
+    """Choose between the two hooks of one flag: `--group-rm` turns the reward hook into a group reward."""
+    switches = {other.needs for other in REGISTRY.values() if other.flag == spec.flag and other.needs}
+    turned = any(getattr(args, switch.removeprefix("--").replace("-", "_")) for switch in switches)
+    return turned if spec.needs else not turned
+
+
+class HookSet:
+    """Resolve the named hooks; `ConfigError` lists every one that does not load or fit."""
+
+    def __init__(self, args: Args, names: Iterable[str]) -> None:
+        self._args = args
+        self._bound: dict[str, list[BoundHook]] = {}
+        configured = configured_hooks(args)
+        problems: list[str] = []
+        for name in names:
+            try:
+                self._bound[name] = [self._resolve(REGISTRY[name], ref) for ref in configured.get(name, [])]
+                if not self._bound[name] and name in entry_points("miles.defaults"):
+                    self._bound[name] = [self._default(REGISTRY[name])]
+            except HookError as error:
+                problems.append(str(error))
+        if problems:
+            raise ConfigError("\n".join(problems))
+
+    def _resolve(self, spec: HookSpec, reference: str) -> BoundHook:
+        return resolve(spec, reference, self._args.fork())
+
+    def _default(self, spec: HookSpec) -> BoundHook:
+        found = provider("miles.defaults", spec.name)
+        return bind(spec, "default", found, self._args.fork())
+
+    def one(self, name: str) -> BoundHook | None:
+        """Return the hook configured under `name`, its default, or None where there is neither."""
+        hooks = self._bound[name]
+        return hooks[0] if hooks else None
+
+    def need(self, name: str) -> BoundHook:
+        """Return the hook under `name`; `ConfigError` when there is neither a configured one nor a default."""
+        hook = self.one(name)
+        if hook is None:
+            raise ConfigError(f"no installed package offers a default {name} hook; set {REGISTRY[name].flag}")
+        return hook
+
+    def many(self, name: str) -> list[BoundHook]:
+        """Return all hooks configured under `name`, in order."""
+        return self._bound[name]
+
+    def report(self) -> list[dict[str, Any]]:
+        """Say what was loaded, from where, and how it fared: one plain dict a hook, for `hooks.json`."""
+        return [
+            {
+                "hook": hook.spec.name,
+                "reference": hook.reference,
+                **msgspec.structs.asdict(hook.origin),
+                **msgspec.structs.asdict(hook.stats),
+            }
+            for hooks in self._bound.values()
+            for hook in hooks
+        ]

@@ -1,0 +1,117 @@
+"""What rollout, generate and filter hooks take and return."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any, Protocol
+
+import msgspec
+
+from miles_api.args import Args
+from miles_api.sample import Sample
+
+__all__ = [
+    "DynamicFilterOutput",
+    "GenerateFnInput",
+    "GenerateFnOutput",
+    "GenerateState",
+    "Group",
+    "RolloutFnConstructorInput",
+    "RolloutFnEvalInput",
+    "RolloutFnEvalOutput",
+    "RolloutFnTrainInput",
+    "RolloutFnTrainOutput",
+]
+
+Group = list[Sample | list[Sample]]
+"""The samples of one prompt; a generation that fanned out stands as a list in place of its sample."""
+
+
+class GenerateState(Protocol):
+    """What the running rollout offers to every generation."""
+
+    args: Args
+    tokenizer: Any
+    processor: Any
+    sampling_params: dict[str, Any]
+    """The training defaults; a hook gets a fresh copy for each call."""
+    generate_fn_semaphore: asyncio.Semaphore
+    """Bounds how many generations run at once."""
+    aborted: bool
+    """True once the rollout stops: finish early, keep what there is."""
+
+    async def post(self, path: str, payload: dict[str, Any]) -> dict[str, Any]:
+        """POST JSON to the router and return the decoded reply; raise `ServiceError` with status and body."""
+        ...
+
+
+class RolloutFnConstructorInput(msgspec.Struct, kw_only=True):
+    """What the class form of a rollout hook is built from, once."""
+
+    args: Args
+    data_source: Any
+
+
+class RolloutFnTrainInput(msgspec.Struct, kw_only=True):
+    """One call for a training rollout."""
+
+    rollout_id: int
+    weight_version: str = ""
+
+    @property
+    def evaluation(self) -> bool:
+        return False
+
+
+class RolloutFnEvalInput(msgspec.Struct, kw_only=True):
+    """One call for an evaluation."""
+
+    rollout_id: int
+    weight_version: str = ""
+    hf_dir: str | None = None
+    """A Hugging Face directory of the evaluated weights, where one was written."""
+
+    @property
+    def evaluation(self) -> bool:
+        return True
+
+
+class RolloutFnTrainOutput(msgspec.Struct, kw_only=True):
+    """The groups of one rollout and scalars about how they came to be."""
+
+    samples: list[Group]
+    metrics: dict[str, float] = msgspec.field(default_factory=dict)
+
+
+class RolloutFnEvalOutput(msgspec.Struct, kw_only=True):
+    """`data`: `{dataset: {"rewards": [...], "truncated": [...], "samples": [...]}}`."""
+
+    data: dict[str, dict[str, Any]]
+    metrics: dict[str, float] = msgspec.field(default_factory=dict)
+
+
+class GenerateFnInput(msgspec.Struct, kw_only=True):
+    """One generation in the one-argument form of the generate hook."""
+
+    state: Any
+    """A `GenerateState`."""
+    sample: Sample
+    sampling_params: dict[str, Any]
+    evaluation: bool = False
+
+    @property
+    def args(self) -> Args:
+        return self.state.args
+
+
+class GenerateFnOutput(msgspec.Struct, kw_only=True):
+    """The finished sample, or several when the generation fanned out."""
+
+    samples: Sample | list[Sample]
+
+
+class DynamicFilterOutput(msgspec.Struct, kw_only=True):
+    """Whether a group stays in the rollout; dropped groups are counted by `reason`."""
+
+    keep: bool
+    reason: str | None = None

@@ -1,0 +1,247 @@
+"""`Sample`: one prompt, one response and everything known about them. Hooks read and change it freely."""
+
+from __future__ import annotations
+
+import copy
+import enum
+import math
+from typing import Any
+
+import msgspec
+
+from miles_api.errors import ConfigError, SampleError
+
+__all__ = ["PrefixCacheInfo", "Sample", "SpecInfo", "Status"]
+
+
+class Status(enum.StrEnum):
+    """How far a sample has come."""
+
+    PENDING = "pending"
+    """Not generated yet, or re-queued."""
+    COMPLETED = "completed"
+    """The model finished: an end token or a stop string."""
+    TRUNCATED = "truncated"
+    """Cut at a length limit."""
+    ABORTED = "aborted"
+    """Interrupted from outside; its tokens so far are kept."""
+    FAILED = "failed"
+    """Generation gave up after errors."""
+
+
+class SpecInfo(msgspec.Struct, kw_only=True):
+    """Counts of speculative decoding, summed over the turns of a sample."""
+
+    spec_accept_token_num: int = 0
+    spec_draft_token_num: int = 0
+    spec_verify_ct: int = 0
+    completion_token_num: int = 0
+
+
+class PrefixCacheInfo(msgspec.Struct, kw_only=True):
+    """How much of the prompts the engine found in its prefix cache, summed over the turns of a sample."""
+
+    cached_tokens: int = 0
+    total_prompt_tokens: int = 0
+
+
+class Sample(msgspec.Struct, kw_only=True, dict=True, eq=True):
+    """One trajectory. Attributes beyond the declared ones may be set; they survive copy, deepcopy and pickle."""
+
+    group_index: int | None = None
+    """Which prompt of the run it belongs to; the samples of one prompt share it."""
+    index: int | None = None
+    """Its own number, unique in the run."""
+    rollout_id: int | None = None
+    """Which trajectory it is part of: the samples fanned out of one generation share it."""
+    prompt: str | list[dict[str, Any]] = ""
+    """The text given to the model, or chat messages."""
+    tokens: list[int] = msgspec.field(default_factory=list)
+    """Prompt ids followed by response ids."""
+    multimodal_inputs: dict[str, Any] | None = None
+    multimodal_train_inputs: dict[str, Any] | None = None
+    response: str = ""
+    """The text of the response."""
+    response_length: int = 0
+    """How many of the last `tokens` belong to the response."""
+    label: Any = None
+    """What the prompt file gives to compare with: any JSON value."""
+    reward: float | dict[str, float] | None = None
+    """The score, or several by name of which `--reward-key` picks one; None before scoring."""
+    loss_mask: list[int] | None = None
+    """One 0 or 1 for each response token; None trains on all."""
+    weight_versions: list[str] = msgspec.field(default_factory=list)
+    """The versions of the weights that generated it, oldest first."""
+    rollout_log_probs: list[float] | None = None
+    """The engine's log-prob of each response token, under the temperature-scaled distribution, in nats."""
+    rollout_routed_experts: Any = None
+    """Expert choices of a mixture-of-experts model, shape (len(tokens) - 1, layers, top_k)."""
+    remove_sample: bool = False
+    """True leaves it out of the loss; it still counts in advantage normalisation."""
+    teacher_log_probs: list[float] | None = None
+    """A teacher's log-prob of each response token, in nats."""
+    status: Status = Status.PENDING
+    metadata: dict[str, Any] = msgspec.field(default_factory=dict)
+    """What the prompt file says besides prompt and label; hooks may add to it."""
+    generate_function_path: str | None = None
+    """A generate hook for this sample alone."""
+    custom_rm_path: str | None = None
+    """A reward hook for this sample alone."""
+    train_metadata: dict[str, Any] | None = None
+    """Passed on to the trainer's `metadata` column."""
+    routing_key: str | None = None
+    """Requests with equal keys prefer the same engine."""
+    session_id: str | None = None
+    non_generation_time: float = 0.0
+    """Seconds spent outside the engine, in tools and environments."""
+    spec_info: SpecInfo = msgspec.field(default_factory=SpecInfo)
+    prefix_cache_info: PrefixCacheInfo = msgspec.field(default_factory=PrefixCacheInfo)
+
+    @property
+    def effective_response_length(self) -> int:
+        """How many response tokens the loss counts."""
+        return self.response_length if self.loss_mask is None else sum(self.loss_mask)
+
+    @property
+    def oldest_weight_version(self) -> str | None:
+        """The version of the weights that generated its first token; None before generation."""
+        return self.weight_versions[0] if self.weight_versions else None
+
+    def get_reward_value(self, args: Any) -> float:
+        """Return the reward as one number: `args.reward_key` picks from a dict.
+
+        Raises `SampleError` if there is no reward, `ConfigError` if a dict comes without a key.
+        """
+        if self.reward is None:
+            raise SampleError(f"{self._name()} has no reward")
+        if not isinstance(self.reward, dict):
+            return float(self.reward)
+        if not args.reward_key:
+            raise ConfigError(f"{self._name()} has rewards {sorted(self.reward)}: pick one with --reward-key")
+        if args.reward_key not in self.reward:
+            raise ConfigError(f"--reward-key {args.reward_key} is not among {sorted(self.reward)} of {self._name()}")
+        return float(self.reward[args.reward_key])
+
+    def validate(self) -> None:
+        """Check that the fields agree with each other; raise `SampleError` naming the sample and the field."""
+        if not 0 <= self.response_length <= len(self.tokens):
+            self._fail("response_length", f"is {self.response_length} with {len(self.tokens)} tokens")
+        for field in ("loss_mask", "rollout_log_probs", "teacher_log_probs"):
+            column = getattr(self, field)
+            if column is not None and len(column) != self.response_length:
+                self._fail(field, f"has {len(column)} entries for {self.response_length} response tokens")
+        if self.loss_mask is not None and not set(self.loss_mask) <= {0, 1}:
+            self._fail("loss_mask", "holds values other than 0 and 1")
+        values = self.reward.values() if isinstance(self.reward, dict) else [self.reward]
+        for value in values:
+            if value is not None and not (isinstance(value, int | float) and math.isfinite(value)):
+                self._fail("reward", f"is {value!r}, not a finite number")
+        bad = [x for x in self.rollout_log_probs or () if not math.isfinite(x)]
+        if bad:
+            self._fail("rollout_log_probs", f"holds {bad[0]}")
+
+    def append_response_tokens(
+        self, tokens: list[int], *, log_probs: list[float] | None = None, text: str = "", trainable: bool = True
+    ) -> None:
+        """Append tokens to the response: `trainable=False` for tool output, which the loss leaves out.
+
+        Log-probs are in nats; tokens that were not generated get 0.0 once the sample has log-probs at all.
+        """
+        if log_probs is not None and len(log_probs) != len(tokens):
+            self._fail("rollout_log_probs", f"gets {len(log_probs)} entries for {len(tokens)} tokens")
+        if self.loss_mask is None and (self.response_length == 0 or not trainable):
+            self.loss_mask = [1] * self.response_length
+        if log_probs is not None and self.rollout_log_probs is None:
+            self.rollout_log_probs = [0.0] * self.response_length
+        self.tokens = self.tokens + list(tokens)
+        self.response_length += len(tokens)
+        self.response += text
+        if self.loss_mask is not None:
+            self.loss_mask = self.loss_mask + [int(trainable)] * len(tokens)
+        if self.rollout_log_probs is not None:
+            self.rollout_log_probs = self.rollout_log_probs + list(log_probs or [0.0] * len(tokens))
+
+    def strip_last_output_tokens(self, count: int, tokenizer: Any) -> None:
+        """Remove the last `count` response tokens and decode the response anew."""
+        if not 0 <= count <= self.response_length:
+            self._fail("response_length", f"is {self.response_length}: cannot strip {count}")
+        if count == 0:
+            return
+        self.tokens = self.tokens[:-count]
+        self.response_length -= count
+        for field in ("loss_mask", "rollout_log_probs", "teacher_log_probs"):
+            if getattr(self, field) is not None:
+                setattr(self, field, getattr(self, field)[:-count])
+        self.response = tokenizer.decode(self.tokens[len(self.tokens) - self.response_length :])
+
+    def reset_for_retry(self) -> None:
+        """Forget the response, its score and its statistics; keep prompt, label, metadata and identity."""
+        if self.response_length:
+            self.tokens = self.tokens[: -self.response_length]
+        fresh = Sample()
+        for field in (
+            "response", "response_length", "reward", "loss_mask", "weight_versions", "rollout_log_probs",
+            "rollout_routed_experts", "remove_sample", "teacher_log_probs", "status", "non_generation_time",
+            "spec_info", "prefix_cache_info",
+        ):  # fmt: skip
+            setattr(self, field, getattr(fresh, field))
+
+    def update_from_meta_info(self, meta_info: dict[str, Any]) -> None:
+        """Take status, weight version and cache counts from an engine's `meta_info`."""
+        kind = (meta_info.get("finish_reason") or {}).get("type")
+        by_kind = {"length": Status.TRUNCATED, "abort": Status.ABORTED, "stop": Status.COMPLETED}
+        if kind not in by_kind:
+            self._fail("status", f"cannot follow from finish_reason {meta_info.get('finish_reason')!r}")
+        self.status = by_kind[kind]
+        version = meta_info.get("weight_version")
+        if version is not None and (not self.weight_versions or self.weight_versions[-1] != str(version)):
+            self.weight_versions = [*self.weight_versions, str(version)]
+        self.prefix_cache_info.cached_tokens += meta_info.get("cached_tokens", 0)
+        self.prefix_cache_info.total_prompt_tokens += meta_info.get("prompt_tokens", 0)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain JSON-like values; attributes beyond the declared ones stand under `extra`."""
+        plain = msgspec.to_builtins(self, str_keys=True)
+        if self.__dict__:
+            plain["extra"] = dict(self.__dict__)
+        return plain
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> Sample:
+        """Build a sample from `to_dict`'s form; keys that are no field become attributes."""
+        known = {key: value for key, value in data.items() if key in cls.__struct_fields__}
+        sample = msgspec.convert(known, cls)
+        others = {key: value for key, value in data.items() if key not in known and key != "extra"}
+        sample.__dict__.update({**(data.get("extra") or {}), **others})
+        return sample
+
+    def __copy__(self) -> Sample:
+        twin = Sample(**{field: getattr(self, field) for field in self.__struct_fields__})
+        twin.__dict__.update(self.__dict__)
+        return twin
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Sample:
+        twin = Sample(**{field: copy.deepcopy(getattr(self, field), memo) for field in self.__struct_fields__})
+        twin.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        return twin
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _rebuild, ({field: getattr(self, field) for field in self.__struct_fields__}, dict(self.__dict__))
+
+    def _name(self) -> str:
+        return f"sample {self.index} (group {self.group_index})"
+
+    def _fail(self, field: str, problem: str) -> None:
+        raise SampleError(f"{self._name()}: {field} {problem}")
+
+
+# Users of Miles write `Sample.Status.COMPLETED`; a Struct body cannot hold classes, so they are attached here.
+Sample.Status = Status  # type: ignore[attr-defined]
+Sample.SpecInfo = SpecInfo  # type: ignore[attr-defined]
+Sample.PrefixCacheInfo = PrefixCacheInfo  # type: ignore[attr-defined]
+
+
+def _rebuild(fields: dict[str, Any], extra: dict[str, Any]) -> Sample:
+    sample = Sample(**fields)
+    sample.__dict__.update(extra)
+    return sample

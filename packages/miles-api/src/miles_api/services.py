@@ -1,0 +1,127 @@
+"""What the four implementation packages promise each other: plain Structs in, plain Structs out, no Ray type.
+
+A distribution offers an implementation under the entry-point group `miles.services`, named `rollout`, `engines`,
+`router` or `train`; the object it names is called once with the resolved `RunConfig`. All methods block, and may be
+called from any thread, one call at a time.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Protocol, runtime_checkable
+
+import msgspec
+
+__all__ = ["Endpoint", "EngineFleet", "Placement", "RolloutService", "RouterService", "TrainService", "TrainStepReport"]
+
+
+class Endpoint(msgspec.Struct, frozen=True, kw_only=True):
+    """One inference engine, as others reach it."""
+
+    url: str
+    """`http://host:port`, without a trailing slash."""
+    node: str = ""
+    """The host the engine runs on, as the cluster names it."""
+    gpu_ids: tuple[int, ...] = ()
+    tp_ranks: tuple[int, ...] = (0,)
+    weight_version: str = ""
+    """The version of the weights it serves; empty before the first synchronisation."""
+
+
+class Placement(msgspec.Struct, frozen=True, kw_only=True):
+    """Where one engine may run. Without GPUs both tuples are empty and the engine uses CPU threads."""
+
+    node: str = ""
+    gpu_ids: tuple[int, ...] = ()
+
+
+class TrainStepReport(msgspec.Struct, frozen=True, kw_only=True):
+    """What one rollout's training reports back to the driver."""
+
+    metrics: dict[str, float]
+    """Scalars averaged over the optimizer steps of this rollout, by name (`train/loss`, `train/grad_norm`, …)."""
+    seconds: dict[str, float]
+    """Wall-clock seconds by phase (`log_probs`, `forward_backward`, `optimizer`)."""
+
+
+@runtime_checkable
+class EngineFleet(Protocol):
+    """The inference engines of a run: started, paused and replaced together."""
+
+    def start(self, placements: list[Placement]) -> None:
+        """Start one engine for each placement; return when all answer `/health`, else raise `ServiceError`."""
+        ...
+
+    def endpoints(self) -> list[Endpoint]: ...
+
+    def pause(self) -> None:
+        """Stop admitting requests; those under way finish or abort, as the engine's mode says."""
+        ...
+
+    def resume(self) -> None: ...
+
+    def restart(self, index: int) -> Endpoint:
+        """Replace a dead engine and return its new address; it serves no request before it has the weights."""
+        ...
+
+    def stop(self) -> None: ...
+
+
+@runtime_checkable
+class RouterService(Protocol):
+    """The one address that all generation goes through."""
+
+    def start(self) -> str:
+        """Start serving and return the base URL, else raise `ServiceError`."""
+        ...
+
+    def register(self, endpoint: Endpoint) -> None: ...
+
+    def unregister(self, endpoint: Endpoint) -> None: ...
+
+    def stop(self) -> None: ...
+
+
+@runtime_checkable
+class RolloutService(Protocol):
+    """The one rollout process: data source, generation, rewards, filters, conversion."""
+
+    def start(self, router_url: str) -> None: ...
+
+    def generate(self, rollout_id: int, weight_version: str) -> dict[str, Any]:
+        """Produce one rollout: `{"batch": TrainBatch, "metrics": dict, "samples": list[dict], "seconds": dict}`."""
+        ...
+
+    def evaluate(self, rollout_id: int, weight_version: str) -> dict[str, Any]:
+        """Run the evaluation sets: `{"metrics": dict, "samples": list[dict]}`."""
+        ...
+
+    def save(self, rollout_id: int, directory: str) -> None:
+        """Write the data-source position and buffer below a staging directory."""
+        ...
+
+    def load(self, rollout_id: int, directory: str) -> None: ...
+
+    def stop(self) -> None: ...
+
+
+@runtime_checkable
+class TrainService(Protocol):
+    """One trainer rank. The driver calls the same method on every rank at the same time."""
+
+    def start(self) -> None:
+        """Initialise the process group and load the model."""
+        ...
+
+    def train(self, rollout_id: int, batch: dict[str, Any]) -> TrainStepReport:
+        """Train on this rank's shard of the columns."""
+        ...
+
+    def export(self, directory: str) -> None:
+        """Write the current weights as a Hugging Face directory (rank 0 writes)."""
+        ...
+
+    def save(self, rollout_id: int, directory: str) -> None: ...
+
+    def load(self, rollout_id: int, directory: str) -> None: ...
+
+    def stop(self) -> None: ...

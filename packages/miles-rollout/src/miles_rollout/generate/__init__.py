@@ -1,0 +1,1 @@
+"""Generate hooks: one file each."""

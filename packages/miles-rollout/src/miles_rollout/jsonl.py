@@ -1,0 +1,73 @@
+"""Read prompt files: one JSON object a line, with an error that names file, line and reason."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from miles_api.errors import DataError, did_you_mean
+from miles_rollout.options import DataOptions
+
+__all__ = ["Prompt", "read_prompts"]
+
+
+class Prompt(msgspec.Struct, frozen=True):
+    """One line of a prompt file."""
+
+    prompt: str | list[dict[str, Any]]
+    label: Any
+    metadata: dict[str, Any]
+
+
+def read_prompts(path: str, options: DataOptions, tokenizer: Any = None) -> list[Prompt]:
+    """Read a whole JSONL prompt file; blank lines are skipped.
+
+    With `--apply-chat-template` the tokenizer turns messages into text. Raises `DataError` for a missing or empty
+    file, and for the first malformed line, naming it.
+    """
+    file = Path(path)
+    if not file.is_file():
+        near = did_you_mean(file.name, [p.name for p in file.parent.glob("*.jsonl")]) if file.parent.is_dir() else ""
+        raise DataError(f"there is no prompt file {path}{near}")
+    decoder = msgspec.json.Decoder(dict[str, Any])
+    prompts = []
+    with file.open("rb") as lines:
+        for number, line in enumerate(lines, 1):
+            if line.strip():
+                prompts.append(_prompt(decoder, line, options, tokenizer, f"{path}, line {number}"))
+    if not prompts:
+        raise DataError(f"prompt file {path} holds no prompt")
+    return prompts
+
+
+def _prompt(
+    decoder: msgspec.json.Decoder[dict[str, Any]], line: bytes, options: DataOptions, tokenizer: Any, where: str
+) -> Prompt:
+    try:
+        row = decoder.decode(line)
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise DataError(f"{where}: not a JSON object: {error}") from error
+    for key, flag in ((options.input_key, "--input-key"), (options.label_key, "--label-key")):
+        if key is not None and key not in row:
+            raise DataError(f"{where}: no key {key!r} ({flag}){did_you_mean(key, row)}")
+    prompt = row[options.input_key]
+    if not isinstance(prompt, str) and not _is_chat(prompt):
+        raise DataError(f"{where}: {options.input_key!r} is neither a string nor a list of chat messages")
+    metadata = row.get(options.metadata_key) or {}
+    if not isinstance(metadata, dict):
+        raise DataError(f"{where}: {options.metadata_key!r} is not an object")
+    if options.apply_chat_template:
+        messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+        tools = row.get(options.tool_key) if options.tool_key else None
+        prompt = tokenizer.apply_chat_template(
+            messages, tools=tools, tokenize=False, add_generation_prompt=True, **options.apply_chat_template_kwargs
+        )
+    elif not isinstance(prompt, str):
+        raise DataError(f"{where}: {options.input_key!r} holds chat messages; set --apply-chat-template")
+    return Prompt(prompt, row[options.label_key] if options.label_key else None, metadata)
+
+
+def _is_chat(prompt: Any) -> bool:
+    return isinstance(prompt, list) and all(isinstance(turn, dict) and "role" in turn for turn in prompt)

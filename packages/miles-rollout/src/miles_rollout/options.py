@@ -1,0 +1,107 @@
+"""What can be set about rollouts: sampling, the loop, prompts, rewards, engines, evaluation."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+import msgspec
+
+from miles_api.options import Options, UserPath
+
+__all__ = ["DataOptions", "EngineFleetOptions", "EvalOptions", "RewardOptions", "RolloutOptions"]
+
+_Positive = Annotated[int, msgspec.Meta(ge=1)]
+_Probability = Annotated[float, msgspec.Meta(gt=0, le=1)]
+
+
+class RolloutOptions(Options, frozen=True, kw_only=True):
+    """How responses are sampled and how many requests run at once."""
+
+    rollout_top_p: _Probability = 1.0
+    """Keep the smallest set of tokens whose probability reaches this."""
+    rollout_top_k: Annotated[int, msgspec.Meta(ge=-1)] = -1
+    """Keep the k most probable tokens; -1 keeps all."""
+    rollout_max_response_len: _Positive = 1024
+    """Most tokens generated for one response."""
+    rollout_max_prompt_len: _Positive | None = None
+    """Prompts of more tokens are left out of the data, and counted."""
+    rollout_max_context_len: _Positive | None = None
+    """Most tokens of prompt and response together."""
+    rollout_stop: list[str] | None = None
+    """Strings that end a response."""
+    rollout_stop_token_ids: list[int] | None = None
+    """Token ids that end a response, besides the model's own."""
+    rollout_skip_special_tokens: bool = True
+    """Leave special tokens out of the response text."""
+    rollout_seed: int = 42
+    """Seed of the prompt order and of sampling: each sample draws from (seed, index)."""
+    over_sampling_batch_size: _Positive | None = None
+    """Groups to start with when a dynamic filter drops some; default: --rollout-batch-size."""
+    sglang_server_concurrency: _Positive = 256
+    """Requests that run at once on each engine."""
+    generate_timeout: Annotated[float, msgspec.Meta(gt=0)] = 600.0
+    """Seconds one generation request may take before the run stops."""
+    max_filter_attempts: _Positive = 100
+    """Stop the run when dynamic filters have dropped this many times --rollout-batch-size groups in one rollout."""
+
+
+class DataOptions(Options, frozen=True, kw_only=True):
+    """The prompt file and how its lines become prompts."""
+
+    prompt_data: UserPath | None = None
+    """JSONL file: one JSON object a line."""
+    input_key: str = "prompt"
+    """Key of the prompt: a string, or a list of chat messages."""
+    label_key: str | None = None
+    """Key of the label, if the file has one."""
+    metadata_key: str = "metadata"
+    """Key of an object that becomes the sample's metadata, where a line has it."""
+    tool_key: str | None = None
+    """Key of a list of tool specifications for the chat template."""
+    apply_chat_template: bool = False
+    """Turn prompts into text with the tokenizer's chat template."""
+    apply_chat_template_kwargs: dict[str, Any] = {}
+    """Extra arguments of the chat template."""
+    rollout_shuffle: bool = False
+    """Shuffle the prompts anew in each epoch, from --rollout-seed."""
+
+
+class RewardOptions(Options, frozen=True, kw_only=True):
+    """How responses are scored and scores are normalised."""
+
+    rm_type: str | None = None
+    """Built-in reward: math, f1 or random; `boxed_` in front grades the last \\boxed{}. Or --custom-rm-path."""
+    reward_key: str | None = None
+    """Which entry of a dict reward trains."""
+    eval_reward_key: str | None = None
+    """Which entry of a dict reward is reported in evaluation; default: --reward-key."""
+    group_rm: bool = False
+    """Call the reward hook once per group, with all its samples."""
+    rewards_normalization: bool = True
+    """Centre rewards within each group."""
+    grpo_std_normalization: bool = True
+    """Also divide by the group's standard deviation (GRPO, arXiv 2402.03300); off: Dr.GRPO, arXiv 2503.20783."""
+
+
+class EngineFleetOptions(Options, frozen=True, kw_only=True):
+    """Which inference engine runs, and how many."""
+
+    rollout_engine: Literal["local"] = "local"
+    """`local`: our own server for small models, on CPU or one GPU."""
+    rollout_num_engines: _Positive = 1
+    """Engines behind the router."""
+
+
+class EvalOptions(Options, frozen=True, kw_only=True):
+    """Held-out prompts, evaluated every --eval-interval rollouts."""
+
+    eval_prompt_data: UserPath | None = None
+    """JSONL file of held-out prompts, with the same keys as --prompt-data."""
+    n_samples_per_eval_prompt: _Positive = 1
+    """Samples generated for each held-out prompt."""
+    eval_temperature: Annotated[float, msgspec.Meta(ge=0)] = 0.0
+    """Temperature of evaluation; 0 is greedy."""
+    eval_top_p: _Probability = 1.0
+    """As --rollout-top-p, in evaluation."""
+    eval_max_response_len: _Positive | None = None
+    """As --rollout-max-response-len, in evaluation; default: the same."""

@@ -1,0 +1,119 @@
+"""What can be set about training: parallelism, optimizer, objective, micro-batches, cluster and logging."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+import msgspec
+
+from miles_api.options import Options
+
+__all__ = ["BatchingOptions", "ClusterOptions", "LoggingOptions", "ObjectiveOptions", "OptimizerOptions",
+           "ParallelOptions"]
+
+_Positive = Annotated[int, msgspec.Meta(ge=1)]
+_NonNegative = Annotated[float, msgspec.Meta(ge=0)]
+_Fraction = Annotated[float, msgspec.Meta(ge=0, lt=1)]
+
+
+class ParallelOptions(Options, frozen=True, kw_only=True):
+    """How the trainer's model is spread over ranks."""
+
+    actor_num_nodes: _Positive = 1
+    """Nodes that hold trainer ranks."""
+    actor_num_gpus_per_node: _Positive = 1
+    """Trainer ranks on each node: one a GPU, or one a CPU process where there is none."""
+    tensor_model_parallel_size: _Positive = 1
+    """Tensor parallel size (TP)."""
+    pipeline_model_parallel_size: _Positive = 1
+    """Pipeline parallel size (PP)."""
+    context_parallel_size: _Positive = 1
+    """Context parallel size (CP)."""
+    sequence_parallel: bool = False
+    """Split activations of norms over the tensor-parallel ranks."""
+    use_distributed_optimizer: bool = False
+    """Shard optimizer state over the data-parallel ranks."""
+
+    @property
+    def world_size(self) -> int:
+        """How many trainer ranks there are."""
+        return self.actor_num_nodes * self.actor_num_gpus_per_node
+
+    @property
+    def data_parallel_size(self) -> int:
+        """How many data-parallel replicas there are (DP)."""
+        model = self.tensor_model_parallel_size * self.pipeline_model_parallel_size * self.context_parallel_size
+        return self.world_size // model
+
+
+class OptimizerOptions(Options, frozen=True, kw_only=True):
+    """AdamW and its learning-rate schedule."""
+
+    lr: _NonNegative = 1e-6
+    """Peak learning rate."""
+    min_lr: _NonNegative = 0.0
+    """Learning rate at the end of a decay."""
+    lr_decay_style: Literal["constant", "linear", "cosine"] = "constant"
+    """Shape of the schedule after warm-up."""
+    lr_warmup_iters: Annotated[int, msgspec.Meta(ge=0)] = 0
+    """Optimizer steps of linear warm-up from 0."""
+    weight_decay: _NonNegative = 0.0
+    """Decoupled weight decay; not applied to norms and biases."""
+    adam_beta1: _Fraction = 0.9
+    """Decay of the first moment."""
+    adam_beta2: _Fraction = 0.95
+    """Decay of the second moment."""
+    adam_eps: Annotated[float, msgspec.Meta(gt=0)] = 1e-8
+    """Added to the denominator of the update."""
+    clip_grad: _NonNegative = 1.0
+    """Largest global gradient norm; 0 does not clip."""
+
+
+class ObjectiveOptions(Options, frozen=True, kw_only=True):
+    """What the policy loss is made of."""
+
+    advantage_estimator: Literal["grpo"] = "grpo"
+    """How rewards become advantages."""
+    eps_clip: _NonNegative = 0.2
+    """Lower clip of the importance ratio: ratios below 1 - eps are clipped (PPO, arXiv 1707.06347)."""
+    eps_clip_high: _NonNegative | None = None
+    """Upper clip, 1 + eps (clip-higher, DAPO, arXiv 2503.14476); default: the same as --eps-clip."""
+    entropy_coef: _NonNegative = 0.0
+    """Weight of the entropy bonus."""
+    calculate_per_token_loss: bool = False
+    """Average over all tokens of a step instead of over samples of their own means."""
+    use_rollout_logprobs: bool = False
+    """Take the engine's log-probs as the old ones and skip the pass that recomputes them. Sound when engine and
+    trainer agree, which train/logprob_gap_max reports."""
+    skip_zero_advantage: bool = False
+    """Leave samples whose advantages are all 0 out of the forward pass: they add nothing to the gradient of a policy
+    loss without entropy bonus. Denominators still count them."""
+
+
+class BatchingOptions(Options, frozen=True, kw_only=True):
+    """How a step's samples are packed into micro-batches."""
+
+    max_tokens_per_gpu: _Positive = 8192
+    """Most tokens packed into one micro-batch; one longer sample gets a micro-batch of its own."""
+
+
+class ClusterOptions(Options, frozen=True, kw_only=True):
+    """Where the run's processes live."""
+
+    ray_address: str | None = None
+    """Address of a running Ray cluster; default: a Ray of its own on this machine."""
+    trainer_timeout: Annotated[float, msgspec.Meta(gt=0)] = 1800.0
+    """Seconds that one call to the trainer ranks or to the rollout may take before the run stops."""
+
+
+class LoggingOptions(Options, frozen=True, kw_only=True):
+    """Where metrics go besides `metrics.jsonl` and `report.html`."""
+
+    use_tensorboard: bool = False
+    """Also write TensorBoard events below the run directory (needs the tensorboard package)."""
+    use_wandb: bool = False
+    """Also log to Weights & Biases (needs the wandb package)."""
+    wandb_project: str | None = None
+    """Weights & Biases project."""
+    report_samples: Annotated[int, msgspec.Meta(ge=0)] = 4
+    """Groups of each rollout kept for the report's sample browser."""
