@@ -1,7 +1,5 @@
 """`TrainBatch`: what conversion hands to the trainer, as columns of plain lists, one entry a sample."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any, NotRequired, TypedDict
 

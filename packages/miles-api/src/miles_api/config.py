@@ -12,7 +12,7 @@ import msgspec
 from miles_api.args import Args
 from miles_api.errors import ConfigError
 from miles_api.load import entry_points
-from miles_api.options import Options
+from miles_api.options import Options, option_kind
 
 __all__ = ["RunConfig", "option_groups"]
 
@@ -81,10 +81,16 @@ class RunConfig(msgspec.Struct, frozen=True):
         """Return the whole config as TOML that `miles train` reads back; each set value says where it came from."""
         lines: list[str] = ["# The resolved options of this run. Values without a remark are defaults."]
         for name, options in self.groups.items():
-            lines += ["", f"[{name}]", *_assignments(msgspec.structs.asdict(options), self.sources)]
+            lines += ["", f"[{name}]", *_assignments(_public(options), self.sources)]
         for name, options in self.extra.items():
             lines += ["", f"[hooks.{name}]", *_assignments(msgspec.structs.asdict(options), self.sources)]
         return "\n".join(lines) + "\n"
+
+
+def _public(options: msgspec.Struct) -> dict[str, Any]:
+    """Return the values that may be written to a file: a token or password (`extra={"secret": True}`) may not."""
+    secret = {info.name for info in msgspec.structs.fields(options) if option_kind(info.type).secret}
+    return {key: value for key, value in msgspec.structs.asdict(options).items() if key not in secret}
 
 
 def _assignments(values: Mapping[str, Any], sources: Mapping[str, str]) -> list[str]:

@@ -62,27 +62,30 @@ class OptionKind(msgspec.Struct, frozen=True):
     optional: bool
     path: str
     """`input`, `output` or empty."""
+    secret: bool = False
+    """True for a token or password: never written to a file."""
 
 
 def option_kind(annotation: Any) -> OptionKind:
     """Reduce an annotation (`Annotated`, `Optional`, `Literal`, `list[…]`) to what argparse needs."""
-    optional, path = False, ""
+    optional, path, secret = False, "", False
     while True:
         origin = get_origin(annotation)
         if origin is Annotated:
             annotation, *metas = get_args(annotation)
             for meta in metas:
-                path = (getattr(meta, "extra", None) or {}).get("path", path)
+                extra = getattr(meta, "extra", None) or {}
+                path, secret = extra.get("path", path), extra.get("secret", secret)
         elif origin in (Union, types.UnionType):
             some = [a for a in get_args(annotation) if a is not type(None)]
             optional = optional or len(some) < len(get_args(annotation))
             if len(some) != 1:
-                return OptionKind(str, optional, path)
+                return OptionKind(str, optional, path, secret)
             annotation = some[0]
         elif origin is Literal:
-            return OptionKind(get_args(annotation), optional, path)
+            return OptionKind(get_args(annotation), optional, path, secret)
         else:
-            return OptionKind(origin or annotation, optional, path)
+            return OptionKind(origin or annotation, optional, path, secret)
 
 
 def options_from(args: Any, kind: type[msgspec.Struct]) -> Any:

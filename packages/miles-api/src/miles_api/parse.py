@@ -179,9 +179,11 @@ def _convert(kind: type[Options], found: dict[str, _Found], problems: list[str])
     hook_fields = specs_by_field()
     for info in msgspec.structs.fields(kind):
         item = found.get(info.name)
-        if item is None:
-            continue
         shape = option_kind(info.type)
+        if item is None:
+            if shape.path == "output" and isinstance(info.default, str):
+                values[info.name] = str(Path(info.default).resolve())
+            continue
         try:
             if info.name in hook_fields:
                 values[info.name] = _hook_value(item, hook_fields[info.name][0].many)

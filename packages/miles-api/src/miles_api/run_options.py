@@ -48,3 +48,5 @@ class RunOptions(Options, frozen=True, kw_only=True):
     """Checkpoint directory to continue from."""
     eval_interval: _Positive | None = None
     """Evaluate every so many rollouts, and before the first and after the last one."""
+    report_samples: Annotated[int, msgspec.Meta(ge=0)] = 4
+    """Groups of each rollout kept for the report's sample browser."""

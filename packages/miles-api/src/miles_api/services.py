@@ -116,8 +116,8 @@ class TrainService(Protocol):
         """Train on this rank's shard of the columns."""
         ...
 
-    def export(self, directory: str) -> None:
-        """Write the current weights as a Hugging Face directory (rank 0 writes)."""
+    def export(self, directory: str, weights_only: bool = False) -> None:
+        """Write the current weights as a Hugging Face directory, without tokenizer files if `weights_only`."""
         ...
 
     def save(self, rollout_id: int, directory: str) -> None: ...

@@ -21,14 +21,11 @@ from miles_api.rollout_types import (
 )
 from miles_rollout.evaluate import evaluate
 from miles_rollout.group import flatten, run_group
+from miles_rollout.hook_names import CALLED_BY_LOOP
 from miles_rollout.options import RolloutOptions
 from miles_rollout.state import State
 
-__all__ = ["HOOKS", "InferenceRollout"]
-
-HOOKS = ("generate", "reward", "group_reward", "dynamic_filter", "all_samples_process")
-"""The hooks this rollout calls itself."""
-
+__all__ = ["InferenceRollout"]
 
 class InferenceRollout:
     """Generate, score and filter groups concurrently; what is left over when enough are kept goes to the buffer."""
@@ -37,7 +34,7 @@ class InferenceRollout:
         args: Args = input.args
         self._args = args
         self._data_source = input.data_source
-        self._hooks = HookSet(args, HOOKS)
+        self._hooks = HookSet(args, CALLED_BY_LOOP)
         self._state = State(args, self._hooks)
         self._options: RolloutOptions = options_from(args, RolloutOptions)
         self._everything: list[Group] = []

@@ -24,19 +24,12 @@ from miles_api.rollout_types import (
     RolloutFnTrainOutput,
 )
 from miles_api.sample import Sample
-from miles_rollout import loop
 from miles_rollout.evaluate import eval_metrics
 from miles_rollout.group import flatten
+from miles_rollout.hook_names import CALLED
 from miles_rollout.metrics import rollout_metrics
 
-__all__ = ["HOOKS", "RolloutWorker", "create"]
-
-HOOKS = (
-    "rollout", "eval_rollout", "data_source", "buffer_filter", "sample_filter", "reward_post_process",
-    "convert_samples", "rollout_log", "eval_rollout_log", *loop.HOOKS,
-)  # fmt: skip
-"""Every hook that this package calls."""
-
+__all__ = ["RolloutWorker", "create"]
 
 def create(config: RunConfig) -> RolloutWorker:
     """Build the rollout service of a run; the entry point `miles.services: rollout`."""
@@ -45,8 +38,6 @@ def create(config: RunConfig) -> RolloutWorker:
 
 class RolloutWorker:
     """Implements `RolloutService`; runs the rollout hook on an event loop of its own."""
-
-    CALLS = frozenset(HOOKS)
 
     def __init__(self, config: RunConfig) -> None:
         self._config = config
@@ -58,7 +49,7 @@ class RolloutWorker:
         address = urlsplit(router_url)
         args.sglang_router_ip, args.sglang_router_port = address.hostname or "", address.port or 0
         self._args = _with_router(args)
-        self._hooks = HookSet(self._args, HOOKS)
+        self._hooks = HookSet(self._args, CALLED)
         self._data_source = self._hooks.need("data_source")(self._args)
         self._rollout = self._built("rollout")
         eval_hook = self._hooks.one("eval_rollout")

@@ -8,8 +8,14 @@ import msgspec
 
 from miles_api.options import Options
 
-__all__ = ["BatchingOptions", "ClusterOptions", "LoggingOptions", "ObjectiveOptions", "OptimizerOptions",
-           "ParallelOptions"]
+__all__ = [
+    "BatchingOptions",
+    "ClusterOptions",
+    "LoggingOptions",
+    "ObjectiveOptions",
+    "OptimizerOptions",
+    "ParallelOptions",
+]
 
 _Positive = Annotated[int, msgspec.Meta(ge=1)]
 _NonNegative = Annotated[float, msgspec.Meta(ge=0)]
@@ -115,5 +121,3 @@ class LoggingOptions(Options, frozen=True, kw_only=True):
     """Also log to Weights & Biases (needs the wandb package)."""
     wandb_project: str | None = None
     """Weights & Biases project."""
-    report_samples: Annotated[int, msgspec.Meta(ge=0)] = 4
-    """Groups of each rollout kept for the report's sample browser."""

@@ -1,0 +1,76 @@
+"""Make the quickstart's model and prompts below data/: a random Qwen3 of 0.3 M parameters, a character tokenizer,
+training and held-out prompts that share no digit sequence, and warm-up lines that show the format only."""
+
+import argparse
+import json
+import random
+from pathlib import Path
+
+import torch
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+
+CHARACTERS = "0123456789sort> "
+HELD_OUT = {2: 8, 3: 40, 4: 40, 5: 40}
+
+
+def make_tokenizer() -> PreTrainedTokenizerFast:
+    """One token a character, plus padding and end of text."""
+    vocabulary = {token: number for number, token in enumerate(["<pad>", "<eos>", "<unk>", *CHARACTERS])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
+    tokenizer.decoder = decoders.Fuse()
+    special = {"pad_token": "<pad>", "eos_token": "<eos>", "unk_token": "<unk>"}
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special)
+
+
+def make_model(folder: Path, seed: int) -> None:
+    """Write an untrained model directory as Hugging Face writes it."""
+    tokenizer = make_tokenizer()
+    torch.manual_seed(seed)
+    config = Qwen3Config(
+        vocab_size=len(tokenizer), hidden_size=128, intermediate_size=256, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=32, max_position_embeddings=64, tie_word_embeddings=True, dtype="float32",
+        bos_token_id=None, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
+    )  # fmt: skip
+    model = Qwen3ForCausalLM(config)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    print(f"{folder}: Qwen3 with {sum(p.numel() for p in model.parameters()):,} parameters")
+
+
+def digits(rng: random.Random, length: int) -> str:
+    """Distinct digits in random order."""
+    return "".join(rng.sample("0123456789", length))
+
+
+def write_lines(file: Path, rows: list[tuple[str, str]]) -> None:
+    """Write prompt and label as JSON lines."""
+    file.write_text("".join(json.dumps({"prompt": f"sort {s}>", "label": label}) + "\n" for s, label in rows))
+    print(f"{file}: {len(rows)} lines")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "data")
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args()
+    rng = random.Random(options.seed)
+    held_out: set[str] = set()
+    for length, count in HELD_OUT.items():
+        while sum(len(sequence) == length for sequence in held_out) < count:
+            held_out.add(digits(rng, length))
+
+    def training(count: int) -> list[str]:
+        drawn = [digits(rng, rng.randint(2, 5)) for _ in range(2 * count)]
+        return [sequence for sequence in drawn if sequence not in held_out][:count]
+
+    make_model(options.out / "model", options.seed)
+    write_lines(options.out / "train.jsonl", [(s, "".join(sorted(s))) for s in training(4000)])
+    write_lines(options.out / "heldout.jsonl", [(s, "".join(sorted(s))) for s in sorted(held_out)])
+    # The warm-up's answers are random orders: it teaches which characters to write and when to stop, not to sort.
+    write_lines(options.out / "warmup.jsonl", [(s, "".join(rng.sample(s, len(s)))) for s in training(9600)])
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,140 @@
+import sys
+import tomllib
+from typing import Annotated
+
+import msgspec
+import pytest
+from miles_api import config as config_module
+from miles_api import parse
+from miles_api.errors import ConfigError
+from miles_api.hook_options import HookOptions
+from miles_api.options import Options, UserPath
+from miles_api.run_options import RunOptions
+
+
+class ToyOptions(Options, frozen=True, kw_only=True):
+    """A group of a package."""
+
+    toy_size: Annotated[int, msgspec.Meta(ge=1)] = 3
+    """How large."""
+    toy_names: list[str] | None = None
+    toy_file: UserPath | None = None
+    toy_on: bool = False
+    toy_extra: dict[str, int] = {}
+
+
+@pytest.fixture(autouse=True)
+def groups(monkeypatch):
+    chosen = {"run": RunOptions, "hooks": HookOptions, "toy": ToyOptions}
+    monkeypatch.setattr(parse, "option_groups", lambda: chosen)
+    monkeypatch.setattr(config_module, "option_groups", lambda: chosen)
+
+
+@pytest.fixture
+def run_file(tmp_path):
+    def write(text):
+        file = tmp_path / "run.toml"
+        file.write_text(text)
+        return str(file)
+
+    return write
+
+
+def problems(argv):
+    with pytest.raises(ConfigError) as error:
+        parse.parse_run(argv)
+    return str(error.value)
+
+
+def test_the_command_line_wins_over_the_file_and_the_file_over_the_default(run_file):
+    config = parse.parse_run([run_file("[toy]\ntoy_size = 5\n[run]\nseed = 7\n"), "--toy-size", "9"])
+    assert config.group(ToyOptions).toy_size == 9
+    assert config.group(RunOptions).seed == 7
+    assert config.args.num_rollout == RunOptions().num_rollout
+    assert config.sources == {"toy_size": "command line", "seed": "run.toml"}
+
+
+def test_all_problems_come_in_one_report_with_the_nearest_names(run_file):
+    text = problems(
+        [run_file('[toy]\ntoy_sise = 1\ntoy_on = "yes"\n[rum]\nx = 1\n[run]\ntoy_size = 2\n'), "--toy-sze", "4",
+         "--loss-type", "sft", "--num-rollout", "0"]
+    )  # fmt: skip
+    for expected in (
+        "unknown flag --toy-sze; did you mean '--toy-size'?",
+        "run.toml [toy]: unknown key 'toy_sise'; did you mean 'toy_size'?",
+        "unknown table [rum]; did you mean 'run'?",
+        "run.toml [run]: toy_size belongs in [toy]",
+        "toy_on = 'yes': Expected `bool`, got a quoted string",
+        "--loss-type = 'sft': Invalid enum value 'sft'; choose from policy_loss",
+        "--num-rollout = '0': Expected `int` >= 1",
+    ):
+        assert expected in text
+
+
+def test_a_relative_path_in_a_file_is_looked_up_beside_that_file(run_file, tmp_path):
+    (tmp_path / "data.jsonl").touch()
+    config = parse.parse_run([run_file('[toy]\ntoy_file = "data.jsonl"\n[run]\nrun_dir = "out"\n')])
+    assert config.group(ToyOptions).toy_file == str(tmp_path / "data.jsonl")
+    assert config.group(RunOptions).run_dir == str(tmp_path / "out")
+
+
+def test_a_name_that_is_no_file_stays_a_name_of_a_model_hub(run_file):
+    config = parse.parse_run([run_file('[run]\nhf_checkpoint = "Qwen/Qwen3-0.6B"\n')])
+    assert config.args.hf_checkpoint == "Qwen/Qwen3-0.6B"
+
+
+def test_lists_booleans_and_tables_read_from_the_command_line():
+    words = ["--toy-names", "a", "b", "--toy-on", "--toy-extra", '{"x": 1}']
+    toy = parse.parse_run(words).group(ToyOptions)
+    assert (toy.toy_names, toy.toy_on, toy.toy_extra) == (["a", "b"], True, {"x": 1})
+    assert parse.parse_run(["--no-toy-on"]).group(ToyOptions).toy_on is False
+
+
+def test_the_resolved_config_reads_back_as_itself(run_file, tmp_path):
+    first = parse.parse_run(["--toy-extra", '{"x y": 1}', "--toy-names", 'quo"te', "ü", "--seed", "5"])
+    text = first.to_toml()
+    assert 'toy_names = ["quo\\"te", "ü"]  # command line' in text
+    tomllib.loads(text)
+    again = parse.parse_run([run_file(text)])
+    assert again.flat() == first.flat()
+
+
+def test_a_hook_brings_options_of_its_own(run_file, tmp_path):
+    (tmp_path / "opt_reward.py").write_text(
+        "import msgspec\n"
+        "class Scale(msgspec.Struct, frozen=True):\n    reward_scale: float = 1.0\n"
+        "def score(args, sample):\n    return args.reward_scale\n"
+        "score.options = Scale\n"
+    )
+    file = run_file('[hooks]\ncustom_rm_path = "opt_reward.py:score"\n[hooks.reward]\nreward_scale = 2.5\n')
+    assert parse.parse_run([file]).args.reward_scale == 2.5
+    assert parse.parse_run([file, "--reward-scale", "4"]).args.reward_scale == 4.0
+    assert "no configured hook takes options [hooks.reward]" in problems(
+        [run_file("[hooks.reward]\nreward_scale = 2.5\n")]
+    )
+
+
+def test_a_hook_that_does_not_import_is_found_while_parsing(run_file):
+    assert "there is no file" in problems([run_file('[hooks]\ncustom_rm_path = "nowhere.py:score"\n')])
+
+
+def test_several_references_are_a_list_and_one_stays_a_string():
+    one = parse.parse_run(["--dynamic-sampling-filter-path", "json:dumps"])
+    two = parse.parse_run(["--dynamic-sampling-filter-path", "json:dumps,json:loads"])
+    assert one.args.dynamic_sampling_filter_path == "json:dumps"
+    assert two.args.dynamic_sampling_filter_path == ["json:dumps", "json:loads"]
+    assert "takes one reference" in problems(["--custom-rm-path", "json:dumps,json:loads"])
+
+
+def test_a_run_file_that_is_not_toml_or_not_there_is_named(run_file):
+    assert "is not TOML" in problems([run_file("a = \n")])
+    assert "there is no run file nowhere.toml" in problems(["nowhere.toml"])
+
+
+def test_field_docs_become_help():
+    import argparse
+
+    parser = argparse.ArgumentParser()
+    parse.add_option_flags(parser, {"toy": ToyOptions})
+    if sys.flags.optimize < 2:
+        assert "How large. (default: 3)" in parser.format_help()

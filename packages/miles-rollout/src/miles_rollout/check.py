@@ -1,0 +1,56 @@
+"""What the rollout side can know to be wrong before anything starts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from miles_api.config import RunConfig
+from miles_api.errors import MilesError
+from miles_api.hookset import HookSet, configured_hooks
+from miles_api.run_options import RunOptions
+from miles_rollout.hook_names import CALLED
+from miles_rollout.jsonl import read_prompts
+from miles_rollout.options import DataOptions, EvalOptions, RewardOptions
+from miles_rollout.rewards.dispatch import check_rm_type
+from miles_rollout.tokenizers import load_tokenizer
+
+__all__ = ["HOOKS", "check"]
+
+HOOKS = frozenset(CALLED)
+"""The hooks that this package calls."""
+
+
+def check(config: RunConfig) -> Iterator[str]:
+    """Yield what does not fit: hooks, prompt files, tokenizer, reward."""
+    run, data = config.group(RunOptions), config.group(DataOptions)
+    yield from _problem(lambda: HookSet(config.args, CALLED))
+    tokenizers: list[Any] = []
+    if run.hf_checkpoint:
+        yield from _problem(lambda: tokenizers.append(load_tokenizer(str(run.hf_checkpoint))))
+    own_data = "data_source" in configured_hooks(config.args)
+    paths = {"--prompt-data": None if own_data else data.prompt_data}
+    if run.eval_interval is not None:
+        paths["--eval-prompt-data"] = config.group(EvalOptions).eval_prompt_data
+    for flag, path in paths.items():
+        if path is None and not (own_data and flag == "--prompt-data"):
+            yield f"{flag} is not set: name a JSONL file of prompts"
+        elif path and (tokenizers or not data.apply_chat_template):
+            yield from _problem(lambda path=path: read_prompts(path, data, tokenizers[0] if tokenizers else None))
+    if run.loss_type != "sft_loss":
+        yield from _reward(config)
+
+
+def _reward(config: RunConfig) -> Iterator[str]:
+    options = config.group(RewardOptions)
+    if options.rm_type is not None:
+        yield from _problem(lambda: check_rm_type(str(options.rm_type)))
+    elif not {"reward", "group_reward", "generate", "rollout"} & set(configured_hooks(config.args)):
+        yield "no reward is set: pass --rm-type or --custom-rm-path"
+
+
+def _problem(call: Callable[[], Any]) -> Iterator[str]:
+    try:
+        call()
+    except MilesError as error:
+        yield str(error)

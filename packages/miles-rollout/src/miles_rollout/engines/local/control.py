@@ -1,0 +1,211 @@
+"""Everything but `/generate`: health, information, abort, pause, weights."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+
+import msgspec
+
+from miles_rollout.engines.local.errors import CheckpointError, UnsupportedModelError
+from miles_rollout.engines.local.protocol import (
+    AbortRequest,
+    PauseRequest,
+    UpdateVersionRequest,
+    UpdateWeightsRequest,
+)
+from miles_rollout.engines.local.weights import check_weights_dir, checksum
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable
+
+    from miles_rollout.engines.local.engine import Engine
+    from miles_rollout.engines.local.jobs import Job
+
+__all__ = ["Control", "Route"]
+
+T = TypeVar("T")
+Answer = tuple[int, Any]
+_PAUSE_MODES = ("abort", "retract", "in_place")
+
+
+class Route(NamedTuple):
+    """One endpoint."""
+
+    methods: tuple[str, ...]
+    handler: Callable[[bytes], Awaitable[Answer]]
+
+
+class Control:
+    """The engine's control endpoints. `info` is what `/server_info` says of the process (path, limits, …)."""
+
+    def __init__(self, engine: Engine, info: dict[str, Any]) -> None:
+        self.engine, self.info = engine, info
+        self._scheduler = engine.scheduler
+        self._updating = asyncio.Lock()
+
+    def routes(self) -> dict[str, Route]:
+        """Return every endpoint by path."""
+        get, post, both = ("GET",), ("POST",), ("GET", "POST")
+        return {
+            "/health": Route(get, self.health),
+            "/server_info": Route(get, self.server_info),
+            "/get_server_info": Route(get, self.server_info),
+            "/model_info": Route(get, self.model_info),
+            "/get_model_info": Route(get, self.model_info),
+            "/v1/models": Route(get, self.models),
+            "/v1/loads": Route(get, self.loads),
+            "/flush_cache": Route(both, self.flush_cache),
+            "/abort_request": Route(post, self.abort_request),
+            "/pause_generation": Route(post, self.pause_generation),
+            "/continue_generation": Route(post, self.continue_generation),
+            "/update_weights_from_disk": Route(post, self.update_weights_from_disk),
+            "/update_weight_version": Route(post, self.update_weight_version),
+            "/begin_weight_update": Route(post, self.accept),
+            "/end_weight_update": Route(post, self.accept),
+            "/weights_checker": Route(post, self.weights_checker),
+        }
+
+    def abort_jobs(self, jobs: list[Job]) -> None:
+        """Abort jobs whose client has gone."""
+        gone = {id(job) for job in jobs}
+        self.engine.call(lambda: self._tell(self._scheduler.abort(lambda job: id(job) in gone)))
+
+    async def health(self, _: bytes) -> Answer:
+        """Say whether the model loop runs, without asking it."""
+        if self.engine.alive:
+            return 200, {"status": "ok"}
+        return 503, {"status": "dead", "message": repr(self.engine.dead)}
+
+    async def server_info(self, _: bytes) -> Answer:
+        """Describe the process and its load."""
+        return 200, {**self.info, "weight_version": self._scheduler.weight_version, **self._load()}
+
+    async def model_info(self, _: bytes) -> Answer:
+        """Describe the model."""
+        path = self.info["model_path"]
+        version = self._scheduler.weight_version
+        return 200, {"model_path": path, "tokenizer_path": path, "is_generation": True, "weight_version": version}
+
+    async def models(self, _: bytes) -> Answer:
+        """List the one model, in OpenAI's form."""
+        path, longest = self.info["model_path"], self.info["max_total_len"]
+        card = {"id": path, "object": "model", "owned_by": "miles", "root": path, "max_model_len": longest}
+        return 200, {"object": "list", "data": [card]}
+
+    async def loads(self, _: bytes) -> Answer:
+        """Say how many requests run and wait."""
+        return 200, {"loads": [{"dp_rank": 0, **self._load()}]}
+
+    async def flush_cache(self, _: bytes) -> Answer:
+        """Drop cached prompts and idle memory; refused while requests run or wait."""
+        if await self._in_loop(self._scheduler.flush):
+            return 200, {"success": True, "message": "Cache flushed."}
+        return _failed(f"not flushed: {self._load()['num_total_reqs']} requests are running or waiting")
+
+    async def abort_request(self, body: bytes) -> Answer:
+        """Abort one request, by its id, or all."""
+        request = _parse(body, AbortRequest)
+        if isinstance(request, str):
+            return _failed(request)
+        if not request.rid and not request.abort_all:
+            return _failed("give 'rid' or 'abort_all'")
+
+        def chosen(job: Job) -> bool:
+            base, _, tail = job.rid.rpartition("_")
+            return request.abort_all or job.rid == request.rid or (base == request.rid and tail.isdigit())
+
+        await self._in_loop(lambda: self._tell(self._scheduler.abort(chosen)))
+        return 200, {"success": True}
+
+    async def pause_generation(self, body: bytes) -> Answer:
+        """Stop between two steps; new requests wait."""
+        request = _parse(body or b"{}", PauseRequest)
+        if isinstance(request, str):
+            return _failed(request)
+        if request.mode not in _PAUSE_MODES:
+            return _failed(f"mode {request.mode!r} is not one of {', '.join(_PAUSE_MODES)}")
+        await self._in_loop(lambda: self._tell(self._scheduler.pause(request.mode)))
+        return 200, {"success": True, "status": "ok", "message": f"Generation paused ({request.mode})."}
+
+    async def continue_generation(self, _: bytes) -> Answer:
+        """Go on after a pause."""
+        await self._in_loop(self._scheduler.resume)
+        return 200, {"success": True, "status": "ok", "message": "Generation continues."}
+
+    async def update_weights_from_disk(self, body: bytes) -> Answer:
+        """Read and check a directory's weights beside the running loop, then swap them in between two steps."""
+        request = _parse(body, UpdateWeightsRequest)
+        if isinstance(request, str):
+            return _failed(request)
+        scheduler = self._scheduler
+        async with self._updating:
+            try:
+                directory = check_weights_dir(Path(request.model_path))
+                commit = await asyncio.to_thread(scheduler.model.stage, directory)
+            except (CheckpointError, UnsupportedModelError) as error:
+                return _failed(str(error))
+
+            def swap() -> None:
+                if request.abort_all_requests:
+                    self._tell(scheduler.abort(lambda _: True))
+                scheduler.swap_weights(commit, request.weight_version)
+                scheduler.weights_arrived()
+
+            await self._in_loop(swap)
+        return 200, {"success": True, "message": "Weights updated.", "num_paused_requests": 0}
+
+    async def update_weight_version(self, body: bytes) -> Answer:
+        """Rename the weights."""
+        request = _parse(body, UpdateVersionRequest)
+        if isinstance(request, str):
+            return _failed(request)
+
+        def rename() -> None:
+            if request.abort_all_requests:
+                self._tell(self._scheduler.abort(lambda _: True))
+            self._scheduler.set_version(request.new_version)
+
+        await self._in_loop(rename)
+        return 200, {"success": True, "message": "Weight version updated.", "new_version": request.new_version}
+
+    async def accept(self, _: bytes) -> Answer:
+        """Bracket a weight update; each update here is atomic by itself, so there is nothing to do."""
+        return 200, {"success": True, "message": ""}
+
+    async def weights_checker(self, body: bytes) -> Answer:
+        """Hash the live weights."""
+        action = msgspec.json.decode(body or b"{}").get("action")
+        if action != "checksum":
+            return _failed(f"action {action!r} is not supported; only 'checksum' is")
+        sums = await self._in_loop(lambda: checksum(self._scheduler.model.tensors()))
+        return 200, {"success": True, "message": "", "checksums": sums}
+
+    def _load(self) -> dict[str, Any]:
+        running, waiting = len(self._scheduler.batch), len(self._scheduler.waiting) + self.engine.queued
+        return {
+            "num_running_reqs": running,
+            "num_waiting_reqs": waiting,
+            "num_total_reqs": running + waiting,
+            "paused": self._scheduler.paused,
+        }
+
+    def _tell(self, jobs: list[Job]) -> None:
+        if jobs:
+            self.engine.tell(jobs)
+
+    async def _in_loop(self, function: Callable[[], T]) -> T:
+        return await asyncio.wrap_future(self.engine.call(function))
+
+
+def _failed(message: str) -> Answer:
+    return 400, {"success": False, "message": message}
+
+
+def _parse(body: bytes, kind: type[T]) -> T | str:
+    """Decode a body, or say what is wrong with it."""
+    try:
+        return msgspec.json.decode(body, type=kind)
+    except (msgspec.ValidationError, msgspec.DecodeError) as error:
+        return str(error)

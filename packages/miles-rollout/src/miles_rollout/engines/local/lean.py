@@ -1,0 +1,244 @@
+"""A lean forward for dense Llama-like models: fused projections, RoPE as one complex product, no module tree.
+
+Rows of the q and k projections are permuted so that the two halves RoPE rotates lie side by side: a rotation is then
+one complex multiplication, and q·k does not see the permutation.
+Legend: B rows, P prompts, L positions, H query heads, K key/value heads, D head dimension, E hidden size.
+"""
+
+# ruff: noqa: N803, N806 - tensor names end in their shape
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+import torch.nn.functional as F  # noqa: N812
+
+from miles_rollout.engines.local.kv import KVLayout, KVPool, Prefill
+from miles_rollout.engines.local.lean_config import LeanConfig
+from miles_rollout.engines.local.weights import Checkpoint
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+__all__ = ["LeanModel"]
+
+_SCORE_LOGITS = 8_000_000
+"""Logits computed at once when a prompt is scored."""
+
+
+class _Layer(NamedTuple):
+    norm_in: torch.Tensor
+    qkv: torch.Tensor
+    qkv_bias: torch.Tensor | None
+    qk_norm: torch.Tensor | None
+    out: torch.Tensor
+    out_bias: torch.Tensor | None
+    norm_mlp: torch.Tensor
+    gate_up: torch.Tensor
+    down: torch.Tensor
+
+
+class _Weights(NamedTuple):
+    embedding: torch.Tensor
+    layers: list[_Layer]
+    norm: torch.Tensor
+    head: torch.Tensor
+
+
+class LeanModel:
+    """A `SlotModel` for the configurations `LeanConfig` covers."""
+
+    impl = "lean"
+
+    def __init__(self, directory: Path, max_total_len: int | None) -> None:
+        self.config = config = LeanConfig.read(directory, max_total_len)
+        self.vocab_size, self.max_positions = config.vocab_size, config.max_positions
+        self.layout: KVLayout = [(config.kv_heads, config.head_dim, config.head_dim)] * config.layers
+        self._rotations = torch.zeros(0, config.head_dim // 2, dtype=torch.cfloat)
+        self._scale = config.head_dim**-0.5
+        self._weights = _read(config, directory)
+
+    def stage(self, directory: Path) -> Callable[[], None]:
+        """Read and check other weights; see `SlotModel`."""
+        weights = _read(self.config, directory)
+
+        def commit() -> None:
+            self._weights = weights
+
+        return commit
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """Return the live (fused) weights by name."""
+        weights = self._weights
+        named = {"embedding": weights.embedding, "norm": weights.norm, "head": weights.head}
+        for index, layer in enumerate(weights.layers):
+            named |= {f"layers.{index}.{k}": t for k, t in layer._asdict().items() if t is not None}
+        return named
+
+    def prefill(self, tokens_BL: torch.Tensor, lengths: torch.Tensor) -> Prefill:
+        """Run right-padded prompts from nothing; see `SlotModel`."""
+        hidden_BLE, keys, values = self._run_prompts(tokens_BL)
+        last_BE = hidden_BLE[torch.arange(len(lengths)), lengths - 1]
+        return Prefill(keys, values, self._logits(last_BE))
+
+    def score(self, tokens: torch.Tensor, start: int) -> torch.Tensor:
+        """Return log-probs of `tokens[start + 1:]`; see `SlotModel`."""
+        hidden_LE = self._run_prompts(tokens[None, :-1])[0][0, start:]
+        targets = tokens[start + 1 :, None]
+        step = max(1, _SCORE_LOGITS // self.vocab_size)
+        parts = [
+            self._logits(hidden_LE[i : i + step]).log_softmax(-1).gather(1, targets[i : i + step])
+            for i in range(0, len(hidden_LE), step)
+        ]
+        return torch.cat(parts).squeeze(1) if parts else torch.zeros(0)
+
+    def _run_prompts(self, tokens_PL: torch.Tensor) -> tuple[torch.Tensor, list[torch.Tensor], list[torch.Tensor]]:
+        config, weights = self.config, self._weights
+        prompts, length = tokens_PL.shape
+        rotation = self._rotation_table(length)[None, :, None]
+        x = weights.embedding[tokens_PL.reshape(-1)]
+        keys, values = [], []
+        for layer in weights.layers:
+            rotated, v = self._project(layer, x, rotation, (prompts, length))
+            q = rotated[:, :, : config.heads].transpose(1, 2)
+            k = rotated[:, :, config.heads :].transpose(1, 2)
+            v = v.transpose(1, 2)
+            # Right padding: no real position attends to a padded one, so causal is all the mask there is.
+            attended = F.scaled_dot_product_attention(
+                q, k, v, is_causal=True, enable_gqa=config.heads != config.kv_heads
+            )
+            x = self._finish_layer(layer, x, attended.transpose(1, 2).reshape(prompts * length, -1))
+            keys.append(k)
+            values.append(v)
+        return x.view(prompts, length, -1), keys, values
+
+    def decode(self, tokens: torch.Tensor, positions: torch.Tensor, pool: KVPool, length: int) -> torch.Tensor:
+        """Run one token per row; see `SlotModel`."""
+        config, weights = self.config, self._weights
+        rows, kv_heads, dim = len(tokens), config.kv_heads, config.head_dim
+        group = config.heads // kv_heads
+        rotation = self._rotation_table(length)[positions][:, None]
+        first = torch.arange(rows * kv_heads) * pool.length
+        place = (first.view(rows, kv_heads) + positions[:, None]).view(-1)
+        hidden = torch.arange(length) > positions[:, None]
+        mask = torch.zeros(rows, length).masked_fill_(hidden, float("-inf"))
+        mask = mask.repeat_interleave(kv_heads, 0)[:, None] if kv_heads > 1 else mask[:, None]
+        x = weights.embedding[tokens]
+        for index, layer in enumerate(weights.layers):
+            rotated, v = self._project(layer, x, rotation, (rows,))
+            all_k, all_v = pool.keys[index], pool.values[index]
+            k = rotated[:, config.heads :].reshape(-1, dim)
+            all_k.view(-1, dim).index_copy_(0, place, k)
+            all_v.view(-1, dim).index_copy_(0, place, v.reshape(-1, dim))
+            q = rotated[:, : config.heads].reshape(-1, group, dim)
+            seen_k = all_k[:rows].view(rows * kv_heads, -1, dim)[:, :length]
+            seen_v = all_v[:rows].view(rows * kv_heads, -1, dim)[:, :length]
+            scores = torch.baddbmm(mask, q, seen_k.transpose(1, 2), alpha=self._scale)
+            attended = torch.bmm(scores.softmax(-1), seen_v)
+            x = self._finish_layer(layer, x, attended.view(rows, -1))
+        return self._logits(x)
+
+    def _project(
+        self, layer: _Layer, x: torch.Tensor, rotation: torch.Tensor, shape: tuple[int, ...]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the rotated q and k together, `[*shape, H + K, D]`, and v, `[*shape, K, D]`."""
+        config = self.config
+        turned = config.heads + config.kv_heads
+        qkv = F.linear(_rms_norm(x, layer.norm_in, config.eps), layer.qkv, layer.qkv_bias)
+        qkv = qkv.view(*shape, turned + config.kv_heads, config.head_dim)
+        qk = qkv[..., :turned, :]
+        if layer.qk_norm is not None:
+            qk = _rms_norm(qk, layer.qk_norm, config.eps)
+        rotated = torch.view_as_real(torch.view_as_complex(qk.unflatten(-1, (-1, 2))) * rotation).flatten(-2)
+        return rotated, qkv[..., turned:, :]
+
+    def _finish_layer(self, layer: _Layer, x: torch.Tensor, attended: torch.Tensor) -> torch.Tensor:
+        ffn = self.config.ffn
+        x = torch.addmm(x, attended, layer.out.t())
+        if layer.out_bias is not None:
+            x += layer.out_bias
+        gate_up = F.linear(_rms_norm(x, layer.norm_mlp, self.config.eps), layer.gate_up)
+        return torch.addmm(x, F.silu(gate_up[:, :ffn]).mul_(gate_up[:, ffn:]), layer.down.t())
+
+    def _logits(self, x: torch.Tensor) -> torch.Tensor:
+        return F.linear(_rms_norm(x, self._weights.norm, self.config.eps), self._weights.head)
+
+    def _rotation_table(self, length: int) -> torch.Tensor:
+        """Return e^(i·position·frequency), `[≥ length, D / 2]` complex, grown by need."""
+        if length > len(self._rotations):
+            positions = torch.arange(min(self.max_positions, max(256, 2 * length)), dtype=torch.float)
+            angles = torch.outer(positions, self.config.inverse_frequencies())
+            self._rotations = torch.polar(torch.ones_like(angles), angles)
+        return self._rotations if self._rotations.shape[0] == length else self._rotations[:length]
+
+
+def _rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    return torch.rms_norm(x, (x.shape[-1],), None, eps).mul_(weight)
+
+
+def _side_by_side(weight: torch.Tensor, heads: int) -> torch.Tensor:
+    """Interleave the two halves of each head's rows, so that a rotated pair is adjacent."""
+    shape = weight.shape
+    return weight.view(heads, 2, -1, *shape[1:]).transpose(1, 2).reshape(shape)
+
+
+def _expected(config: LeanConfig) -> dict[str, tuple[int, ...]]:
+    """Return every tensor a checkpoint must hold, with its shape."""
+    e, q, kv = config.hidden, config.heads * config.head_dim, config.kv_heads * config.head_dim
+    names: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (config.vocab_size, e), "model.norm.weight": (e,)}
+    if not config.tied:
+        names["lm_head.weight"] = (config.vocab_size, e)
+    for index in range(config.layers):
+        at = f"model.layers.{index}"
+        names |= {f"{at}.input_layernorm.weight": (e,), f"{at}.post_attention_layernorm.weight": (e,)}
+        for name, width in (("q", q), ("k", kv), ("v", kv)):
+            names[f"{at}.self_attn.{name}_proj.weight"] = (width, e)
+            if config.qkv_bias:
+                names[f"{at}.self_attn.{name}_proj.bias"] = (width,)
+        names[f"{at}.self_attn.o_proj.weight"] = (e, q)
+        if config.out_bias:
+            names[f"{at}.self_attn.o_proj.bias"] = (e,)
+        if config.qk_norm:
+            names |= {f"{at}.self_attn.{n}_norm.weight": (config.head_dim,) for n in "qk"}
+        names |= {f"{at}.mlp.{n}_proj.weight": (config.ffn, e) for n in ("gate", "up")}
+        names[f"{at}.mlp.down_proj.weight"] = (e, config.ffn)
+    return names
+
+
+def _read(config: LeanConfig, directory: Path) -> _Weights:
+    """Read a checkpoint into fused weights, after all names and shapes are checked."""
+    with Checkpoint(directory) as checkpoint:
+        ignored = {f"model.layers.{i}.self_attn.rotary_emb.inv_freq" for i in range(config.layers)}
+        checkpoint.check(_expected(config), ignored | ({"lm_head.weight"} if config.tied else set()))
+        # A clone: the file behind a memory-mapped tensor may be replaced by the next checkpoint.
+        embedding = checkpoint.get("model.embed_tokens.weight").clone()
+        head = embedding if config.tied else checkpoint.get("lm_head.weight").clone()
+        layers = [_read_layer(config, checkpoint, f"model.layers.{index}.") for index in range(config.layers)]
+        return _Weights(embedding, layers, checkpoint.get("model.norm.weight").clone(), head)
+
+
+def _read_layer(config: LeanConfig, checkpoint: Checkpoint, at: str) -> _Layer:
+    def get(name: str) -> torch.Tensor:
+        return checkpoint.get(at + name)
+
+    def fused_qkv(kind: str) -> torch.Tensor:
+        q = _side_by_side(get(f"self_attn.q_proj.{kind}"), config.heads)
+        k = _side_by_side(get(f"self_attn.k_proj.{kind}"), config.kv_heads)
+        return torch.cat([q, k, get(f"self_attn.v_proj.{kind}")])
+
+    qk_norm = None
+    if config.qk_norm:
+        q, k = (_side_by_side(get(f"self_attn.{n}_norm.weight"), 1) for n in "qk")
+        qk_norm = torch.cat([q.expand(config.heads, -1), k.expand(config.kv_heads, -1)])
+    return _Layer(
+        norm_in=get("input_layernorm.weight").clone(),
+        qkv=fused_qkv("weight"),
+        qkv_bias=fused_qkv("bias") if config.qkv_bias else None,
+        qk_norm=qk_norm,
+        out=get("self_attn.o_proj.weight").clone(),
+        out_bias=get("self_attn.o_proj.bias").clone() if config.out_bias else None,
+        norm_mlp=get("post_attention_layernorm.weight").clone(),
+        gate_up=torch.cat([get("mlp.gate_proj.weight"), get("mlp.up_proj.weight")]),
+        down=get("mlp.down_proj.weight").clone(),
+    )

@@ -1,0 +1,29 @@
+"""The local engine's options."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+import msgspec
+
+from miles_api.options import Options
+
+__all__ = ["LocalEngineOptions"]
+
+
+class LocalEngineOptions(Options, frozen=True, kw_only=True):
+    """How the local (CPU) inference engines are started."""
+
+    engine_max_running_requests: Annotated[int, msgspec.Meta(ge=1)] = 256
+    """Requests one local engine decodes together; more wait in its queue."""
+    engine_max_total_len: Annotated[int, msgspec.Meta(ge=2)] | None = None
+    """Longest prompt plus response, in tokens, of a local engine; by default what the model's config allows."""
+    engine_impl: Literal["auto", "lean", "hf"] = "auto"
+    """Forward pass of a local engine: `lean` is ours (Llama, Qwen2, Qwen3), `hf` runs transformers; `auto` prefers
+    `lean` where it covers the model."""
+    engine_host: str = "127.0.0.1"
+    """Address the local engines listen on."""
+    engine_start_timeout: Annotated[float, msgspec.Meta(gt=0)] = 300.0
+    """Seconds a local engine may take to load its model and answer."""
+    rollout_engine_base_port: Annotated[int, msgspec.Meta(ge=1, le=65535)] | None = None
+    """First port of the local engines, counted up; by default the system picks free ones."""

@@ -1,0 +1,264 @@
+"""The upstream half: one HTTP/1.1 connection to an engine, and the pool of idle ones.
+
+Nothing here decodes a body. A connection carries one exchange at a time; what arrives is kept as the parser's byte
+chunks until the proxy takes them, and reading pauses while the client is slower than the engine.
+"""
+
+from __future__ import annotations
+
+import asyncio
+
+import httptools
+
+__all__ = [
+    "ClientGoneError",
+    "ConnectError",
+    "ConnectionPool",
+    "LostError",
+    "SilentError",
+    "UpstreamConnection",
+    "UpstreamError",
+]
+
+CONNECT_TIMEOUT_S = 5.0
+_PAUSE_ABOVE_BYTES = 1 << 20
+_JOIN_BELOW_BYTES = 1 << 16
+_FIRST_FINAL_STATUS = 200
+_LAST_STATUS = 599
+
+
+class UpstreamError(Exception):
+    """The base of what ends an exchange early."""
+
+
+class ConnectError(UpstreamError):
+    """No connection could be made; nothing was sent."""
+
+
+class LostError(UpstreamError):
+    """The engine closed the connection or sent something that is not HTTP."""
+
+
+class SilentError(UpstreamError):
+    """The engine stayed silent for too long."""
+
+
+class ClientGoneError(UpstreamError):
+    """The client left, so nobody waits for the answer."""
+
+
+class UpstreamConnection(asyncio.Protocol):
+    """One keep-alive connection to an engine, also the callback object of its own response parser."""
+
+    def __init__(self, pool: ConnectionPool) -> None:
+        self._pool = pool
+        self._loop = asyncio.get_running_loop()
+        self._parser: httptools.HttpResponseParser | None = httptools.HttpResponseParser(self)
+        self._waiter: asyncio.Future[None] | None = None
+        self._busy = False
+        self._reset(head_only=False)
+
+    def _reset(self, *, head_only: bool) -> None:
+        self.status = 0
+        self.headers: list[tuple[bytes, bytes]] = []
+        self.received = False
+        """Whether any byte of an answer arrived."""
+        self.answered = False
+        """Whether status and headers are complete."""
+        self.complete = False
+        self.paused = False
+        self.last_activity = self._loop.time()
+        self._head_only = head_only
+        self._keep_alive = False
+        self._error: UpstreamError | None = None
+        self._chunks: list[bytes] = []
+        self._buffered = 0
+
+    # -- the proxy's side
+
+    def begin(self, head: bytes, body: bytes, *, head_only: bool) -> None:
+        """Send one request; `head_only` says that the answer will have no body, whatever its headers claim."""
+        self._reset(head_only=head_only)
+        self._busy = True
+        if len(body) < _JOIN_BELOW_BYTES:
+            self._transport.write(head + body)
+        else:
+            self._transport.writelines((head, body))
+
+    async def wait_answer(self) -> None:
+        """Wait for status and headers. Raises an `UpstreamError` if they never come."""
+        while not self.answered:
+            if self._error is not None:
+                raise self._error
+            await self._wait()
+
+    async def wait_more(self) -> None:
+        """Wait until `take` has something to return or to raise."""
+        while not (self._chunks or self.complete or self._error is not None):
+            await self._wait()
+
+    def take(self) -> tuple[bytes, bool]:
+        """Return the body bytes that arrived since the last call, and whether more may follow.
+
+        Raises the `UpstreamError` that cut the body short, once all that came before it was taken.
+        """
+        chunks = self._chunks
+        if not chunks:
+            if self._error is not None and not self.complete:
+                raise self._error
+            return b"", not self.complete
+        data = chunks[0] if len(chunks) == 1 else b"".join(chunks)
+        self._chunks = []
+        self._buffered = 0
+        if self.paused:
+            self.paused = False
+            self.last_activity = self._loop.time()
+            self._transport.resume_reading()
+        return data, not self.complete
+
+    def fail(self, error: UpstreamError) -> None:
+        """End the exchange with `error` and close the connection, so that the engine sees its client leave."""
+        if not self.complete and self._error is None:
+            self._error = error
+        self._keep_alive = False
+        self._transport.abort()
+        self._wake()
+
+    def finish(self) -> None:
+        """Give the connection back: to the pool if the answer came to its end and both sides keep it, else close it."""
+        self._busy = False
+        transport = self._transport
+        if self.complete and self._keep_alive and self._error is None and not transport.get_write_buffer_size():
+            self._pool.put(self)
+        else:
+            transport.abort()
+
+    def close(self) -> None:
+        """Close an idle connection."""
+        self._transport.close()
+
+    async def _wait(self) -> None:
+        self._waiter = self._loop.create_future()
+        try:
+            await self._waiter
+        finally:
+            self._waiter = None
+
+    def _wake(self) -> None:
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
+
+    # -- the transport's side
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self._transport: asyncio.Transport = transport  # type: ignore[assignment]
+
+    def data_received(self, data: bytes) -> None:
+        if not self._busy:  # an answer nobody asked for: the next request would get it
+            self._transport.abort()
+            return
+        self.received = True
+        self.last_activity = self._loop.time()
+        try:
+            self._parser.feed_data(data)  # type: ignore[union-attr]
+        except (httptools.HttpParserError, httptools.HttpParserUpgrade) as exc:
+            self.fail(LostError(f"sent an answer that is not plain HTTP/1.1: {exc}"))
+            return
+        if self._buffered > _PAUSE_ABOVE_BYTES and not (self.paused or self.complete):
+            self.paused = True
+            self._transport.pause_reading()
+        self._wake()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._parser = None  # it refers back to this object
+        self._pool.discard(self)
+        if exc is None and self.answered and not self.complete and self._ends_at_close():
+            self.complete = True
+        elif not self.complete and self._error is None:
+            self._error = LostError(f"closed the connection ({exc})" if exc else "closed the connection")
+        self._keep_alive = False
+        self._wake()
+
+    def _ends_at_close(self) -> bool:
+        framed = {b"content-length", b"transfer-encoding"}
+        return self._error is None and not any(name.lower() in framed for name, _ in self.headers)
+
+    # -- the parser's side
+
+    def on_message_begin(self) -> None:
+        if self.complete:  # a second answer to one request
+            self._error = LostError("sent more than one answer")
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        if not self.answered:  # later ones are trailers
+            self.headers.append((name, value))
+
+    def on_headers_complete(self) -> None:
+        status = self._parser.get_status_code()  # type: ignore[union-attr]
+        if status < _FIRST_FINAL_STATUS:  # informational: the answer follows
+            self.headers = []
+            return
+        if status > _LAST_STATUS:
+            raise ValueError(f"status {status}")
+        self.status = status
+        self.answered = True
+        if self._head_only:
+            self.complete = True
+
+    def on_body(self, chunk: bytes) -> None:
+        if not self.complete:
+            self._chunks.append(chunk)
+            self._buffered += len(chunk)
+
+    def on_message_complete(self) -> None:
+        if self.answered and not self.complete:
+            self.complete = True
+            self._keep_alive = self._parser.should_keep_alive()  # type: ignore[union-attr]
+
+
+class ConnectionPool:
+    """The idle connections to one engine, most recently used first."""
+
+    def __init__(self, host: str, port: int) -> None:
+        self._host = host
+        self._port = port
+        self._closed = False
+        self._idle: dict[UpstreamConnection, None] = {}  # ordered, and drops a closed one in constant time
+
+    def take_idle(self) -> UpstreamConnection | None:
+        """Return an open idle connection, if there is one."""
+        return self._idle.popitem()[0] if self._idle else None
+
+    async def connect(self) -> UpstreamConnection:
+        """Open a new connection. Raises `ConnectError`."""
+        loop = asyncio.get_running_loop()
+        try:
+            async with asyncio.timeout(CONNECT_TIMEOUT_S):
+                _, connection = await loop.create_connection(lambda: UpstreamConnection(self), self._host, self._port)
+        except TimeoutError:
+            raise ConnectError(f"did not accept a connection within {CONNECT_TIMEOUT_S:g} s") from None
+        except OSError as exc:
+            raise ConnectError(f"cannot be connected: {exc.strerror or exc}") from exc
+        return connection
+
+    def put(self, connection: UpstreamConnection) -> None:
+        """Keep a connection whose exchange is over."""
+        if self._closed:
+            connection.close()
+        else:
+            self._idle[connection] = None
+
+    def discard(self, connection: UpstreamConnection) -> None:
+        """Forget a connection that closed."""
+        self._idle.pop(connection, None)
+
+    def close_idle(self) -> None:
+        """Close what is idle; exchanges under way go on."""
+        for connection in list(self._idle):
+            connection.close()
+        self._idle.clear()
+
+    def close(self) -> None:
+        """Close what is idle and keep nothing from now on."""
+        self._closed = True
+        self.close_idle()

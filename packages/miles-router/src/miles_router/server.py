@@ -1,0 +1,156 @@
+"""One router process: bind, say where, serve until told to stop."""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import gc
+import logging
+import os
+import socket
+from collections.abc import Awaitable, Callable, Iterable, Sequence
+
+import uvicorn
+import uvloop
+
+from miles_api.errors import ServiceError
+
+from .app import RouterApp
+from .options import READY_PREFIX, RouterOptions, check_binding
+from .proxy import Receive, Scope, Send
+
+__all__ = ["App", "Middleware", "bind", "run_router", "with_middleware"]
+
+App = Callable[[Scope, Receive, Send], Awaitable[None]]
+Middleware = Callable[..., App]
+"""What the hook `router_middleware` names, already bound: called once as `middleware(app, router=router)`."""
+
+_PARENT_POLL_S = 0.5
+_GRACE_S = 2
+# longer than any client's own limit, so that it is never the router that closes a connection just being reused
+_KEEP_ALIVE_S = 600
+_BACKLOG = 2048
+
+
+def bind(host: str, port: int) -> socket.socket:
+    """Return a bound, listening TCP socket. Raises `ServiceError`, which names the flag to change."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:
+        return socket.create_server((host, port), family=family, backlog=_BACKLOG)
+    except OSError as exc:
+        reason = os.strerror(exc.errno) if exc.errno in errno.errorcode else str(exc)
+        if exc.errno in (errno.EADDRINUSE, errno.EACCES):
+            advice = f"--sglang-router-port {port} is taken or not allowed; choose another, or 0 for a free one"
+        else:
+            advice = f"--sglang-router-ip {host} is not an address of this machine"
+        raise ServiceError(f"the router cannot listen on {host}:{port} ({reason}): {advice}") from exc
+
+
+def run_router(
+    options: RouterOptions,
+    workers: Iterable[str] = (),
+    *,
+    middleware: Sequence[Middleware] = (),
+    parent_pid: int | None = None,
+) -> None:
+    """Serve until SIGINT or SIGTERM, or until `parent_pid` is no longer the parent.
+
+    Prints one line, `READY_PREFIX` and the URL, when it accepts requests; warnings go to stderr. `workers` are URLs
+    registered from the start; `middleware` wraps the application, outermost first. Raises `ConfigError` or
+    `ServiceError` if it cannot start.
+    """
+    check_binding(options)
+    logging.basicConfig(level=logging.WARNING, format="miles-router: %(message)s")
+    sock = bind(options.sglang_router_ip, options.sglang_router_port)
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        try:
+            runner.run(_serve(options, sock, list(workers), middleware, parent_pid))
+        except KeyboardInterrupt:
+            return
+
+
+def with_middleware(router: RouterApp, middleware: Sequence[Middleware]) -> App:
+    """Wrap the router in its middleware, outermost first; an empty list returns the router itself."""
+    app: App = router
+    for wrap in reversed(middleware):
+        app = wrap(app, router=router)
+    return app
+
+
+async def _serve(
+    options: RouterOptions,
+    sock: socket.socket,
+    workers: list[str],
+    middleware: Sequence[Middleware],
+    parent_pid: int | None,
+) -> None:
+    router = RouterApp(options)
+    for url in workers:
+        router.registry.add(url)
+    server = _Server(_uvicorn_config(with_middleware(router, middleware)), _url_of(sock))
+    await router.start()
+    watcher = asyncio.create_task(_stop_without_parent(server, parent_pid)) if parent_pid else None
+    # what exists now lives as long as the process: keep it out of every later collection
+    gc.collect()
+    gc.freeze()
+    try:
+        await server.serve(sockets=[sock])
+    finally:
+        if watcher is not None:
+            watcher.cancel()
+        await router.close()
+
+
+def _uvicorn_config(app: App) -> uvicorn.Config:
+    return uvicorn.Config(
+        app,  # type: ignore[arg-type]
+        interface="asgi3",
+        http="httptools",
+        ws="none",
+        lifespan="off",
+        proxy_headers=False,
+        server_header=False,
+        date_header=False,
+        access_log=False,
+        log_config=None,
+        log_level="error",
+        backlog=_BACKLOG,
+        timeout_keep_alive=_KEEP_ALIVE_S,
+        timeout_graceful_shutdown=_GRACE_S,
+    )
+
+
+class _Server(uvicorn.Server):
+    def __init__(self, config: uvicorn.Config, url: str) -> None:
+        super().__init__(config)
+        self._url = url
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        print(READY_PREFIX + self._url, flush=True)
+
+
+async def _stop_without_parent(server: uvicorn.Server, parent_pid: int) -> None:
+    # PR_SET_PDEATHSIG would fire when the thread that started us ends, long before its process does
+    while os.getppid() == parent_pid:
+        await asyncio.sleep(_PARENT_POLL_S)
+    server.force_exit = True
+    server.should_exit = True
+
+
+def _url_of(sock: socket.socket) -> str:
+    host, port = sock.getsockname()[:2]
+    if host in ("0.0.0.0", "::"):
+        host = _outward_address(sock.family, host)
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
+def _outward_address(family: socket.AddressFamily, unspecified: str) -> str:
+    """Return the address other machines reach this one at; connecting a UDP socket sends nothing."""
+    target, loopback = ("2001:db8::1", "::1") if unspecified == "::" else ("192.0.2.1", "127.0.0.1")
+    with socket.socket(family, socket.SOCK_DGRAM) as probe:
+        try:
+            probe.connect((target, 9))
+        except OSError:
+            return loopback
+        return probe.getsockname()[0]

@@ -1,0 +1,185 @@
+"""The router as the driver sees it: a child process that is started, told about engines, and stopped."""
+
+from __future__ import annotations
+
+import collections
+import http.client
+import logging
+import os
+import subprocess
+import sys
+import threading
+import time
+from typing import IO, TYPE_CHECKING
+from urllib.parse import quote, urlsplit
+
+import msgspec
+
+from miles_api.errors import ServiceError
+
+from .options import READY_PREFIX, TOKEN_VARIABLE, RouterOptions, check_binding
+
+if TYPE_CHECKING:
+    from miles_api.config import RunConfig
+    from miles_api.services import Endpoint
+
+__all__ = ["Router", "create"]
+
+_log = logging.getLogger("miles_router")
+
+_START_DEADLINE_S = 60.0
+_STOP_DEADLINE_S = 5.0
+_CALL_TIMEOUT_S = 10.0
+_POLL_S = 0.02
+_OK = 200
+_NOT_FOUND = 404
+
+
+def create(config: RunConfig) -> Router:
+    """Return the router of a run; nothing starts yet."""
+    return Router(config.group(RouterOptions))
+
+
+class Router:
+    """A `miles_api.services.RouterService` that runs `python -m miles_router` and ends with its process."""
+
+    def __init__(self, options: RouterOptions) -> None:
+        """Check the options. Raises `ConfigError`."""
+        check_binding(options)
+        self._options = options
+        self._process: subprocess.Popen[str] | None = None
+        self._url = ""
+        self._errors: collections.deque[str] = collections.deque(maxlen=30)
+        self._readers: list[threading.Thread] = []
+
+    def start(self) -> str:
+        """Start the child and return its base URL once it answers.
+
+        Raises `ServiceError` with the child's last words if it dies, or if it says nothing until the deadline.
+        """
+        if self._process is not None:
+            raise ServiceError("the router is already started")
+        self._url = ""
+        self._errors.clear()
+        # a session of its own: Ctrl-C is for the driver, which still needs the router while it shuts down
+        self._process = subprocess.Popen(
+            self._command_line(),
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            errors="replace",
+            env=self._environment(),
+            start_new_session=True,
+        )
+        self._readers = [
+            self._read(self._process.stdout, self._on_line),
+            self._read(self._process.stderr, self._on_error),
+        ]
+        try:
+            self._wait_ready(self._process)
+        except BaseException:
+            self.stop()
+            raise
+        return self._url
+
+    def register(self, endpoint: Endpoint) -> None:
+        """Send requests to an engine from now on.
+
+        Called again for a known engine, it clears a quarantine and replaces the weight version that the engine has
+        to show before it is re-admitted after a failure. Raises `ServiceError`.
+        """
+        self._call("POST", "/workers", {"url": endpoint.url, "weight_version": endpoint.weight_version})
+
+    def unregister(self, endpoint: Endpoint) -> None:
+        """Send an engine nothing more; what it works on finishes. An unknown engine is no error."""
+        self._call("POST", f"/remove_worker?url={quote(endpoint.url, safe='')}", missing_ok=True)
+
+    def stop(self) -> None:
+        """End the child; safe to call twice, or before `start`."""
+        process, self._process = self._process, None
+        if process is None:
+            return
+        process.terminate()
+        try:
+            process.wait(_STOP_DEADLINE_S)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+        for reader in self._readers:
+            reader.join()
+
+    def _command_line(self) -> list[str]:
+        options = self._options
+        flags = {
+            "--host": options.sglang_router_ip,
+            "--port": options.sglang_router_port,
+            "--policy": options.router_policy,
+            "--health-interval": options.router_health_interval,
+            "--request-timeout": options.router_request_timeout,
+            "--parent-pid": os.getpid(),
+        }
+        return [sys.executable, "-P", "-m", "miles_router", *(f"{flag}={value}" for flag, value in flags.items())]
+
+    def _environment(self) -> dict[str, str]:
+        environment = {name: value for name, value in os.environ.items() if name != TOKEN_VARIABLE}
+        if self._options.router_token is not None:
+            environment[TOKEN_VARIABLE] = self._options.router_token
+        # the child must find the packages of this process, however this process found them
+        environment["PYTHONPATH"] = os.pathsep.join(path for path in sys.path if path)
+        return environment
+
+    def _read(self, stream: IO[str] | None, take: collections.abc.Callable[[str], None]) -> threading.Thread:
+        def drain() -> None:
+            with stream:  # type: ignore[union-attr]
+                for line in stream:  # type: ignore[union-attr]
+                    take(line.rstrip("\n"))
+
+        thread = threading.Thread(target=drain, name="miles-router-output", daemon=True)
+        thread.start()
+        return thread
+
+    def _on_line(self, line: str) -> None:
+        if line.startswith(READY_PREFIX):
+            self._url = line.removeprefix(READY_PREFIX)
+
+    def _on_error(self, line: str) -> None:
+        self._errors.append(line)
+        if self._url:  # while starting, what it says goes into the error
+            _log.warning("%s", line.removeprefix("miles-router: "))
+
+    def _wait_ready(self, process: subprocess.Popen[str]) -> None:
+        deadline = time.monotonic() + _START_DEADLINE_S
+        while not self._url:
+            if process.poll() is not None:
+                for reader in self._readers:
+                    reader.join()
+                said = "\n  ".join(self._errors) or "(nothing on stderr)"
+                raise ServiceError(f"the router ended with status {process.returncode} while starting:\n  {said}")
+            if time.monotonic() > deadline:
+                said = "\n  ".join(self._errors) or "(nothing on stderr)"
+                raise ServiceError(f"the router was not ready after {_START_DEADLINE_S:g} s:\n  {said}")
+            time.sleep(_POLL_S)
+        self._call("GET", "/health")
+
+    def _call(self, method: str, path: str, body: object = None, *, missing_ok: bool = False) -> None:
+        process = self._process
+        if process is None:
+            raise ServiceError("the router is not started")
+        parts = urlsplit(self._url)
+        headers = {"content-type": "application/json"}
+        if self._options.router_token is not None:
+            headers["authorization"] = f"Bearer {self._options.router_token}"
+        connection = http.client.HTTPConnection(str(parts.hostname), parts.port, timeout=_CALL_TIMEOUT_S)
+        try:
+            connection.request(method, path, None if body is None else msgspec.json.encode(body), headers)
+            response = connection.getresponse()
+            text = response.read().decode(errors="replace")
+        except (OSError, http.client.HTTPException) as exc:
+            said = "".join(f"\n  {line}" for line in self._errors)
+            state = "" if process.poll() is None else f"; its process ended with status {process.returncode}{said}"
+            raise ServiceError(f"the router at {self._url} does not answer {method} {path}: {exc}{state}") from exc
+        finally:
+            connection.close()
+        if response.status != _OK and not (missing_ok and response.status == _NOT_FOUND):
+            raise ServiceError(f"the router answered {method} {path} with {response.status}: {text}")

@@ -1,0 +1,128 @@
+"""The registered engines: who they are, how busy, and whether they may get requests."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+from typing import TYPE_CHECKING
+from urllib.parse import urlsplit
+
+from miles_api.errors import ConfigError
+
+from .connection import ConnectionPool
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+__all__ = ["Worker", "WorkerRegistry", "normalise_url"]
+
+_log = logging.getLogger("miles_router")
+
+
+def normalise_url(url: str) -> str:
+    """Return `http://host:port` as workers are keyed. Raises `ConfigError` for anything else than an engine's root."""
+    parts = urlsplit(url)
+    try:
+        port = parts.port
+    except ValueError:
+        port = None
+    extra = parts.path.strip("/") or parts.query or parts.fragment or parts.username or parts.password
+    if parts.scheme != "http" or not parts.hostname or not port or extra:
+        raise ConfigError(f"worker url {url!r} is not of the form http://host:port")
+    host = f"[{parts.hostname}]" if ":" in parts.hostname else parts.hostname
+    return f"http://{host}:{port}"
+
+
+class Worker:
+    """One registered engine."""
+
+    __slots__ = ("healthy", "host", "id", "outstanding", "pool", "reason", "url", "weight_version")
+
+    def __init__(self, number: int, url: str, weight_version: str) -> None:
+        parts = urlsplit(url)
+        self.id = f"worker-{number}"
+        self.url = url
+        self.host = parts.netloc.encode()
+        self.pool = ConnectionPool(str(parts.hostname), int(parts.port or 0))
+        self.outstanding = 0
+        """Requests sent to it that are not answered yet."""
+        self.healthy = True
+        self.reason = ""
+        """Why it is quarantined; empty while healthy."""
+        self.weight_version = weight_version
+        """The weights it has to serve when it is re-admitted; empty means any."""
+
+    def describe(self) -> dict[str, object]:
+        """Return the row of `GET /workers`."""
+        return {
+            "id": self.id,
+            "url": self.url,
+            "healthy": self.healthy,
+            "outstanding": self.outstanding,
+            "weight_version": self.weight_version,
+            "reason": self.reason,
+        }
+
+
+class WorkerRegistry:
+    """All workers, in order of registration. `on_quarantine` is called once each time one turns unhealthy."""
+
+    def __init__(self, on_quarantine: Callable[[Worker], None]) -> None:
+        self._on_quarantine = on_quarantine
+        self._numbers = itertools.count()
+        self._by_url: dict[str, Worker] = {}
+        self.healthy: list[Worker] = []
+        """The workers that may get requests; replaced, never changed in place."""
+
+    def __iter__(self) -> Iterator[Worker]:
+        return iter(self._by_url.values())
+
+    def __len__(self) -> int:
+        return len(self._by_url)
+
+    def __contains__(self, worker: Worker) -> bool:
+        return self._by_url.get(worker.url) is worker
+
+    def add(self, url: str, weight_version: str = "") -> Worker:
+        """Register an engine, or take the word of the caller that a known one is healthy and has these weights."""
+        url = normalise_url(url)
+        worker = self._by_url.get(url)
+        if worker is None:
+            worker = self._by_url[url] = Worker(next(self._numbers), url, weight_version)
+            self._refresh()
+        else:
+            worker.weight_version = weight_version
+            self.readmit(worker)
+        return worker
+
+    def remove(self, key: str) -> Worker | None:
+        """Forget the engine with this URL or id; requests under way finish. None if there is no such engine."""
+        worker = next((w for w in self if key.rstrip("/") in (w.url, w.id)), None)
+        if worker is not None:
+            del self._by_url[worker.url]
+            worker.pool.close()
+            self._refresh()
+        return worker
+
+    def quarantine(self, worker: Worker, reason: str) -> None:
+        """Send a worker no further requests until `readmit`."""
+        if not worker.healthy or worker not in self:
+            return
+        worker.healthy = False
+        worker.reason = reason
+        worker.pool.close_idle()
+        self._refresh()
+        _log.warning("worker %s %s; no requests until it is healthy again", worker.url, reason)
+        self._on_quarantine(worker)
+
+    def readmit(self, worker: Worker) -> None:
+        """Let a quarantined worker get requests again."""
+        if worker.healthy:
+            return
+        worker.healthy = True
+        worker.reason = ""
+        self._refresh()
+        _log.warning("worker %s is healthy again", worker.url)
+
+    def _refresh(self) -> None:
+        self.healthy = [worker for worker in self if worker.healthy]

@@ -1,0 +1,152 @@
+"""Real sockets for the router's tests: engines, the router itself and clients, all in the test's own event loop."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import socket
+
+import httpx
+import pytest
+import uvicorn
+from uvicorn.server import ServerState
+
+from miles_router import RouterOptions
+from miles_router.app import RouterApp
+from miles_router.server import with_middleware
+
+
+@contextlib.asynccontextmanager
+async def _serve(app, port=0):
+    config = uvicorn.Config(app, http="httptools", lifespan="off", log_config=None, log_level="critical")
+    config.load()
+    state = ServerState()  # without uvicorn.Server, which takes 0.3 s to stop
+    sock = socket.create_server(("127.0.0.1", port))
+    server = await asyncio.get_running_loop().create_server(
+        lambda: config.http_protocol_class(config=config, server_state=state, app_state={}), sock=sock
+    )
+    try:
+        yield f"http://127.0.0.1:{sock.getsockname()[1]}"
+    finally:
+        server.close()
+        for connection in list(state.connections):
+            connection.transport.abort()
+        tasks = list(state.tasks)
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
+@contextlib.asynccontextmanager
+async def _listen(handle):
+    tasks = set()
+
+    async def guarded(reader, writer):
+        tasks.add(asyncio.current_task())
+        try:
+            await handle(reader, writer)
+        except ConnectionError:
+            pass
+        finally:
+            writer.close()
+
+    server = await asyncio.start_server(guarded, "127.0.0.1", 0)
+    try:
+        yield f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
+    finally:
+        server.close()
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
+class Routed:
+    """A running router and a client that talks to it."""
+
+    def __init__(self, url, app, client):
+        self.url = url
+        self.app = app
+        self.client = client
+        self.port = int(url.rpartition(":")[2])
+
+    async def post(self, path="/generate", **kwargs):
+        return await self.client.post(path, **kwargs)
+
+    async def workers(self):
+        return (await self.client.get("/workers")).json()["workers"]
+
+    async def until(self, condition):
+        """Wait until `condition(row)` holds for the first worker; the test's own timeout bounds it."""
+        while not condition((await self.workers())[0]):
+            await asyncio.sleep(0.01)
+
+
+@contextlib.asynccontextmanager
+async def _routed(*urls, middleware=(), **options):
+    app = RouterApp(RouterOptions(**{"router_health_interval": 0.05, **options}))
+    await app.start()
+    for url in urls:
+        app.registry.add(url)
+    try:
+        async with (
+            _serve(with_middleware(app, middleware)) as url,
+            httpx.AsyncClient(base_url=url, timeout=20, trust_env=False, verify=False) as client,
+        ):
+            yield Routed(url, app, client)
+    finally:
+        await app.close()
+
+
+@pytest.fixture
+def serve():
+    """`async with serve(asgi_app, port=0) as url`."""
+    return _serve
+
+
+@pytest.fixture
+def listen():
+    """`async with listen(async_handler_of_streams) as url`, for engines that misbehave below HTTP."""
+    return _listen
+
+
+@pytest.fixture
+def routed():
+    """`async with routed(*worker_urls, middleware=(), **options) as r`."""
+    return _routed
+
+
+class Engine:
+    """An ASGI engine that records what it gets and answers with a fixed body."""
+
+    def __init__(self, body=b'{"text": "ok"}', status=200, headers=()):
+        self.requests = []
+        self.body = body
+        self.status = status
+        self.headers = list(headers)
+        self.weight_version = None
+        self.gate = None
+
+    async def __call__(self, scope, receive, send):
+        body, more = b"", True
+        while more:
+            message = await receive()
+            body += message.get("body", b"")
+            more = message.get("more_body", False)
+        answer, status = self.body, self.status
+        if scope["path"] == "/health":
+            answer, status = b"", 200
+        elif scope["path"] == "/model_info":
+            answer, status = b'{"model_path": "m", "weight_version": "%s"}' % str(self.weight_version).encode(), 200
+        else:
+            self.requests.append((scope, body))
+            if self.gate is not None:
+                await self.gate.wait()
+        length = (b"content-length", str(len(answer)).encode())
+        await send({"type": "http.response.start", "status": status, "headers": [length, *self.headers]})
+        await send({"type": "http.response.body", "body": answer})
+
+
+@pytest.fixture
+def engine():
+    """The class of recording engines."""
+    return Engine

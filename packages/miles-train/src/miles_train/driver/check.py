@@ -1,0 +1,117 @@
+"""What can be known to be wrong before anything starts: every installed package's checks, in one report."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from miles_api.config import RunConfig
+from miles_api.errors import ConfigError, MilesError
+from miles_api.hooks import REGISTRY
+from miles_api.hookset import configured_hooks
+from miles_api.load import entry_points, provider
+from miles_api.run_options import RunOptions
+from miles_train.megatron.hf_config import read_hf_config
+from miles_train.options import ObjectiveOptions, ParallelOptions
+
+__all__ = ["HOOKS", "check", "check_all", "derive"]
+
+HOOKS: frozenset[str] = frozenset()
+"""The hooks that this package calls."""
+
+_KNOBS = ("rollout_batch_size", "n_samples_per_prompt", "global_batch_size", "num_steps_per_rollout")
+
+
+def derive(config: RunConfig) -> RunConfig:
+    """Fill in the fourth of the batch knobs and the defaults that follow from others.
+
+    rollout_batch_size × n_samples_per_prompt = global_batch_size × num_steps_per_rollout. Raises `ConfigError` when
+    two or more are missing (num_steps_per_rollout counts as 1, n_samples_per_prompt as 1) or the four disagree.
+    """
+    run = config.group(RunOptions)
+    changes = _batch_knobs(run)
+    if run.loss_type == "sft_loss" and not config.flat()["rollout_function_path"]:
+        changes["rollout_function_path"] = "sft"
+    if run.save is None:
+        changes["save"] = str(Path(run.run_dir, "checkpoints"))
+    return config.replace(**changes)
+
+
+def _batch_knobs(run: RunOptions) -> dict[str, int]:
+    given = {knob: getattr(run, knob) for knob in _KNOBS}
+    missing = [knob for knob, value in given.items() if value is None]
+    for knob in ("num_steps_per_rollout", "n_samples_per_prompt"):
+        if len(missing) > 1 and knob in missing:
+            given[knob] = 1
+            missing.remove(knob)
+    if len(missing) > 1:
+        raise ConfigError(f"batch size: set --{missing[0].replace('_', '-')} or --{missing[1].replace('_', '-')}")
+    if missing:
+        given[missing[0]] = _fourth(missing[0], given)
+    prompts, group, step, steps = (given[knob] for knob in _KNOBS)
+    if prompts * group != step * steps:
+        raise ConfigError(
+            f"batch sizes disagree: --rollout-batch-size {prompts} × --n-samples-per-prompt {group} = "
+            f"{prompts * group}, but --global-batch-size {step} × --num-steps-per-rollout {steps} = {step * steps}"
+        )
+    return {knob: value for knob, value in given.items() if getattr(run, knob) is None}
+
+
+def _fourth(knob: str, given: dict[str, Any]) -> int:
+    here, there = (_KNOBS[:2], _KNOBS[2:]) if knob in _KNOBS[:2] else (_KNOBS[2:], _KNOBS[:2])
+    other = next(name for name in here if name != knob)
+    product = given[there[0]] * given[there[1]]
+    if product % given[other]:
+        raise ConfigError(
+            f"--{knob.replace('_', '-')} cannot be derived: {there[0]} {given[there[0]]} × {there[1]} "
+            f"{given[there[1]]} = {product} is not a multiple of {other} {given[other]}"
+        )
+    return product // given[other]
+
+
+def check(config: RunConfig) -> Iterator[str]:
+    """Yield what this package finds wrong: model directory, parallel sizes, run directory."""
+    run, parallel = config.group(RunOptions), config.group(ParallelOptions)
+    if run.hf_checkpoint is None:
+        yield "--hf-checkpoint is not set: name a Hugging Face model directory"
+    else:
+        yield from _problem(lambda: read_hf_config(str(run.hf_checkpoint)))
+    product = (
+        parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size * parallel.context_parallel_size
+    )
+    if parallel.world_size % product:
+        yield (
+            f"TP {parallel.tensor_model_parallel_size} × PP {parallel.pipeline_model_parallel_size} × CP "
+            f"{parallel.context_parallel_size} = {product} does not divide the {parallel.world_size} trainer ranks "
+            "(--actor-num-nodes × --actor-num-gpus-per-node)"
+        )
+    objective = config.group(ObjectiveOptions)
+    if objective.skip_zero_advantage and objective.entropy_coef:
+        yield "--skip-zero-advantage leaves samples out that --entropy-coef would train: set one of them"
+    if run.loss_type not in ("policy_loss", "sft_loss"):
+        yield f"--loss-type {run.loss_type} is not trained by this version; choose policy_loss or sft_loss"
+    folder = Path(run.run_dir)
+    if folder.is_dir() and any(folder.iterdir()) and not run.overwrite:
+        yield f"--run-dir {run.run_dir} holds an earlier run: choose another, or pass --overwrite"
+
+
+def _problem(call: Callable[[], Any]) -> Iterator[str]:
+    try:
+        call()
+    except MilesError as error:
+        yield str(error)
+
+
+def check_all(config: RunConfig) -> None:
+    """Run the checks of every installed package; `ConfigError` lists all problems."""
+    checks = [provider("miles.checks", name) for name in sorted(entry_points("miles.checks"))]
+    called = frozenset().union(*(module.HOOKS for module in checks))
+    problems = [problem for module in checks for problem in module.check(config)]
+    problems += [
+        f"{REGISTRY[name].flag} is set, but nothing installed calls the {name} hook: it would never run"
+        for name in configured_hooks(config.args)
+        if name not in called
+    ]
+    if problems:
+        raise ConfigError("\n".join(dict.fromkeys(problems)))

@@ -1,0 +1,122 @@
+"""Ray, and nothing but Ray: worker processes that host the plain services."""
+
+from __future__ import annotations
+
+import logging
+import os
+import socket
+from typing import Any
+
+import ray
+from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
+
+from miles_api.config import RunConfig
+from miles_api.errors import MilesError, ServiceError
+from miles_api.load import provider
+from miles_train.options import ClusterOptions, ParallelOptions
+
+__all__ = ["Cluster", "Remote"]
+
+_OBJECT_STORE_BYTES = 256 * 1024 * 1024
+
+
+class _Host:
+    """One worker process: builds a service from its entry point and forwards calls to it."""
+
+    def address(self) -> tuple[str, int]:
+        """Return this node's address and a port that was free a moment ago."""
+        with socket.socket() as probe:
+            probe.bind(("", 0))
+            return ray.util.get_node_ip_address(), probe.getsockname()[1]
+
+    def build(self, service: str, config: RunConfig, keywords: dict[str, Any]) -> None:
+        self._service = provider("miles.services", service)(config, **keywords)
+
+    def call(self, method: str, *args: Any) -> Any:
+        return getattr(self._service, method)(*args)
+
+    def call_split(self, method: str, key: str, *args: Any) -> tuple[Any, Any]:
+        """Call, and return one entry of the resulting dict as an object of its own."""
+        result = getattr(self._service, method)(*args)
+        return result.pop(key), result
+
+
+class Remote:
+    """A service in another process; `phase` names what it is doing in errors and timeouts."""
+
+    def __init__(self, actors: list[Any], name: str, timeout: float) -> None:
+        self._actors = actors
+        self._name = name
+        self._timeout = timeout
+
+    def call(self, method: str, *args: Any) -> list[Any]:
+        """Call a method on every process and wait for all results, in rank order."""
+        return self._get(method, [actor.call.remote(method, *args) for actor in self._actors])
+
+    def call_split(self, method: str, key: str, *args: Any) -> tuple[Any, dict[str, Any]]:
+        """Call on the one process; return a reference to `result[key]`, left where it is, and the rest."""
+        part, rest = self._actors[0].call_split.options(num_returns=2).remote(method, key, *args)
+        return part, self._get(method, rest)
+
+    def _get(self, method: str, refs: Any) -> Any:
+        try:
+            return ray.get(refs, timeout=self._timeout)
+        except GetTimeoutError as error:
+            raise ServiceError(
+                f"{self._name}.{method} did not return within --trainer-timeout {self._timeout:g} s"
+            ) from error
+        except RayTaskError as error:
+            cause = error.cause if isinstance(error.cause, MilesError) else None
+            if cause is not None:
+                raise type(cause)(*cause.args) from error
+            raise ServiceError(f"{self._name}.{method} failed\n{error}") from error
+        except RayActorError as error:
+            raise ServiceError(f"the {self._name} process died during {method}: {error}") from error
+
+
+class Cluster:
+    """A running Ray cluster, or one of our own on this machine."""
+
+    def __init__(self, config: RunConfig) -> None:
+        self._options = config.group(ClusterOptions)
+        self._config = config
+        world = config.group(ParallelOptions).world_size
+        if self._options.ray_address:
+            ray.init(address=self._options.ray_address, logging_level=logging.WARNING)
+        else:
+            # Workers of a small machine share its cores: Ray only counts them, one a process.
+            ray.init(
+                num_cpus=max(world + 1, os.cpu_count() or 1),
+                object_store_memory=_OBJECT_STORE_BYTES,
+                include_dashboard=False,
+                logging_level=logging.WARNING,
+            )
+        self._gpus = int(ray.cluster_resources().get("GPU", 0))
+
+    def rollout(self) -> Remote:
+        """Start the one rollout process."""
+        remote = self._start("rollout", 1, gpus=0)
+        remote._get("build", [remote._actors[0].build.remote("rollout", self._config, {})])
+        return remote
+
+    def trainers(self) -> Remote:
+        """Start one process for each trainer rank; on GPUs where the cluster has them."""
+        parallel = self._config.group(ParallelOptions)
+        remote = self._start("train", parallel.world_size, gpus=1 if self._gpus else 0)
+        host, port = ray.get(remote._actors[0].address.remote(), timeout=self._options.trainer_timeout)
+        ranks = [
+            {"rank": rank, "world_size": parallel.world_size, "master_addr": host, "master_port": port,
+             "local_rank": 0 if self._gpus else rank % parallel.actor_num_gpus_per_node}
+            for rank in range(parallel.world_size)
+        ]  # fmt: skip
+        builds = [a.build.remote("train", self._config, r) for a, r in zip(remote._actors, ranks, strict=True)]
+        remote._get("build", builds)
+        return remote
+
+    def _start(self, name: str, count: int, gpus: int) -> Remote:
+        host = ray.remote(num_cpus=1, num_gpus=gpus, max_restarts=0)(_Host)
+        return Remote([host.remote() for _ in range(count)], name, self._options.trainer_timeout)
+
+    def stop(self) -> None:
+        """End all worker processes, and Ray itself if it is ours."""
+        ray.shutdown()

@@ -1,0 +1,94 @@
+"""Start and stop everything a run needs, in parallel where nothing depends on the order."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+from miles_api.config import RunConfig
+from miles_api.load import provider
+from miles_api.run_options import RunOptions
+from miles_api.services import EngineFleet, Placement, RouterService
+from miles_train.driver.cluster import Cluster, Remote
+from miles_train.options import ClusterOptions
+from miles_train.weight_sync.disk import DiskWeightSync
+
+__all__ = ["Services", "running"]
+
+
+class Services:
+    """The running parts of a run. `sync` is None when no engine runs."""
+
+    def __init__(self, rollout: Remote, trainers: Remote, sync: DiskWeightSync | None, seconds: dict[str, float]):
+        self.rollout = rollout
+        self.trainers = trainers
+        self.sync = sync
+        self.seconds = seconds
+        """Seconds each part took to start."""
+
+
+class _Clock:
+    def __init__(self, say: Callable[[str], None]) -> None:
+        self.seconds: dict[str, float] = {}
+        self._say = say
+
+    def timed(self, name: str, call: Callable[[], Any]) -> Any:
+        self._say(f"starting {name}")
+        started = time.perf_counter()
+        result = call()
+        self.seconds[name] = time.perf_counter() - started
+        return result
+
+
+@contextmanager
+def running(config: RunConfig, say: Callable[[str], None]) -> Iterator[Services]:
+    """Start router, engines, Ray, the rollout process and the trainer ranks; stop them all on the way out."""
+    run = config.group(RunOptions)
+    clock = _Clock(say)
+    with ExitStack() as stack:
+        pool = stack.enter_context(ThreadPoolExecutor(2, thread_name_prefix="start"))
+        serving: Future[Any] | None = None
+        if run.loss_type != "sft_loss":
+            fleet: EngineFleet = provider("miles.services", "engines")(config)
+            router: RouterService = provider("miles.services", "router")(config)
+            stack.callback(fleet.stop)
+            stack.callback(router.stop)
+            serving = pool.submit(_serve, clock, config, fleet, router)
+        cluster = clock.timed("ray", lambda: Cluster(config))
+        stack.callback(cluster.stop)
+        trainers = clock.timed("trainer processes", cluster.trainers)
+        loading = pool.submit(clock.timed, "trainer", lambda: trainers.call("start"))
+        rollout = clock.timed("rollout process", cluster.rollout)
+        url = serving.result() if serving else ""
+        clock.timed("rollout", lambda: rollout.call("start", url))
+        loading.result()
+        sync = None
+        if serving:
+            shared = Path(run.run_dir) if config.group(ClusterOptions).ray_address else None
+            sync = DiskWeightSync(lambda folder: _export(trainers, folder), fleet.endpoints(), shared)
+            stack.callback(sync.close)
+        stack.callback(lambda: _stop(rollout, trainers))
+        yield Services(rollout, trainers, sync, clock.seconds)
+
+
+def _serve(clock: _Clock, config: RunConfig, fleet: EngineFleet, router: RouterService) -> str:
+    """Start engines and router, and introduce them to each other; return the router's URL."""
+    url = clock.timed("router", router.start)
+    count = config.flat()["rollout_num_engines"]
+    clock.timed("engines", lambda: fleet.start([Placement() for _ in range(count)]))
+    for endpoint in fleet.endpoints():
+        router.register(endpoint)
+    return url
+
+
+def _export(trainers: Remote, folder: str) -> None:
+    trainers.call("export", folder, True)
+
+
+def _stop(rollout: Remote, trainers: Remote) -> None:
+    rollout.call("stop")
+    trainers.call("stop")

@@ -1,0 +1,106 @@
+"""The loop: rollout → train → weights → log, and now and then evaluate and save."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from miles_api.config import RunConfig
+from miles_api.run_options import RunOptions
+from miles_train.driver import checkpoint
+from miles_train.driver.run_dir import RunDir
+from miles_train.driver.services import Services
+from miles_train.view.progress import Progress
+
+__all__ = ["TrainLoop"]
+
+
+class TrainLoop:
+    """One run over started services."""
+
+    def __init__(self, config: RunConfig, services: Services, run_dir: RunDir, progress: Progress) -> None:
+        self._run = config.group(RunOptions)
+        self._evaluates = services.sync is not None and self._run.eval_interval is not None
+        self._services = services
+        self._run_dir = run_dir
+        self._progress = progress
+        self._version = 0
+        self._first = 0
+
+    def run(self) -> None:
+        """Train every rollout, from the beginning or from `--load`; the last state is saved."""
+        self._load()
+        self._push_weights()
+        if self._evaluates:
+            self._evaluate(self._first - 1)
+        for rollout_id in range(self._first, self._run.num_rollout):
+            self._one(rollout_id)
+        self._export()
+
+    def _one(self, rollout_id: int) -> None:
+        started = time.perf_counter()
+        last = rollout_id == self._run.num_rollout - 1
+        self._progress.phase("rollout", rollout_id)
+        batch, rollout = self._services.rollout.call_split("generate", "batch", rollout_id, str(self._version))
+        self._progress.phase("train", rollout_id)
+        report = self._services.trainers.call("train", rollout_id, batch)[0]
+        self._progress.phase("weight sync", rollout_id)
+        synced = time.perf_counter()
+        self._version += 1
+        self._push_weights()
+        finished = time.perf_counter()
+        seconds = {
+            **rollout["seconds"],
+            "train": sum(report.seconds.values()),
+            "weight_sync": finished - synced if self._services.sync else 0.0,
+        }
+        seconds |= {"other": finished - started - sum(seconds.values()), "total": finished - started}
+        metrics = {**rollout["metrics"], **report.metrics}
+        self._run_dir.log("rollout", rollout_id, metrics, seconds)
+        self._run_dir.samples("train", rollout_id, rollout["samples"])
+        self._progress.rollout(rollout_id, metrics, seconds)
+        if self._evaluates and (last or self._is_due(rollout_id, self._run.eval_interval)):
+            self._evaluate(rollout_id)
+        if last or self._is_due(rollout_id, self._run.save_interval):
+            self._save(rollout_id)
+
+    @staticmethod
+    def _is_due(rollout_id: int, interval: int | None) -> bool:
+        return interval is not None and (rollout_id + 1) % interval == 0
+
+    def _push_weights(self) -> None:
+        if self._services.sync:
+            self._services.sync.push(str(self._version))
+
+    def _evaluate(self, rollout_id: int) -> None:
+        self._progress.phase("evaluate", rollout_id)
+        started = time.perf_counter()
+        result = self._services.rollout.call("evaluate", rollout_id, str(self._version))[0]
+        self._run_dir.log("eval", rollout_id, result["metrics"], {"eval": time.perf_counter() - started})
+        self._run_dir.samples("eval", rollout_id, result["samples"])
+        self._progress.eval(result["metrics"])
+
+    def _save(self, rollout_id: int) -> None:
+        self._progress.phase("save", rollout_id)
+        parts: dict[str, Callable[[str], Any]] = {
+            "trainer": lambda folder: self._services.trainers.call("save", rollout_id, folder),
+            "rollout": lambda folder: self._services.rollout.call("save", rollout_id, folder),
+            "hf": lambda folder: self._services.trainers.call("export", folder),
+        }
+        checkpoint.write(Path(str(self._run.save)), checkpoint.Progress(rollout_id, self._version), parts)
+        self._run_dir.hooks([{"process": "rollout", **hook} for hook in self._services.rollout.call("report")[0]])
+
+    def _export(self) -> None:
+        if self._run.save_hf:
+            Path(self._run.save_hf).mkdir(parents=True, exist_ok=True)
+            self._services.trainers.call("export", self._run.save_hf)
+
+    def _load(self) -> None:
+        if self._run.load is None:
+            return
+        folder, progress = checkpoint.find(Path(self._run.load))
+        self._services.trainers.call("load", progress.rollout_id, str(folder / "trainer"))
+        self._services.rollout.call("load", progress.rollout_id, str(folder / "rollout"))
+        self._first, self._version = progress.rollout_id + 1, progress.weight_version

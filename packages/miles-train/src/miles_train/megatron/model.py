@@ -1,0 +1,166 @@
+"""Build Megatron's GPT model for a Hugging Face checkpoint: local layers on a CPU, Transformer Engine on GPUs."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from miles_api.errors import ConfigError
+
+from . import hf
+from .attention import PackedAttention, Rotary
+from .core import (
+    DistributedDataParallel,
+    DistributedDataParallelConfig,
+    Float16Module,
+    GPTModel,
+    TransformerBlockSubmodules,
+    TransformerConfig,
+    finalize_model_grads,
+    get_gpt_layer_local_spec,
+    get_gpt_layer_with_transformer_engine_spec,
+    get_num_layers_to_build,
+    parallel_state,
+)
+from .cpu import has_gpu
+from .hf_config import HFConfig, read_hf_config
+from .layers import GatedMLP, RMSNorm
+
+if TYPE_CHECKING:
+    from miles_train.options import ParallelOptions
+
+__all__ = ["build_model", "unwrap"]
+
+
+def build_model(
+    hf_dir: str, parallel: ParallelOptions, *, param_dtype: torch.dtype = torch.float32
+) -> list[torch.nn.Module]:
+    """Build this rank's part of the model in `hf_dir` and load its weights.
+
+    Called once per model (actor, reference) after `init.initialize`. Returns a list with one Megatron DDP module, the
+    form that Megatron's functions take. Gradients accumulate in fp32 and are summed, not averaged, over data-parallel
+    ranks. Raises ConfigError for a model or a parallel size that cannot be built, DataError for missing weights.
+
+    On GPUs the Transformer Engine layers and Megatron's fused RoPE are used; that branch shares everything but the
+    layer spec with the CPU's and has not been run by the CPU test suite.
+    """
+    hf_config = read_hf_config(hf_dir)
+    _check_sizes(hf_config, parallel, hf_dir)
+    config = _transformer_config(hf_config, parallel, param_dtype)
+    gpt = GPTModel(
+        config=config,
+        transformer_layer_spec=_gpu_spec(hf_config) if has_gpu() else _cpu_spec(hf_config, config),
+        vocab_size=hf_config.vocab_size,
+        max_sequence_length=hf_config.max_positions,
+        pre_process=parallel_state.is_pipeline_first_stage(),
+        post_process=parallel_state.is_pipeline_last_stage(),
+        share_embeddings_and_output_weights=hf_config.tied,
+        # on a CPU the core attention rotates queries and keys itself
+        position_embedding_type="rope" if has_gpu() else "none",
+        rotary_base=hf_config.rope_theta,
+    )
+    if has_gpu():
+        gpt.cuda(torch.cuda.current_device())
+    module = gpt if param_dtype == torch.float32 else Float16Module(config, gpt)
+    model: list[torch.nn.Module] = [DistributedDataParallel(config, _ddp_config(parallel), module)]
+    hf.load_hf_weights(model, hf_dir)
+    return model
+
+
+def unwrap(model: list[torch.nn.Module]) -> Any:
+    """Return the GPTModel inside DDP and the mixed-precision wrapper."""
+    module: Any = model[0]
+    while isinstance(module, (DistributedDataParallel, Float16Module)):
+        module = module.module
+    return module
+
+
+def _check_sizes(hf_config: HFConfig, parallel: ParallelOptions, hf_dir: str) -> None:
+    tensor, pipeline = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
+    divided = {"num_attention_heads": (hf_config.num_heads, tensor), "vocab_size": (hf_config.vocab_size, tensor),
+               "num_key_value_heads": (hf_config.num_kv_heads, tensor),
+               "intermediate_size": (hf_config.ffn_hidden_size, tensor),
+               "num_hidden_layers": (hf_config.num_layers, pipeline)}  # fmt: skip
+    for field, (size, ranks) in divided.items():
+        if size % ranks:
+            kind = "pipeline" if field == "num_hidden_layers" else "tensor"
+            raise ConfigError(
+                f"{hf_dir}/config.json: {field} = {size} cannot be divided over "
+                f"--{kind}-model-parallel-size {ranks} ranks"
+            )
+
+
+def _transformer_config(hf_config: HFConfig, parallel: ParallelOptions, param_dtype: torch.dtype) -> TransformerConfig:
+    gpu = has_gpu()
+    return TransformerConfig(
+        num_layers=hf_config.num_layers,
+        hidden_size=hf_config.hidden_size,
+        ffn_hidden_size=hf_config.ffn_hidden_size,
+        num_attention_heads=hf_config.num_heads,
+        num_query_groups=hf_config.num_kv_heads,
+        kv_channels=hf_config.head_dim,
+        normalization="RMSNorm",
+        layernorm_epsilon=hf_config.rms_norm_eps,
+        qk_layernorm=hf_config.qk_norm,
+        gated_linear_unit=True,
+        activation_func=torch.nn.functional.silu,
+        add_bias_linear=False,
+        add_qkv_bias=hf_config.qkv_bias,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        params_dtype=param_dtype,
+        bf16=param_dtype == torch.bfloat16,
+        pipeline_dtype=param_dtype,
+        perform_initialization=False,
+        use_cpu_initialization=not gpu,
+        tensor_model_parallel_size=parallel.tensor_model_parallel_size,
+        pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
+        context_parallel_size=parallel.context_parallel_size,
+        sequence_parallel=parallel.sequence_parallel and parallel.tensor_model_parallel_size > 1,
+        # packed micro-batches have a length of their own; Megatron lets pipelines send such shapes only together
+        # with this dispatcher, which a dense model never uses
+        variable_seq_lengths=True,
+        moe_token_dispatcher_type="alltoall",
+        # the loss arrives divided by its denominators: this makes DDP sum gradients instead of averaging them
+        calculate_per_token_loss=True,
+        finalize_model_grads_func=_finalize_grads,
+        gradient_accumulation_fusion=False,
+        masked_softmax_fusion=False,
+        apply_rope_fusion=gpu,
+        bias_activation_fusion=gpu,
+        bias_dropout_fusion=gpu,
+    )
+
+
+def _finalize_grads(model: list[torch.nn.Module], num_tokens: Any = None, **kwargs: Any) -> None:
+    """Sum gradients over data-parallel ranks; drops the token count, by which Megatron would divide."""
+    finalize_model_grads(model, None, **kwargs)
+
+
+def _ddp_config(parallel: ParallelOptions) -> Any:
+    return DistributedDataParallelConfig(
+        grad_reduce_in_fp32=True,
+        overlap_grad_reduce=False,
+        use_distributed_optimizer=parallel.use_distributed_optimizer,
+        # the optimizer checks the global norm and names the parameter
+        check_for_nan_in_grad=False,
+    )
+
+
+def _gpu_spec(hf_config: HFConfig) -> Any:
+    """Transformer Engine layers. Not run by the CPU test suite."""
+    return get_gpt_layer_with_transformer_engine_spec(qk_layernorm=hf_config.qk_norm)
+
+
+def _cpu_spec(hf_config: HFConfig, config: TransformerConfig) -> Any:
+    layer = get_gpt_layer_local_spec(qk_layernorm=hf_config.qk_norm, normalization="RMSNorm")
+    layer.submodules.input_layernorm = layer.submodules.pre_mlp_layernorm = RMSNorm
+    layer.submodules.mlp = GatedMLP
+    attention = layer.submodules.self_attention.submodules
+    if hf_config.qk_norm:
+        attention.q_layernorm = attention.k_layernorm = RMSNorm
+    rotary = Rotary(hf_config.head_dim, hf_config.rope_theta)
+    attention.core_attention = partial(PackedAttention, rotary=rotary)
+    return TransformerBlockSubmodules(layer_specs=[layer] * get_num_layers_to_build(config), layer_norm=RMSNorm)

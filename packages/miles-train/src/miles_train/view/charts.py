@@ -1,0 +1,174 @@
+"""Which charts a report shows, as plain data that `page/charts.js` draws."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from typing import Any
+
+from miles_train.view.run_directory import RunDirectory
+from miles_train.view.series import Columns, eval_datasets, moving_average, phase_names, rounded, total_seconds
+
+__all__ = ["chart_data"]
+
+MOST_POINTS = 600
+MOST_BARS = 120
+MOST_OTHER_CHARTS = 80
+FEWEST_TO_SMOOTH = 10
+ALARMING_GAP = 1e-4
+
+_EVAL_COLORS = (2, 5, 3, 6, 4, 7)
+_COLORS = 8
+
+
+def chart_data(run: RunDirectory) -> dict[str, Any]:
+    """Return `x` columns and the charts of each section: `reward`, `rollout`, `train`, `gap`, `time`, `more`."""
+    return _Charts(run).data()
+
+
+class _Charts:
+    def __init__(self, run: RunDirectory) -> None:
+        self.run = run
+        self.points = Columns(run.rollouts, MOST_POINTS)
+        self.bars = Columns(run.rollouts, MOST_BARS)
+        self.evals = Columns(run.evals, MOST_POINTS)
+        self.names = dict.fromkeys(name for record in run.rollouts for name in record.metrics)
+        self.drawn: set[str] = set()
+
+    def data(self) -> dict[str, Any]:
+        sections = {
+            "reward": [self.reward()],
+            "rollout": self.rollout(),
+            "train": self.train(),
+            "gap": [self.gap(), self.clipping(), self.kl()],
+            "time": [self.time(), self.speed()],
+        }
+        sections["more"] = self.more()
+        columns = {"rollout": self.points, "bar": self.bars, "eval": self.evals}
+        return {
+            "x": {name: {"first": c.x, "last": c.x_last} for name, c in columns.items()},
+            "sections": {name: [chart for chart in charts if chart["series"]] for name, charts in sections.items()},
+        }
+
+    def line(self, metric: str, label: str, color: int = 1) -> list[dict[str, Any]]:
+        """Return one series, or none where the run has no such metric."""
+        if metric not in self.names:
+            return []
+        self.drawn.add(metric)
+        return [{"name": label, "x": "rollout", "color": color, "style": "line", **self.points.metric(metric)}]
+
+    def counted(self, metric: str, label: str, color: int) -> dict[str, Any]:
+        """Return one series of a count that a rollout leaves out where it is 0."""
+        self.drawn.add(metric)
+        column = self.points.values([record.metrics.get(metric, 0.0) for record in self.run.rollouts])
+        return {"name": label, "x": "rollout", "color": color, "style": "line", **column}
+
+    def held_out(self, metric: str, label: str) -> list[dict[str, Any]]:
+        """Return one series of points for each evaluated dataset that has this metric."""
+        datasets = eval_datasets(self.run.evals)
+        series = []
+        for place, dataset in enumerate(datasets):
+            column = self.evals.metric(f"eval/{dataset}/{metric}")
+            if any(value is not None for value in column["y"]):
+                color = _EVAL_COLORS[place % len(_EVAL_COLORS)]
+                name = f"{label}: {dataset}" if len(datasets) > 1 else label
+                series.append({"name": name, "x": "eval", "color": color, "style": "dots", **column})
+        return series
+
+    def reward(self) -> dict[str, Any]:
+        train = self.line("rollout/reward", "training reward")
+        smooth: list[dict[str, Any]] = []
+        if train and len(self.run.rollouts) >= FEWEST_TO_SMOOTH:
+            window = min(50, max(5, len(self.run.rollouts) // 20))
+            means = moving_average([r.metrics.get("rollout/reward") for r in self.run.rollouts], window)
+            column = {"y": self.points.values(means)["y"]}
+            smooth = [{"name": f"mean of {window} rollouts", "x": "rollout", "color": 1, "style": "line", **column}]
+            train[0]["style"] = "faint"
+        series = [*train, *smooth, *self.held_out("reward", "held-out reward")]
+        return _chart("Reward", series, tall=True, unit="")
+
+    def rollout(self) -> list[dict[str, Any]]:
+        lengths = [
+            *self.line("rollout/response_length_max", "longest", 7),
+            *self.line("rollout/response_length", "mean", 1),
+            *self.held_out("response_length", "held-out"),
+        ]
+        truncated = [*self.line("rollout/truncated", "training", 1), *self.held_out("truncated", "held-out")]
+        equal = self.line("rollout/equal_groups", "equal groups", 1)
+        dropped = [name for name in self.names if name.startswith("rollout/dropped/")]
+        reasons = [self.counted(name, name.removeprefix("rollout/dropped/"), 1 + i % _COLORS)
+                   for i, name in enumerate(dropped)]
+        return [
+            _chart("Response length", lengths, "tokens", zero=True),
+            _chart("Truncated responses", truncated, "share", zero=True),
+            _chart("Groups whose rewards are all equal", equal, zero=True,
+                   text="They carry no signal: their advantages are 0."),
+            _chart("Dropped, by reason", reasons, zero=True),
+        ]
+
+    def train(self) -> list[dict[str, Any]]:
+        skipped = [*self.line("train/samples_skipped", "samples left out", 1),
+                   *self.line("train/skipped_steps", "steps skipped", 5)]
+        return [
+            _chart("Loss", self.line("train/loss", "loss")),
+            _chart("Gradient norm", self.line("train/grad_norm", "before clipping"), zero=True),
+            _chart("Learning rate", self.line("train/lr", "learning rate"), zero=True),
+            _chart("Entropy", self.line("train/entropy", "entropy"), "nats"),
+            _chart("Skipped", skipped, zero=True),
+        ]
+
+    def gap(self) -> dict[str, Any]:
+        series = [*self.line("train/logprob_gap_max", "largest of any token", 2),
+                  *self.line("train/logprob_gap_mean", "mean", 1)]
+        line = {"y": ALARMING_GAP, "label": "1e-4"}
+        return _chart("Log-prob gap, trainer against rollout", series, "nats", log=True, lines=[line], wide=True)
+
+    def clipping(self) -> dict[str, Any]:
+        return _chart("Clip fraction", self.line("train/pg_clipfrac", "clipped tokens"), "share", zero=True)
+
+    def kl(self) -> dict[str, Any]:
+        series = [*self.line("train/ppo_kl", "old against new policy", 1),
+                  *self.line("train/kl_loss", "against the reference", 2)]
+        return _chart("KL divergence", series, "nats")
+
+    def time(self) -> dict[str, Any]:
+        series = []
+        for place, name in enumerate(phase_names(self.run.rollouts)):
+            column = self.bars.values([record.seconds.get(name, 0.0) for record in self.run.rollouts])
+            series.append({"name": name.replace("_", " "), "x": "bar", "color": f"phase{place % _COLORS + 1}",
+                           "style": "bar", "y": column["y"]})
+        return _chart("Seconds of each rollout, by phase", series, "s", zero=True, wide=True)
+
+    def speed(self) -> dict[str, Any]:
+        records = self.run.rollouts
+        counts = [record.metrics.get("rollout/tokens") for record in records]
+        loop = [_per(n, total_seconds(record)) for n, record in zip(counts, records, strict=True)]
+        generation = [_per(n, record.seconds.get("generate")) for n, record in zip(counts, records, strict=True)]
+        series = [
+            {"name": name, "x": "rollout", "color": color, "style": "line", **self.points.values(values)}
+            for name, color, values in (("generation alone", 2, generation), ("whole loop", 1, loop))
+            if any(value is not None for value in values)
+        ]
+        return _chart("Tokens per second", series, "tok/s", zero=True, wide=True)
+
+    def more(self) -> list[dict[str, Any]]:
+        """Return a chart for every number that no other chart shows, such as those a hook reports."""
+        shown = re.compile(r"eval/.+/(reward|truncated|response_length)")
+        rollout = [_chart(name, self.line(name, name.rpartition("/")[2]))
+                   for name in sorted(set(self.names) - self.drawn)]
+        evaluated = sorted({name for record in self.run.evals for name in record.metrics if not shown.fullmatch(name)})
+        held_out = [_chart(name, [{"name": name.rpartition("/")[2], "x": "eval", "color": 2, "style": "dots",
+                                   **self.evals.metric(name)}]) for name in evaluated]
+        return [*rollout, *held_out][:MOST_OTHER_CHARTS]
+
+
+def _chart(title: str, series: list[dict[str, Any]], unit: str = "", *, text: str = "", zero: bool = False,
+           log: bool = False, tall: bool = False, wide: bool = False,
+           lines: Iterable[dict[str, Any]] = ()) -> dict[str, Any]:
+    """Describe one chart: `zero` starts its axis at 0, `log` makes it logarithmic, `lines` are drawn across."""
+    return {"title": title, "unit": unit, "text": text, "series": series, "zero": zero, "log": log, "tall": tall,
+            "wide": wide, "lines": list(lines)}
+
+
+def _per(amount: float | None, seconds: float | None) -> float | None:
+    return rounded(amount / seconds) if amount is not None and seconds else None

@@ -1,0 +1,230 @@
+"""What a report says in words and tables: tiles, shares of time, hooks, and what deserves a look."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import msgspec
+
+from miles_train.view.charts import ALARMING_GAP
+from miles_train.view.run_directory import RunDirectory
+from miles_train.view.series import eval_datasets, phase_names, present, total_seconds
+from miles_train.view.words import duration, number, percent
+
+__all__ = ["HookRow", "Share", "Tile", "TimeShares", "attention", "config_lines", "hook_rows", "startup_text", "tiles",
+           "time_shares"]
+
+LAST_ROLLOUTS = 10
+MOST_DATASETS = 8
+
+_GENERATE_AND_TRAIN = ("generate", "train")
+_SECRET = re.compile(r"^(?P<key>\s*[\w\"-]*(?<![a-z])(token|password|secret|api_key)\"?\s*=\s*).*$", re.IGNORECASE)
+_REMARK = re.compile(r"^(?P<code>.*?)(?P<remark>\s*#[^\"']*)?$")
+
+
+class Tile(msgspec.Struct):
+    """One headline number."""
+
+    label: str
+    value: str
+    before: str = ""
+    """What the number was at first; shown before it, with an arrow."""
+    under: str = ""
+    bad: bool = False
+
+
+def tiles(run: RunDirectory) -> list[Tile]:
+    """Return the headline numbers that this run has."""
+    shown = [_reward_tile(run), *_held_out_tiles(run), Tile("Rollouts", f"{len(run.rollouts):,}")]
+    if run.started is not None and run.finished is not None:
+        startup = f"{duration(_startup_seconds(run))} of it start-up" if run.startup else ""
+        shown.append(Tile("Duration", duration(run.finished - run.started), under=startup))
+    shown += [_tokens_tile(run), _gap_tile(run)]
+    return [tile for tile in shown if tile is not None]
+
+
+def _values(run: RunDirectory, metric: str) -> list[float]:
+    return present([record.metrics.get(metric) for record in run.rollouts])
+
+
+def _reward_tile(run: RunDirectory) -> Tile | None:
+    rewards = _values(run, "rollout/reward")
+    if not rewards:
+        return None
+    last = rewards[-LAST_ROLLOUTS:]
+    under = f"mean of the last {len(last)}" if len(last) > 1 else "of the only rollout"
+    return Tile("Training reward", number(sum(last) / len(last)), before=number(rewards[0]), under=under)
+
+
+def _held_out_tiles(run: RunDirectory) -> list[Tile]:
+    found = []
+    for dataset in eval_datasets(run.evals)[:MOST_DATASETS]:
+        name = f"eval/{dataset}/reward"
+        records = [record for record in run.evals if record.metrics.get(name) is not None]
+        if records:
+            first, last = records[0], records[-1]
+            before = number(first.metrics[name]) if first is not last else ""
+            found.append(Tile(f"Held-out: {dataset}", number(last.metrics[name]), before=before,
+                              under=f"after rollout {last.rollout_id:,}"))
+    return found
+
+
+def _tokens_tile(run: RunDirectory) -> Tile | None:
+    tokens = sum(_values(run, "rollout/tokens"))
+    seconds = sum(total_seconds(record) for record in run.rollouts)
+    if not tokens:
+        return None
+    return Tile("Tokens", _short(tokens), under=f"{number(tokens / seconds)} a second" if seconds else "")
+
+
+def _gap_tile(run: RunDirectory) -> Tile | None:
+    gaps = _values(run, "train/logprob_gap_max")
+    if not gaps:
+        return None
+    return Tile("Largest log-prob gap", number(max(gaps)), under="trainer against rollout", bad=max(gaps) > ALARMING_GAP)
+
+
+def _short(count: float) -> str:
+    for size, letter in ((1e12, "T"), (1e9, "B"), (1e6, "M")):
+        if count >= size:
+            return f"{count / size:.3g} {letter}"
+    return f"{count:,.0f}"
+
+
+class Share(msgspec.Struct):
+    """One phase's part of the time."""
+
+    name: str
+    seconds: str
+    share: str
+    width: str
+    """Its part of the drawn bar, as a CSS length."""
+    color: int
+
+
+class TimeShares(msgspec.Struct):
+    """Where the time of all rollouts went."""
+
+    total: str
+    parts: list[Share]
+    neither: str
+    """The share that is neither generation nor training."""
+    inside: str
+    """What that share is made of."""
+
+
+def time_shares(run: RunDirectory) -> TimeShares | None:
+    """Add up the phases of all rollouts; None where no time was recorded."""
+    sums = {name: sum(record.seconds.get(name, 0.0) for record in run.rollouts)
+            for name in phase_names(run.rollouts)}
+    # Phases that overlap (generation during training) add up to more than the wall clock: shares are of all work.
+    total = max(sum(total_seconds(record) for record in run.rollouts), sum(sums.values()))
+    if not total:
+        return None
+    parts = [
+        Share(name.replace("_", " "), duration(seconds), percent(seconds / total), f"{100 * seconds / total:.2f}%", i % 8 + 1)
+        for i, (name, seconds) in enumerate(sums.items())
+    ]
+    rest = {name: seconds for name, seconds in sums.items() if name not in _GENERATE_AND_TRAIN}
+    neither = 1 - sum(sums.get(name, 0.0) for name in _GENERATE_AND_TRAIN) / total
+    in_order = sorted(rest.items(), key=lambda item: -item[1])
+    inside = ", ".join(f"{name.replace('_', ' ')} {percent(seconds / total)}" for name, seconds in in_order)
+    return TimeShares(duration(total), parts, percent(max(0.0, neither)), inside)
+
+
+def _startup_seconds(run: RunDirectory) -> float:
+    return run.startup.get("total") or sum(run.startup.values())
+
+
+def startup_text(run: RunDirectory) -> str:
+    """Return the start-up phases in words."""
+    parts = [f"{name.replace('_', ' ')} {duration(seconds)}" for name, seconds in run.startup.items() if name != "total"]
+    return ", ".join(parts)
+
+
+class HookRow(msgspec.Struct):
+    """One hook as every process that loaded the same file of it ran it."""
+
+    hook: str
+    reference: str
+    distribution: str
+    file: str
+    sha256: str
+    processes: list[str]
+    calls: int
+    seconds: float
+    errors: int
+
+    @property
+    def microseconds(self) -> str:
+        """Mean time of a call."""
+        return number(1e6 * self.seconds / self.calls) if self.calls else "–"
+
+    @property
+    def seconds_text(self) -> str:
+        """Total time."""
+        return duration(self.seconds) if self.calls else "–"
+
+
+def hook_rows(hooks: Sequence[dict[str, Any]]) -> list[HookRow]:
+    """Return one row for each hook, reference and file, added up over processes."""
+    rows: dict[tuple[str, ...], HookRow] = {}
+    for hook in hooks:
+        name, reference, file, sha256, distribution, version = (
+            str(hook.get(key) or "") for key in ("hook", "reference", "file", "sha256", "distribution", "version")
+        )
+        origin = f"{distribution} {version}".strip()
+        row = rows.setdefault((name, reference, sha256, origin), HookRow(name, reference, origin, file, sha256, [], 0, 0.0, 0))
+        row.processes.append(str(hook.get("process") or ""))
+        row.calls += _count(hook.get("calls"))
+        row.seconds += _amount(hook.get("seconds"))
+        row.errors += _count(hook.get("errors"))
+    return list(rows.values())
+
+
+def _amount(value: object) -> float:
+    return float(value) if isinstance(value, int | float) else 0.0
+
+
+def _count(value: object) -> int:
+    return len(value) if isinstance(value, list) else int(_amount(value))
+
+
+def attention(run: RunDirectory, hooks: Sequence[HookRow]) -> list[str]:
+    """Return what a reader should not overlook."""
+    found = list(run.problems)
+    bad: dict[str, list[int]] = {}
+    for record in (*run.rollouts, *run.evals):
+        for name, value in record.metrics.items():
+            if value is None:
+                bad.setdefault(name, []).append(record.rollout_id)
+    found += [f"{name} was not finite in {_rollouts(ids)}" for name, ids in bad.items()]
+    above = [r.rollout_id for r in run.rollouts if (r.metrics.get("train/logprob_gap_max") or 0) > ALARMING_GAP]
+    if above:
+        found.append(f"the log-prob gap was above 1e-4 in {_rollouts(above)}")
+    skipped = sum(_values(run, "train/skipped_steps"))
+    if skipped:
+        found.append(f"{skipped:,.0f} optimizer steps were skipped")
+    found += [f"hook {row.hook} ({row.reference}) raised {row.errors:,} errors" for row in hooks if row.errors]
+    found += [f"hook {row.hook} ({row.reference}) was loaded and never called" for row in hooks if not row.calls]
+    references = {(row.hook, row.reference) for row in hooks}
+    if len(references) < len(hooks):
+        found.append("processes ran different files or versions of the same hook")
+    return found
+
+
+def _rollouts(ids: Sequence[int]) -> str:
+    return f"rollout {ids[0]:,}" if len(ids) == 1 else f"{len(ids):,} rollouts, first in {ids[0]:,}"
+
+
+def config_lines(text: str) -> list[tuple[str, str, bool]]:
+    """Return each line's code, its remark, and whether it opens a table; values of secret keys are left out."""
+    lines = []
+    for line in text.splitlines():
+        shown = _SECRET.sub(r"\g<key>(not shown)", line)
+        match = _REMARK.match(shown)
+        code, remark = (match["code"], match["remark"] or "") if match else (shown, "")
+        lines.append((code, remark, code.startswith("[")))
+    return lines

@@ -1,0 +1,114 @@
+"""Columns: what is refused, how samples reach steps and ranks, what tensors they become."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from miles_api.errors import SampleError
+from miles_train.columns import select, shard_columns, split_steps, to_tensors, validate_columns
+
+
+def make_batch(lengths, response=1, group=1):
+    return {
+        "tokens": [list(range(n)) for n in lengths],
+        "response_lengths": [response] * len(lengths),
+        "loss_masks": [[1] * response for _ in lengths],
+        "rewards": [0.5] * len(lengths),
+        "sample_indices": [100 + i for i in range(len(lengths))],
+        "group_indices": [i // group for i in range(len(lengths))],
+    }
+
+
+def test_columns_of_equal_length_pass_and_unknown_ones_pass_through():
+    batch = make_batch([3, 4]) | {"my_column": ["a", "b"], "rollout_log_probs": None, "metadata": [None, None]}
+    present = validate_columns(batch)
+    assert present["my_column"] == ["a", "b"]
+    assert "rollout_log_probs" not in present
+    assert "metadata" not in present
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"rewards": [1.0]}, r"'rewards' has 1 entries for 3 samples"),
+        (
+            {"rollout_log_probs": [[-1.0], None, [-1.0]]},
+            r"'rollout_log_probs' is missing for 1 of 3 samples: sample 101",
+        ),
+        ({"loss_masks": [[1], [1], [1, 1]]}, r"'loss_masks' has 2 values for a response of 1 tokens \(sample 102\)"),
+        (
+            {"rollout_log_probs": [[], [0.0], [0.0]]},
+            r"'rollout_log_probs' has 0 values for a response of 1 .*sample 100",
+        ),
+        ({"response_lengths": [1, 4, 1]}, r"'response_lengths': 4 of 4 tokens are the response.*sample 101"),
+        ({"total_lengths": [3, 4, 6]}, r"'total_lengths' says 6 for 5 tokens \(sample 102\)"),
+        ({"rewards": 1.0}, r"'rewards' is a float"),
+        ({"tokens": None}, r"no column 'tokens'"),
+    ],
+)
+def test_a_column_that_does_not_fit_is_refused_by_name_with_both_lengths(change, message):
+    with pytest.raises(SampleError, match=message):
+        validate_columns(make_batch([3, 4, 5]) | change)
+
+
+def test_an_empty_batch_is_refused():
+    with pytest.raises(SampleError, match="no sample"):
+        validate_columns(make_batch([]))
+
+
+def test_steps_are_contiguous_and_keep_groups_together():
+    assert split_steps([0, 0, 0, 1, 1, 1, 2, 2, 2, 3, 3, 3], 2) == [range(6), range(6, 12)]
+    assert split_steps([0, 0, 0, 1, 1, 2, 2], 2) == [range(3), range(3, 7)]
+
+
+def test_a_group_larger_than_a_step_is_cut_where_it_must_be():
+    assert split_steps([7] * 6, 3) == [range(2), range(2, 4), range(4, 6)]
+
+
+def test_fewer_samples_than_steps_are_refused():
+    with pytest.raises(SampleError, match="2 samples cannot be split into 3"):
+        split_steps([0, 1], 3)
+
+
+@given(groups=st.lists(st.integers(0, 3), min_size=1, max_size=40), num_steps=st.integers(1, 6))
+def test_every_sample_is_in_exactly_one_step_and_no_step_is_empty(groups, num_steps):
+    if len(groups) < num_steps:
+        return
+    steps = split_steps(groups, num_steps)
+    assert [i for step in steps for i in step] == list(range(len(groups)))
+    assert len(steps) == num_steps
+    assert all(steps)
+
+
+@given(
+    lengths=st.lists(st.integers(2, 500), min_size=8, max_size=60), ranks=st.integers(1, 4), num_steps=st.integers(1, 2)
+)
+def test_every_rank_gets_samples_for_every_step_and_none_is_lost_or_doubled(lengths, ranks, num_steps):
+    shards = shard_columns(make_batch(lengths), data_parallel_size=ranks, num_steps=num_steps)
+    seen = [i for rank in shards for step in rank for i in step]
+    assert sorted(seen) == list(range(len(lengths)))
+    assert all(step == sorted(step) and step for rank in shards for step in rank)
+    for step in range(num_steps):
+        tokens = [sum(lengths[i] for i in rank[step]) for rank in shards]
+        longest = max(lengths[i] for rank in shards for i in rank[step])
+        assert max(tokens) - min(tokens) <= longest
+
+
+def test_a_step_with_fewer_samples_than_ranks_is_refused():
+    with pytest.raises(SampleError, match=r"2 samples .* cannot feed 3 data-parallel ranks"):
+        shard_columns(make_batch([3, 3, 3, 3]), data_parallel_size=3, num_steps=2)
+
+
+def test_tensors_have_the_promised_types_and_values():
+    batch = make_batch([3, 5], response=2) | {"rollout_log_probs": [[-0.5, -1.0], [-2.0, -3.0]]}
+    data = to_tensors(select(batch, [1, 0]))
+    assert [t.tolist() for t in data["tokens"]] == [[0, 1, 2, 3, 4], [0, 1, 2]]
+    assert data["tokens"][0].dtype == torch.int64
+    assert data["loss_masks"][0].dtype == torch.float32
+    assert data["rollout_log_probs"][0].tolist() == [-2.0, -3.0]
+    assert data["total_lengths"] == [5, 3]
+    assert data["sample_indices"] == [101, 100]
+    assert data["rewards"] == [0.5, 0.5]

@@ -1,0 +1,320 @@
+"""The whole trainer on a tiny Qwen3: it learns, and how a step is cut up does not change what it learns."""
+
+from __future__ import annotations
+
+import math
+import socket
+from pathlib import Path
+
+import pytest
+import torch
+import torch.multiprocessing as mp
+from safetensors.torch import load_file
+
+from miles_api.config import RunConfig
+from miles_api.errors import ConfigError, MilesError, SampleError
+from miles_api.run_options import RunOptions
+from miles_train.options import BatchingOptions, ObjectiveOptions, OptimizerOptions, ParallelOptions
+from miles_train.trainer import Trainer
+
+VOCAB = 32
+LR = 4e-3
+
+
+@pytest.fixture(scope="module")
+def hf_dir(tmp_path_factory):
+    from transformers import Qwen3Config, Qwen3ForCausalLM
+
+    torch.manual_seed(0)
+    config = Qwen3Config(
+        vocab_size=VOCAB, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=8,
+        intermediate_size=48, max_position_embeddings=64, tie_word_embeddings=True,
+    )  # fmt: skip
+    directory = tmp_path_factory.mktemp("model")
+    Qwen3ForCausalLM(config).save_pretrained(directory)
+    return str(directory)
+
+
+def make_batch(groups=4, size=4, dead_groups=(), seed=0, **columns):
+    """Return a rollout of random prompts and responses; the samples of dead groups have advantage 0."""
+    generator = torch.Generator().manual_seed(seed)
+    batch = {name: [] for name in ("tokens", "response_lengths", "loss_masks", "rewards", "sample_indices")}
+    batch |= {"group_indices": [], "rollout_log_probs": []}
+    for group in range(groups):
+        prompt = torch.randint(VOCAB, (3 + group % 3,), generator=generator).tolist()
+        for member in range(size):
+            response = torch.randint(VOCAB, (2 + (group + member) % 4,), generator=generator).tolist()
+            batch["tokens"].append(prompt + response)
+            batch["response_lengths"].append(len(response))
+            batch["loss_masks"].append([1] * (len(response) - 1) + [member % 2])
+            batch["rewards"].append(0.0 if group in dead_groups else 1.0 if member % 2 else -1.0)
+            batch["sample_indices"].append(100 + len(batch["sample_indices"]))
+            batch["group_indices"].append(group)
+            batch["rollout_log_probs"].append([-3.5] * len(response))
+    return batch | columns
+
+
+def make_config(hf_dir, *options, **run):
+    run = {"loss_type": "policy_loss", "num_steps_per_rollout": 2, "num_rollout": 20} | run
+    groups = {kind: kind() for kind in (ParallelOptions, BatchingOptions, ObjectiveOptions)}
+    # A large epsilon lets the size of gradients show in the weights; Adam alone would hide a wrong factor.
+    optimizer = OptimizerOptions(lr=LR, adam_eps=1e-2)
+    groups |= {RunOptions: RunOptions(hf_checkpoint=hf_dir, **run), OptimizerOptions: optimizer}
+    groups |= {type(group): group for group in options}
+    return RunConfig({kind.__name__: group for kind, group in groups.items()}, {})
+
+
+def free_port():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+class Started:
+    """A started single-rank trainer that is stopped at the end of the block."""
+
+    def __init__(self, config):
+        self.trainer = Trainer(config, rank=0, world_size=1, master_addr="127.0.0.1", master_port=free_port())
+
+    def __enter__(self):
+        self.trainer.start()
+        return self.trainer
+
+    def __exit__(self, *error):
+        self.trainer.stop()
+
+
+def weights_of(trainer, directory):
+    trainer.export(str(directory))
+    return load_file(Path(directory) / "model.safetensors")
+
+
+def train_once(config, directory, batch):
+    """Train a fresh model on one rollout; return its weights and the report's metrics."""
+    with Started(config) as trainer:
+        report = trainer.train(0, batch)
+        return weights_of(trainer, directory), report.metrics
+
+
+def assert_same_weights(a, b, atol=1e-6):
+    assert a.keys() == b.keys()
+    for name in a:
+        torch.testing.assert_close(a[name], b[name], rtol=0, atol=atol, msg=lambda text, name=name: f"{name}: {text}")
+
+
+def hf_log_probs(directory, batch, temperature=1.0):
+    """Return each sample's response log-probs according to transformers."""
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
+    result = []
+    for tokens, length in zip(batch["tokens"], batch["response_lengths"], strict=True):
+        with torch.no_grad():
+            rows = torch.log_softmax(model(torch.tensor([tokens])).logits[0] / temperature, -1)[-length - 1 : -1]
+        result.append(rows.gather(-1, torch.tensor(tokens[-length:])[:, None]).squeeze(-1).tolist())
+    return result
+
+
+def test_supervised_training_on_a_few_samples_lowers_the_loss(hf_dir):
+    batch = make_batch(2, 4)
+    del batch["rewards"]
+    with Started(make_config(hf_dir, OptimizerOptions(lr=3e-3), loss_type="sft_loss")) as trainer:
+        losses = [trainer.train(i, batch).metrics["train/loss"] for i in range(12)]
+    assert losses[0] == pytest.approx(math.log(VOCAB), abs=0.2)
+    assert losses[-1] < losses[0] - 1
+
+
+def test_a_policy_step_raises_what_was_rewarded_and_lowers_what_was_not(hf_dir, tmp_path):
+    batch = make_batch()
+    train_once(make_config(hf_dir), tmp_path, batch)
+    before, after = hf_log_probs(hf_dir, batch), hf_log_probs(tmp_path, batch)
+    gains = [sum(b) - sum(a) for a, b in zip(before, after, strict=True)]
+    good = [gain for gain, reward in zip(gains, batch["rewards"], strict=True) if reward > 0]
+    bad = [gain for gain, reward in zip(gains, batch["rewards"], strict=True) if reward < 0]
+    assert sum(good) / len(good) > 0.05
+    assert sum(bad) / len(bad) < -0.05
+
+
+@pytest.mark.parametrize("per_token", [False, True])
+def test_the_size_of_micro_batches_does_not_change_the_weights_or_the_metrics(hf_dir, tmp_path, per_token):
+    objective = ObjectiveOptions(calculate_per_token_loss=per_token, entropy_coef=0.01)
+    results = [
+        train_once(
+            make_config(hf_dir, objective, BatchingOptions(max_tokens_per_gpu=tokens)),
+            tmp_path / str(tokens),
+            make_batch(),
+        )
+        for tokens in (8192, 20)
+    ]
+    assert_same_weights(results[0][0], results[1][0])
+    few, many = (metrics.pop("train/micro_batches") for _, metrics in results)
+    assert few < many
+    assert results[0][1] == pytest.approx(results[1][1], abs=1e-5)
+
+
+def test_leaving_out_zero_advantages_gives_the_same_weights_and_loss_with_fewer_tokens(hf_dir, tmp_path):
+    batch = make_batch(dead_groups=(0, 3))
+    batch["loss_masks"][5] = [0] * batch["response_lengths"][5]  # not trained on either
+    (all_weights, everything), (some_weights, some) = (
+        train_once(make_config(hf_dir, ObjectiveOptions(skip_zero_advantage=skip)), tmp_path / str(skip), batch)
+        for skip in (False, True)
+    )
+    assert_same_weights(all_weights, some_weights)
+    assert some["train/loss"] == pytest.approx(everything["train/loss"], abs=1e-6)
+    assert some["train/grad_norm"] == pytest.approx(everything["train/grad_norm"], abs=1e-5)
+    assert (everything["train/samples_skipped"], some["train/samples_skipped"]) == (0, 9)
+    assert some["train/tokens"] < everything["train/tokens"]
+
+
+def test_a_step_in_which_nothing_pulls_is_skipped_and_reported(hf_dir, tmp_path):
+    config = make_config(hf_dir, ObjectiveOptions(skip_zero_advantage=True))
+    with Started(config) as trainer:
+        before = weights_of(trainer, tmp_path / "before")
+        nothing = trainer.train(0, make_batch(dead_groups=(0, 1, 2, 3))).metrics
+        assert_same_weights(before, weights_of(trainer, tmp_path / "after"), atol=0)
+        half = trainer.train(1, make_batch(dead_groups=(0, 1))).metrics
+    assert nothing["train/skipped_steps"] == 2
+    assert (nothing["train/loss"], nothing["train/tokens"]) == (0, 0)
+    assert half["train/skipped_steps"] == 1
+    assert half["train/lr"] == pytest.approx(LR)
+
+
+def test_a_rollout_of_one_step_uses_its_own_log_probs_as_the_old_ones(hf_dir, tmp_path):
+    with Started(make_config(hf_dir, num_steps_per_rollout=1)) as trainer:
+        report = trainer.train(0, make_batch())
+    assert report.metrics["train/ratio_max"] == 1
+    assert "log_probs" not in report.seconds
+
+
+def test_a_second_step_compares_with_the_log_probs_before_the_first(hf_dir, tmp_path):
+    """Recomputing every old log-prob, and only those of later steps, is the same."""
+    batch = make_batch()
+    lazy_weights, lazy = train_once(make_config(hf_dir), tmp_path / "lazy", batch)
+    with Started(make_config(hf_dir)) as trainer:
+        trainer._pieces = trainer._pieces._replace(advantage_reads_log_probs=True)
+        full = trainer.train(0, batch).metrics
+        full_weights = weights_of(trainer, tmp_path / "full")
+    assert_same_weights(lazy_weights, full_weights)
+    assert lazy["train/ratio_max"] > 1
+    assert lazy == pytest.approx(full, abs=1e-5)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_the_engines_log_probs_are_compared_with_the_trainers_at_the_sampling_temperature(
+    hf_dir, tmp_path, temperature
+):
+    batch = make_batch()
+    batch["rollout_log_probs"] = hf_log_probs(hf_dir, batch, temperature)
+    batch["rollout_log_probs"][2][-1] = -50.0  # masked
+    batch["rollout_log_probs"][9][0] += 0.5
+    for recompute in (True, False):
+        config = make_config(
+            hf_dir,
+            ObjectiveOptions(use_rollout_logprobs=not recompute),
+            rollout_temperature=temperature,
+            num_steps_per_rollout=2 if recompute else 1,
+        )
+        _, metrics = train_once(config, tmp_path, batch)
+        unmasked = sum(map(sum, batch["loss_masks"]))
+        assert metrics["train/logprob_gap_max"] == pytest.approx(0.5, abs=1e-5)
+        assert metrics["train/logprob_gap_mean"] == pytest.approx(0.5 / unmasked, abs=1e-5)
+
+
+def test_reusing_the_engines_log_probs_gives_the_same_weights_where_the_two_agree(hf_dir, tmp_path):
+    batch = make_batch()
+    batch["rollout_log_probs"] = hf_log_probs(hf_dir, batch)
+    recomputed, _ = train_once(make_config(hf_dir), tmp_path / "a", batch)
+    reused, _ = train_once(make_config(hf_dir, ObjectiveOptions(use_rollout_logprobs=True)), tmp_path / "b", batch)
+    assert_same_weights(recomputed, reused, atol=2e-6)
+
+
+def test_a_trainer_continues_after_a_load_exactly_as_the_one_that_saved(hf_dir, tmp_path):
+    config = make_config(hf_dir)
+    with Started(config) as trainer:
+        trainer.train(0, make_batch(seed=0))
+        trainer.save(0, str(tmp_path / "checkpoint"))
+        for i in (1, 2):
+            trainer.train(i, make_batch(seed=i))
+        straight = weights_of(trainer, tmp_path / "straight")
+    with Started(config) as trainer:
+        trainer.load(0, str(tmp_path / "checkpoint"))
+        for i in (1, 2):
+            trainer.train(i, make_batch(seed=i))
+        assert_same_weights(straight, weights_of(trainer, tmp_path / "resumed"), atol=0)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"rewards": [1.0] * 15 + [math.nan]}, "the reward of sample 115 is nan"),
+        ({"rollout_log_probs": [[math.inf] * n for n in (2, 3, 4, 5) * 4]}, "of 3 tokens|rollout_log_probs of sample"),
+        ({"rewards": None}, "no column 'rewards'"),
+    ],
+)
+def test_a_batch_that_cannot_be_trained_on_stops_before_the_weights_change(hf_dir, tmp_path, change, message):
+    with Started(make_config(hf_dir)) as trainer:
+        before = weights_of(trainer, tmp_path / "before")
+        with pytest.raises(MilesError, match=message):
+            trainer.train(0, make_batch() | change)
+        assert_same_weights(before, weights_of(trainer, tmp_path / "after"), atol=0)
+
+
+def test_broken_weights_are_noticed_in_the_log_probs_and_name_a_sample(hf_dir):
+    with Started(make_config(hf_dir)) as trainer:
+        next(trainer._model[0].parameters()).data[7].fill_(math.nan)
+        with pytest.raises(MilesError, match=r"log_probs of sample \d+ in rollout 3.* is nan at position 0"):
+            trainer.train(3, make_batch())
+
+
+def test_reusing_log_probs_that_the_rollout_does_not_have_is_an_error(hf_dir):
+    config = make_config(hf_dir, ObjectiveOptions(use_rollout_logprobs=True))
+    with Started(config) as trainer, pytest.raises(SampleError, match="--use-rollout-logprobs needs the column"):
+        trainer.train(0, make_batch(rollout_log_probs=None))
+
+
+def test_a_loss_that_does_not_exist_is_refused_before_anything_starts(hf_dir):
+    with pytest.raises(ConfigError, match="--loss-type value_loss is not available"):
+        Trainer(make_config(hf_dir, loss_type="value_loss"), rank=0, world_size=1, master_addr="", master_port=1)
+
+
+LAYOUTS = {
+    "dp2": ParallelOptions(actor_num_gpus_per_node=2),
+    "tp2": ParallelOptions(actor_num_gpus_per_node=2, tensor_model_parallel_size=2, sequence_parallel=True),
+    "pp2": ParallelOptions(actor_num_gpus_per_node=2, pipeline_model_parallel_size=2),
+}
+
+
+def _layout_rank(rank, hf_dir, out, ports, batch):
+    for name, parallel in LAYOUTS.items():
+        config = make_config(
+            hf_dir, parallel, ObjectiveOptions(skip_zero_advantage=True), BatchingOptions(max_tokens_per_gpu=40)
+        )
+        trainer = Trainer(config, rank=rank, world_size=2, master_addr="127.0.0.1", master_port=ports[name])
+        trainer.start()
+        metrics = trainer.train(0, batch).metrics
+        trainer.export(f"{out}/{name}")
+        trainer.stop()
+        torch.save(metrics, f"{out}/{name}-{rank}.pt")
+
+
+@pytest.fixture(scope="module")
+def layouts(hf_dir, tmp_path_factory):
+    """Train the same rollout on one rank and on two ranks in every layout; return the directory of the results."""
+    directory = tmp_path_factory.mktemp("layouts")
+    batch = make_batch(dead_groups=(1,))
+    config = make_config(hf_dir, ObjectiveOptions(skip_zero_advantage=True))
+    torch.save(train_once(config, directory / "one", batch), directory / "one.pt")
+    ports = {name: free_port() for name in LAYOUTS}
+    mp.spawn(_layout_rank, args=(hf_dir, str(directory), ports, batch), nprocs=2)
+    return directory
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_data_tensor_and_pipeline_parallel_trainers_agree_with_one_rank(layouts, layout):
+    expected, metrics = torch.load(layouts / "one.pt")
+    first, second = (torch.load(layouts / f"{layout}-{rank}.pt") for rank in range(2))
+    assert first == second
+    del first["train/micro_batches"], metrics["train/micro_batches"]
+    assert first == pytest.approx(metrics, abs=1e-5)
+    files = (layouts / layout).glob("*.safetensors")
+    assert_same_weights(expected, {key: value for file in files for key, value in load_file(file).items()}, 2e-6)
