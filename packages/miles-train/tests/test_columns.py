@@ -97,6 +97,10 @@ def test_every_rank_gets_samples_for_every_step_and_none_is_lost_or_doubled(leng
         assert max(tokens) - min(tokens) <= longest
 
 
+def test_a_long_sample_gets_a_rank_of_its_own_where_that_balances_tokens():
+    assert shard_columns(make_batch([2, 2, 2, 2, 8]), data_parallel_size=2, num_steps=1) == [[[4]], [[0, 1, 2, 3]]]
+
+
 def test_a_step_with_fewer_samples_than_ranks_is_refused():
     with pytest.raises(SampleError, match=r"2 samples .* cannot feed 3 data-parallel ranks"):
         shard_columns(make_batch([3, 3, 3, 3]), data_parallel_size=3, num_steps=2)

@@ -13,11 +13,12 @@ from miles_train.options import ObjectiveOptions
 from miles_train.reducers import sum_of_sample_mean
 
 
-def run_policy(ratios, advantages, masks=None, entropies=None, **options):
+def run_policy(ratios, advantages, masks=None, entropies=None, old=None, **options):
     """Call the policy loss on one sample whose importance ratios are given; return loss, metrics, gradient."""
     log_probs = torch.tensor([math.log(r) for r in ratios]).requires_grad_()
     masks = torch.ones(len(ratios)) if masks is None else torch.tensor(masks)
-    batch = {"advantages": [torch.tensor(advantages)], "loss_masks": [masks], "log_probs": [torch.zeros(len(ratios))]}
+    old = torch.zeros(len(ratios)) if old is None else torch.tensor(old)
+    batch = {"advantages": [torch.tensor(advantages)], "loss_masks": [masks], "log_probs": [old]}
 
     def stub(logits, entropy=False):
         return [log_probs], [torch.tensor(entropies)] if entropy else None
@@ -60,7 +61,7 @@ def test_the_entropy_bonus_lowers_the_loss_and_is_reported_only_when_asked_for()
 
 
 def test_an_impossible_old_log_prob_of_a_masked_token_does_not_reach_loss_or_gradient():
-    loss, metrics, grad = run_policy([1e30, 1.0], [1.0, 1.0], masks=[0.0, 1.0])
+    loss, metrics, grad = run_policy([1.0, 1.0], [1.0, 1.0], masks=[0.0, 1.0], old=[-200.0, 0.0])
     assert loss == -1.0
     assert grad == [0.0, -1.0]
     assert metrics["ratio_max"].item() == 1.0

@@ -149,6 +149,7 @@ def test_the_size_of_micro_batches_does_not_change_the_weights_or_the_metrics(hf
     assert_same_weights(results[0][0], results[1][0])
     few, many = (metrics.pop("train/micro_batches") for _, metrics in results)
     assert few < many
+    assert results[0][1]["train/entropy"] == pytest.approx(math.log(VOCAB), abs=0.3)
     assert results[0][1] == pytest.approx(results[1][1], abs=1e-5)
 
 

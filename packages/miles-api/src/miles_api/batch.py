@@ -56,8 +56,10 @@ def check_columns(batch: Mapping[str, Any]) -> None:
         zip(batch["tokens"], batch["response_lengths"], batch["total_lengths"], strict=True)
     ):
         name = f"sample {batch['sample_indices'][position]}"
-        if total != len(tokens) or not 0 <= length < max(total, 1):
+        if total != len(tokens) or length < 0:
             raise SampleError(f"{name}: {len(tokens)} tokens, total_lengths {total}, response_lengths {length}")
+        if length >= total:
+            raise SampleError(f"{name}: {total} tokens with a response of {length}: at least one prompt token is needed")
         for column in _PER_RESPONSE_TOKEN:
             if column in batch and len(batch[column][position]) != length:
                 raise SampleError(f"{name}: {column} has {len(batch[column][position])} entries, response {length}")

@@ -95,7 +95,7 @@ def test_a_sliding_window_is_refused_unless_no_sequence_can_outgrow_it(kit, tmp_
     small = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "num_key_value_heads": 2}
     limits = {"max_position_embeddings": 128, "sliding_window": 32}
     MistralForCausalLM(MistralConfig(vocab_size=41, intermediate_size=48, **small, **limits)).save_pretrained(tmp_path)
-    with pytest.raises(UnsupportedModelError, match="sliding_window=32 .* --max-total-len 32 is exact"):
+    with pytest.raises(UnsupportedModelError, match=r"sliding_window=32 .* --max-total-len 32 is exact"):
         load_model(tmp_path, "auto", None)
     assert load_model(tmp_path, "auto", 32).max_positions == 32
 

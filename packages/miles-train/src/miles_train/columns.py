@@ -79,7 +79,8 @@ def _check_lengths(columns: dict[str, Any]) -> None:
         if bad:
             i = bad[0]
             raise SampleError(
-                f"column {name!r} has {found[i]} values for a response of {response_lengths[i]} tokens ({_names(columns, bad)})"
+                f"column {name!r} has {found[i]} values for a response of {response_lengths[i]} tokens "
+                f"({_names(columns, bad)})"
             )
     if "total_lengths" in columns:
         bad = [i for i, n in enumerate(columns["total_lengths"]) if n != totals[i]]

@@ -77,6 +77,8 @@ def check(config: RunConfig) -> Iterator[str]:
         yield "--hf-checkpoint is not set: name a Hugging Face model directory"
     else:
         yield from _problem(lambda: read_hf_config(str(run.hf_checkpoint)))
+        if not any(Path(run.hf_checkpoint).glob("*.safetensors")):
+            yield f"--hf-checkpoint {run.hf_checkpoint} holds no weights (*.safetensors)"
     product = (
         parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size * parallel.context_parallel_size
     )

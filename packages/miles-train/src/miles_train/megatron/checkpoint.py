@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch.distributed.checkpoint.api import CheckpointException
 
 from miles_api.errors import DataError
 
@@ -23,6 +24,8 @@ _METADATA = {
     # gathers it over the main process group; gloo groups beside NCCL would only save GPU memory
     "distrib_optim_fully_reshardable_mem_efficient": False,
 }
+
+_LONGEST_REASON = 300
 
 
 def save(model: list[torch.nn.Module], optimizer: Optimizer, directory: str) -> None:
@@ -45,8 +48,10 @@ def load(model: list[torch.nn.Module], optimizer: Optimizer, directory: str) -> 
         raise DataError(f"{directory} holds no training checkpoint")
     try:
         state = dist_checkpointing.load(_state(model, optimizer, is_loading=True), directory)
-    except (dist_checkpointing.core.CheckpointingException, RuntimeError, KeyError, ValueError) as error:
-        raise DataError(f"{directory} does not fit this model: {error}") from error
+    except (dist_checkpointing.core.CheckpointingException, CheckpointException) as error:
+        # the last line names the tensor; before it come every rank's tracebacks
+        reason = str(error).strip().splitlines()[-1]
+        raise DataError(f"{directory} does not fit this model: {reason[:_LONGEST_REASON]}") from error
     unwrap(model).load_state_dict(_plain(state["model"]))
     optimizer.load_sharded_state(state["optimizer"])
 

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .core import MLP, ColumnParallelLinear, MLPSubmodules, RowParallelLinear
+from .core import MLP, ColumnParallelLinear, MLPSubmodules, RowParallelLinear, parallel_state
 
 __all__ = ["GatedMLP", "RMSNorm"]
 
@@ -57,12 +57,12 @@ class _RMSNorm(torch.autograd.Function):
 class GatedMLP(MLP):
     """Megatron's MLP with SwiGLU in one autograd node; same parameters and checkpoints."""
 
-    def __init__(self, config: Any, **kwargs: Any) -> None:
+    def __init__(self, config: Any) -> None:
         super().__init__(
             config,
             MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear),
             ffn_hidden_size=config.ffn_hidden_size,
-            **kwargs,
+            tp_group=parallel_state.get_tensor_model_parallel_group(),
         )
 
     def forward(self, hidden_states: Tensor, *_unused: Any, **_also_unused: Any) -> tuple[Tensor, None]:

@@ -89,6 +89,10 @@ class Optimizer:
     def load_sharded_state(self, state: dict[str, Any]) -> None:
         """Take a loaded state; learning rate, schedule, betas and decay stay those of this run's options."""
         options = [{k: v for k, v in group.items() if k not in ("params", "step")} for group in self.inner.param_groups]
+        for moments in (state["inner"], state["inner"].get("optimizer", {})):
+            if "state" in moments and any(self._torch_parameters()):
+                # left out by Megatron when it is 0, and required by torch
+                moments["state"].setdefault("common_step", torch.tensor(float(state["steps"])))
         self.inner.load_state_dict(state["inner"])
         for group, own in zip(self.inner.param_groups, options, strict=True):
             group.update(own)

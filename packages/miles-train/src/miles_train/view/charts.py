@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from miles_train.view.run_directory import RunDirectory
 from miles_train.view.series import Columns, eval_datasets, moving_average, phase_names, rounded, total_seconds
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from miles_train.view.run_directory import RunDirectory
 
 __all__ = ["chart_data"]
 
@@ -79,10 +82,12 @@ class _Charts:
         train = self.line("rollout/reward", "training reward")
         smooth: list[dict[str, Any]] = []
         if train and len(self.run.rollouts) >= FEWEST_TO_SMOOTH:
-            window = min(50, max(5, len(self.run.rollouts) // 20))
-            means = moving_average([r.metrics.get("rollout/reward") for r in self.run.rollouts], window)
+            reach = min(25, max(2, len(self.run.rollouts) // 40))
+            means = moving_average([r.metrics.get("rollout/reward") for r in self.run.rollouts], reach)
             column = {"y": self.points.values(means)["y"]}
-            smooth = [{"name": f"mean of {window} rollouts", "x": "rollout", "color": 1, "style": "line", **column}]
+            smooth = [
+                {"name": f"mean of {2 * reach + 1} around", "x": "rollout", "color": 1, "style": "line", **column}
+            ]
             train[0]["style"] = "faint"
         series = [*train, *smooth, *self.held_out("reward", "held-out reward")]
         return _chart("Reward", series, tall=True, unit="")
@@ -96,19 +101,26 @@ class _Charts:
         truncated = [*self.line("rollout/truncated", "training", 1), *self.held_out("truncated", "held-out")]
         equal = self.line("rollout/equal_groups", "equal groups", 1)
         dropped = [name for name in self.names if name.startswith("rollout/dropped/")]
-        reasons = [self.counted(name, name.removeprefix("rollout/dropped/"), 1 + i % _COLORS)
-                   for i, name in enumerate(dropped)]
+        reasons = [
+            self.counted(name, name.removeprefix("rollout/dropped/"), 1 + i % _COLORS) for i, name in enumerate(dropped)
+        ]
         return [
             _chart("Response length", lengths, "tokens", zero=True),
             _chart("Truncated responses", truncated, "share", zero=True),
-            _chart("Groups whose rewards are all equal", equal, zero=True,
-                   text="They carry no signal: their advantages are 0."),
+            _chart(
+                "Groups whose rewards are all equal",
+                equal,
+                zero=True,
+                text="They carry no signal: their advantages are 0.",
+            ),
             _chart("Dropped, by reason", reasons, zero=True),
         ]
 
     def train(self) -> list[dict[str, Any]]:
-        skipped = [*self.line("train/samples_skipped", "samples left out", 1),
-                   *self.line("train/skipped_steps", "steps skipped", 5)]
+        skipped = [
+            *self.line("train/samples_skipped", "samples left out", 1),
+            *self.line("train/skipped_steps", "steps skipped", 5),
+        ]
         return [
             _chart("Loss", self.line("train/loss", "loss")),
             _chart("Gradient norm", self.line("train/grad_norm", "before clipping"), zero=True),
@@ -118,8 +130,10 @@ class _Charts:
         ]
 
     def gap(self) -> dict[str, Any]:
-        series = [*self.line("train/logprob_gap_max", "largest of any token", 2),
-                  *self.line("train/logprob_gap_mean", "mean", 1)]
+        series = [
+            *self.line("train/logprob_gap_max", "largest of any token", 2),
+            *self.line("train/logprob_gap_mean", "mean", 1),
+        ]
         line = {"y": ALARMING_GAP, "label": "1e-4"}
         return _chart("Log-prob gap, trainer against rollout", series, "nats", log=True, lines=[line], wide=True)
 
@@ -127,16 +141,25 @@ class _Charts:
         return _chart("Clip fraction", self.line("train/pg_clipfrac", "clipped tokens"), "share", zero=True)
 
     def kl(self) -> dict[str, Any]:
-        series = [*self.line("train/ppo_kl", "old against new policy", 1),
-                  *self.line("train/kl_loss", "against the reference", 2)]
+        series = [
+            *self.line("train/ppo_kl", "old against new policy", 1),
+            *self.line("train/kl_loss", "against the reference", 2),
+        ]
         return _chart("KL divergence", series, "nats")
 
     def time(self) -> dict[str, Any]:
         series = []
         for place, name in enumerate(phase_names(self.run.rollouts)):
             column = self.bars.values([record.seconds.get(name, 0.0) for record in self.run.rollouts])
-            series.append({"name": name.replace("_", " "), "x": "bar", "color": f"phase{place % _COLORS + 1}",
-                           "style": "bar", "y": column["y"]})
+            series.append(
+                {
+                    "name": name.replace("_", " "),
+                    "x": "bar",
+                    "color": f"phase{place % _COLORS + 1}",
+                    "style": "bar",
+                    "y": column["y"],
+                }
+            )
         return _chart("Seconds of each rollout, by phase", series, "s", zero=True, wide=True)
 
     def speed(self) -> dict[str, Any]:
@@ -154,20 +177,52 @@ class _Charts:
     def more(self) -> list[dict[str, Any]]:
         """Return a chart for every number that no other chart shows, such as those a hook reports."""
         shown = re.compile(r"eval/.+/(reward|truncated|response_length)")
-        rollout = [_chart(name, self.line(name, name.rpartition("/")[2]))
-                   for name in sorted(set(self.names) - self.drawn)]
+        rollout = [
+            _chart(name, self.line(name, name.rpartition("/")[2])) for name in sorted(set(self.names) - self.drawn)
+        ]
         evaluated = sorted({name for record in self.run.evals for name in record.metrics if not shown.fullmatch(name)})
-        held_out = [_chart(name, [{"name": name.rpartition("/")[2], "x": "eval", "color": 2, "style": "dots",
-                                   **self.evals.metric(name)}]) for name in evaluated]
+        held_out = [
+            _chart(
+                name,
+                [
+                    {
+                        "name": name.rpartition("/")[2],
+                        "x": "eval",
+                        "color": 2,
+                        "style": "dots",
+                        **self.evals.metric(name),
+                    }
+                ],
+            )
+            for name in evaluated
+        ]
         return [*rollout, *held_out][:MOST_OTHER_CHARTS]
 
 
-def _chart(title: str, series: list[dict[str, Any]], unit: str = "", *, text: str = "", zero: bool = False,
-           log: bool = False, tall: bool = False, wide: bool = False,
-           lines: Iterable[dict[str, Any]] = ()) -> dict[str, Any]:
+def _chart(
+    title: str,
+    series: list[dict[str, Any]],
+    unit: str = "",
+    *,
+    text: str = "",
+    zero: bool = False,
+    log: bool = False,
+    tall: bool = False,
+    wide: bool = False,
+    lines: Iterable[dict[str, Any]] = (),
+) -> dict[str, Any]:
     """Describe one chart: `zero` starts its axis at 0, `log` makes it logarithmic, `lines` are drawn across."""
-    return {"title": title, "unit": unit, "text": text, "series": series, "zero": zero, "log": log, "tall": tall,
-            "wide": wide, "lines": list(lines)}
+    return {
+        "title": title,
+        "unit": unit,
+        "text": text,
+        "series": series,
+        "zero": zero,
+        "log": log,
+        "tall": tall,
+        "wide": wide,
+        "lines": list(lines),
+    }
 
 
 def _per(amount: float | None, seconds: float | None) -> float | None:

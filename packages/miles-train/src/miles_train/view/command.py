@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-import argparse
 import importlib
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import argparse
 
 __all__ = ["ReportCommand", "command"]
 

@@ -3,21 +3,35 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 
 from miles_train.view.charts import ALARMING_GAP
-from miles_train.view.run_directory import RunDirectory
 from miles_train.view.series import eval_datasets, phase_names, present, total_seconds
 from miles_train.view.words import duration, number, percent
 
-__all__ = ["HookRow", "Share", "Tile", "TimeShares", "attention", "config_lines", "hook_rows", "startup_text", "tiles",
-           "time_shares"]
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from miles_train.view.run_directory import RunDirectory
+
+__all__ = [
+    "HookRow",
+    "Share",
+    "Tile",
+    "TimeShares",
+    "attention",
+    "config_lines",
+    "hook_rows",
+    "startup_text",
+    "tiles",
+    "time_shares",
+]
 
 LAST_ROLLOUTS = 10
 MOST_DATASETS = 8
+MOST_PROCESSES = 3
 
 _GENERATE_AND_TRAIN = ("generate", "train")
 _SECRET = re.compile(r"^(?P<key>\s*[\w\"-]*(?<![a-z])(token|password|secret|api_key)\"?\s*=\s*).*$", re.IGNORECASE)
@@ -39,7 +53,7 @@ def tiles(run: RunDirectory) -> list[Tile]:
     """Return the headline numbers that this run has."""
     shown = [_reward_tile(run), *_held_out_tiles(run), Tile("Rollouts", f"{len(run.rollouts):,}")]
     if run.started is not None and run.finished is not None:
-        startup = f"{duration(_startup_seconds(run))} of it start-up" if run.startup else ""
+        startup = f"{duration(sum(run.startup.values()))} of it start-up" if run.startup else ""
         shown.append(Tile("Duration", duration(run.finished - run.started), under=startup))
     shown += [_tokens_tile(run), _gap_tile(run)]
     return [tile for tile in shown if tile is not None]
@@ -66,8 +80,14 @@ def _held_out_tiles(run: RunDirectory) -> list[Tile]:
         if records:
             first, last = records[0], records[-1]
             before = number(first.metrics[name]) if first is not last else ""
-            found.append(Tile(f"Held-out: {dataset}", number(last.metrics[name]), before=before,
-                              under=f"after rollout {last.rollout_id:,}"))
+            found.append(
+                Tile(
+                    f"Held-out: {dataset}",
+                    number(last.metrics[name]),
+                    before=before,
+                    under=f"after rollout {last.rollout_id:,}" if last.rollout_id >= 0 else "before training",
+                )
+            )
     return found
 
 
@@ -83,7 +103,7 @@ def _gap_tile(run: RunDirectory) -> Tile | None:
     gaps = _values(run, "train/logprob_gap_max")
     if not gaps:
         return None
-    return Tile("Largest log-prob gap", number(max(gaps)), under="trainer against rollout", bad=max(gaps) > ALARMING_GAP)
+    return Tile("Log-prob gap", number(max(gaps)), under="largest of any token", bad=max(gaps) > ALARMING_GAP)
 
 
 def _short(count: float) -> str:
@@ -117,14 +137,19 @@ class TimeShares(msgspec.Struct):
 
 def time_shares(run: RunDirectory) -> TimeShares | None:
     """Add up the phases of all rollouts; None where no time was recorded."""
-    sums = {name: sum(record.seconds.get(name, 0.0) for record in run.rollouts)
-            for name in phase_names(run.rollouts)}
+    sums = {name: sum(record.seconds.get(name, 0.0) for record in run.rollouts) for name in phase_names(run.rollouts)}
     # Phases that overlap (generation during training) add up to more than the wall clock: shares are of all work.
     total = max(sum(total_seconds(record) for record in run.rollouts), sum(sums.values()))
     if not total:
         return None
     parts = [
-        Share(name.replace("_", " "), duration(seconds), percent(seconds / total), f"{100 * seconds / total:.2f}%", i % 8 + 1)
+        Share(
+            name.replace("_", " "),
+            duration(seconds),
+            percent(seconds / total),
+            f"{100 * seconds / total:.2f}%",
+            i % 8 + 1,
+        )
         for i, (name, seconds) in enumerate(sums.items())
     ]
     rest = {name: seconds for name, seconds in sums.items() if name not in _GENERATE_AND_TRAIN}
@@ -134,14 +159,9 @@ def time_shares(run: RunDirectory) -> TimeShares | None:
     return TimeShares(duration(total), parts, percent(max(0.0, neither)), inside)
 
 
-def _startup_seconds(run: RunDirectory) -> float:
-    return run.startup.get("total") or sum(run.startup.values())
-
-
 def startup_text(run: RunDirectory) -> str:
     """Return the start-up phases in words."""
-    parts = [f"{name.replace('_', ' ')} {duration(seconds)}" for name, seconds in run.startup.items() if name != "total"]
-    return ", ".join(parts)
+    return ", ".join(f"{name.replace('_', ' ')} {duration(seconds)}" for name, seconds in run.startup.items())
 
 
 class HookRow(msgspec.Struct):
@@ -158,14 +178,21 @@ class HookRow(msgspec.Struct):
     errors: int
 
     @property
+    def where(self) -> str:
+        """The first few processes."""
+        names = list(dict.fromkeys(self.processes))
+        more = f" and {len(names) - MOST_PROCESSES} more" if len(names) > MOST_PROCESSES else ""
+        return ", ".join(names[:MOST_PROCESSES]) + more
+
+    @property
     def microseconds(self) -> str:
         """Mean time of a call."""
-        return number(1e6 * self.seconds / self.calls) if self.calls else "–"
+        return number(1e6 * self.seconds / self.calls) if self.calls else "—"
 
     @property
     def seconds_text(self) -> str:
         """Total time."""
-        return duration(self.seconds) if self.calls else "–"
+        return duration(self.seconds) if self.calls else "—"
 
 
 def hook_rows(hooks: Sequence[dict[str, Any]]) -> list[HookRow]:
@@ -176,7 +203,9 @@ def hook_rows(hooks: Sequence[dict[str, Any]]) -> list[HookRow]:
             str(hook.get(key) or "") for key in ("hook", "reference", "file", "sha256", "distribution", "version")
         )
         origin = f"{distribution} {version}".strip()
-        row = rows.setdefault((name, reference, sha256, origin), HookRow(name, reference, origin, file, sha256, [], 0, 0.0, 0))
+        row = rows.setdefault(
+            (name, reference, sha256, origin), HookRow(name, reference, origin, file, sha256, [], 0, 0.0, 0)
+        )
         row.processes.append(str(hook.get("process") or ""))
         row.calls += _count(hook.get("calls"))
         row.seconds += _amount(hook.get("seconds"))

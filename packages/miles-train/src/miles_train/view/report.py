@@ -117,7 +117,8 @@ def _moment(unix: float | None) -> str:
 
 
 def _shortened(path: str) -> str:
-    return path if len(path) <= _LONGEST_FILE else f"…{path[-_LONGEST_FILE:]}"
+    """Keep the last folder and the file's name of a long path."""
+    return path if len(path) <= _LONGEST_FILE else f"…/{'/'.join(path.split('/')[-2:])}"
 
 
 def _umask() -> int:

@@ -9,11 +9,13 @@ from __future__ import annotations
 import datetime
 import json
 import math
-from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import msgspec
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 __all__ = ["Record", "RunDirectory", "read_run"]
 
@@ -77,15 +79,30 @@ def read_run(path: Path) -> RunDirectory:
     startup: dict[str, float] = {}
     for record in _records(path / "metrics.jsonl", problems):
         if record.kind == "run":
-            startup = record.seconds
+            startup = {name: value for name, value in record.seconds.items() if name != "total"}
         elif record.kind == "rollout":
             rollouts[record.rollout_id] = record
         elif record.kind == "eval":
             before = evals.get(record.rollout_id)
-            record.metrics = {**before.metrics, **record.metrics} if before else record.metrics
+            if before:
+                record.metrics = {**before.metrics, **record.metrics}
             evals[record.rollout_id] = record
+    _move_eval_seconds(evals, rollouts, startup)
     in_order = [[records[key] for key in sorted(records)] for records in (rollouts, evals)]
     return RunDirectory(path, summary, startup, in_order[0], in_order[1], hooks, config, problems)
+
+
+def _move_eval_seconds(evals: dict[int, Record], rollouts: dict[int, Record], startup: dict[str, float]) -> None:
+    """Count the time of an evaluation in the rollout it followed, or in the start-up if it came before all."""
+    for rollout_id, record in evals.items():
+        seconds = record.seconds.get("eval", 0.0)
+        rollout = rollouts.get(rollout_id)
+        if rollout is not None and "eval" not in rollout.seconds:
+            rollout.seconds["eval"] = seconds
+            if "total" in rollout.seconds:
+                rollout.seconds["total"] += seconds
+        elif rollout is None and seconds and rollout_id < min(rollouts, default=0):
+            startup["first evaluation"] = seconds
 
 
 def _records(path: Path, problems: list[str]) -> Iterator[Record]:
@@ -155,5 +172,3 @@ def _unix(value: object) -> float | None:
         except ValueError:
             return None
     return _finite(value)
-
-

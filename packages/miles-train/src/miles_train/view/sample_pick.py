@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
-from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import msgspec
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 __all__ = ["pick_samples"]
 

@@ -8,14 +8,25 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from miles_train.view.run_directory import PHASES, Record
 
-__all__ = ["Columns", "eval_datasets", "moving_average", "phase_names", "present", "rounded", "total_seconds"]
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
-_EVAL_NAME = re.compile(r"eval/(?P<dataset>.+)/(?P<metric>[^/]+)")
+__all__ = [
+    "EVAL_NAME",
+    "Columns",
+    "eval_datasets",
+    "moving_average",
+    "phase_names",
+    "present",
+    "rounded",
+    "total_seconds",
+]
+
+EVAL_NAME = re.compile(r"eval/(?P<dataset>.+)/(?P<metric>[^/]+)")
 
 
 class Columns:
@@ -59,23 +70,23 @@ class Columns:
         return [values[start : start + self.width] for start in range(0, len(values), self.width)]
 
 
-def moving_average(values: Sequence[float | None], window: int) -> list[float | None]:
-    """Return the mean of each value and the up to `window - 1` values before it."""
+def moving_average(values: Sequence[float | None], reach: int) -> list[float | None]:
+    """Return the mean of each value and its up to `reach` neighbours on either side, so that the curve does not lag."""
+    sums, counts = [0.0], [0]
+    for value in values:
+        sums.append(sums[-1] + (value or 0.0))
+        counts.append(counts[-1] + (value is not None))
     means: list[float | None] = []
-    total, count = 0.0, 0
-    for place, value in enumerate(values):
-        if value is not None:
-            total, count = total + value, count + 1
-        gone = values[place - window] if place >= window else None
-        if gone is not None:
-            total, count = total - gone, count - 1
-        means.append(total / count if count else None)
+    for place in range(len(values)):
+        start, end = max(0, place - reach), min(len(values), place + reach + 1)
+        count = counts[end] - counts[start]
+        means.append((sums[end] - sums[start]) / count if count else None)
     return means
 
 
 def eval_datasets(evals: Sequence[Record]) -> list[str]:
     """Return the names of the evaluated datasets, in order of appearance."""
-    matches = (_EVAL_NAME.fullmatch(name) for record in evals for name in record.metrics)
+    matches = (EVAL_NAME.fullmatch(name) for record in evals for name in record.metrics)
     return list(dict.fromkeys(match["dataset"] for match in matches if match))
 
 

@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import importlib
 import time
-from collections.abc import Mapping
 from pathlib import Path
-from types import ModuleType, TracebackType
-from typing import Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import msgspec
 
 from miles_api.errors import ConfigError
-from miles_train.options import LoggingOptions
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from types import ModuleType, TracebackType
+
+    from miles_train.options import LoggingOptions
 
 __all__ = ["MetricsWriter", "Sink", "TensorBoardSink", "WandbSink", "check_sinks", "make_sinks"]
-
-METRICS = "metrics.jsonl"
 
 
 class Sink(Protocol):
@@ -30,13 +31,13 @@ class Sink(Protocol):
 
 
 class MetricsWriter:
-    """Append to a run directory's `metrics.jsonl`, one JSON object a line, each line on disk at once.
+    """Append to `metrics.jsonl`, one JSON object a line, each line on disk at once.
 
     A run that is resumed appends; half a line that a crash left behind is closed first, so that it spoils no other.
     """
 
-    def __init__(self, run_dir: Path) -> None:
-        path = Path(run_dir) / METRICS
+    def __init__(self, path: Path) -> None:
+        """Open the file `path` for appending; a new one is created."""
         torn = path.is_file() and path.stat().st_size > 0 and _last_byte(path) != b"\n"
         self._file = path.open("ab")
         self._encoder = msgspec.json.Encoder()

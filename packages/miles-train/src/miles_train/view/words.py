@@ -11,7 +11,7 @@ _SMALL, _THOUSAND, _LARGE = 1e-3, 1000, 1e7
 def number(value: float | None) -> str:
     """Return three significant digits: `0.314`, `5.1`, `1,240`, `2e-6`."""
     if value is None:
-        return "–"
+        return "—"
     size = abs(value)
     if size != 0 and (size < _SMALL or size >= _LARGE):
         mantissa, exponent = f"{value:.{1 if size < _SMALL else 2}e}".split("e")
@@ -29,8 +29,11 @@ def duration(seconds: float) -> str:
     if seconds < _MINUTE:
         return f"{seconds:.3g} s"
     whole = round(seconds)
-    for unit, name, smaller, smaller_name in ((_DAY, "d", _HOUR, "h"), (_HOUR, "h", _MINUTE, "min"),
-                                              (_MINUTE, "min", 1, "s")):
+    for unit, name, smaller, smaller_name in (
+        (_DAY, "d", _HOUR, "h"),
+        (_HOUR, "h", _MINUTE, "min"),
+        (_MINUTE, "min", 1, "s"),
+    ):
         if whole >= unit:
             rest = whole % unit // smaller
             return f"{whole // unit} {name}" + (f" {rest} {smaller_name}" if rest else "")

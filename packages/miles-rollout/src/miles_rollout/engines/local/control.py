@@ -176,7 +176,10 @@ class Control:
 
     async def weights_checker(self, body: bytes) -> Answer:
         """Hash the live weights."""
-        action = msgspec.json.decode(body or b"{}").get("action")
+        request = _parse(body or b"{}", dict[str, Any])
+        if isinstance(request, str):
+            return _failed(request)
+        action = request.get("action")
         if action != "checksum":
             return _failed(f"action {action!r} is not supported; only 'checksum' is")
         sums = await self._in_loop(lambda: checksum(self._scheduler.model.tensors()))

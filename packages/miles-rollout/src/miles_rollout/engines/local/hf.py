@@ -11,6 +11,7 @@ import inspect
 from typing import TYPE_CHECKING, Any
 
 import torch
+from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, Cache, DynamicCache
 
 from miles_rollout.engines.local.errors import CheckpointError, UnsupportedModelError
@@ -175,7 +176,7 @@ def _load(directory: Path, config: Any = None) -> Any:
         model, report = AutoModelForCausalLM.from_pretrained(
             directory, dtype=torch.float32, attn_implementation="sdpa", output_loading_info=True, **extra
         )
-    except (OSError, ValueError, RuntimeError, KeyError) as error:
+    except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
         raise CheckpointError(f"transformers cannot load {directory}: {error}") from error
     for what in ("missing_keys", "mismatched_keys", "unexpected_keys"):
         if report.get(what):

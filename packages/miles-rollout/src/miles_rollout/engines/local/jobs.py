@@ -89,7 +89,7 @@ class Job:
         """Return `{"version", "start", "end"}` for each run of the first `count` output tokens drawn with the same
         weights."""
         versions = self.versions
-        ends = [min(start, count) for start, _ in versions[1:]] + [count]
+        ends = [*(min(start, count) for start, _ in versions[1:]), count][: len(versions)]
         return [
             {"version": version, "start": start, "end": end}
             for (start, version), end in zip(versions, ends, strict=True)

@@ -39,7 +39,12 @@ class App:
 
     def deliver(self, news: News) -> None:
         """Tell the listeners of a step's jobs; runs on the event loop."""
-        decode_finished(self.factory.codec, news.finished)
+        try:
+            decode_finished(self.factory.codec, news.finished)
+        except Exception as error:
+            # Unanswered, these requests would wait for ever.
+            for job in news.finished:
+                job.error = error
         for job in news.finished:
             job.delivered = True
         for job in (*news.progressed, *news.finished):
@@ -61,6 +66,8 @@ class App:
             else:
                 status, body = await route.handler(await _body(receive))
                 await _reply(send, status, _encode(body))
+        except RequestError as error:
+            await _reply(send, 400, _encode({"error": {"message": str(error)}}))
         except EngineDeadError as error:
             await _reply(send, 503, _encode({"error": {"message": str(error)}}))
 

@@ -26,7 +26,7 @@ function shape(tag, attributes = {}, text = null) {
 }
 
 function number(value) {
-  if (value === null || value === undefined) return "–";
+  if (value === null || value === undefined) return "—";
   const size = Math.abs(value);
   if (size !== 0 && (size < SMALL || size >= 1e7)) {
     return value.toExponential(size < SMALL ? 1 : 2).replace(/\.0+e/, "e").replace("e+", "e");
@@ -36,7 +36,7 @@ function number(value) {
 }
 
 const inUnit = (value, unit) => {
-  if (value === null || value === undefined) return "–";
+  if (value === null || value === undefined) return "—";
   if (unit === "share") return `${number(100 * value)} %`;
   return unit === "s" ? `${number(value)} s` : number(value);
 };
@@ -259,7 +259,7 @@ class Chart {
 
   name(series, i) {
     const { first, last } = this.columns[series.x];
-    return first[i] === last[i] ? `rollout ${first[i]}` : `rollouts ${first[i]}–${last[i]}`;
+    return first[i] === last[i] ? rolloutName(first[i]) : `rollouts ${first[i]}–${last[i]}`;
   }
 
   showTip(nearest, rows, x) {
@@ -294,6 +294,8 @@ class Chart {
     this.cross?.setAttribute("visibility", "hidden");
   }
 }
+
+function rolloutName(id) { return id < 0 ? "before training" : `rollout ${id.toLocaleString("en-US")}`; }
 
 function pageData(id) { return JSON.parse(document.getElementById(id).textContent); }
 

@@ -84,7 +84,7 @@ class Browser {
     this.kinds.forEach((button, i) => button.setAttribute("aria-pressed", this.kindNames[i] === this.kind));
     this.slider.max = entries.length - 1;
     this.slider.value = this.at;
-    this.label.textContent = `rollout ${entry.rollout_id}`;
+    this.label.textContent = rolloutName(entry.rollout_id);
     const groups = entry.groups.filter((group) => this.wanted(group));
     this.about.textContent = this.describe(entry, groups);
     this.list.replaceChildren();

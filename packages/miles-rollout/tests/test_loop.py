@@ -1,0 +1,191 @@
+import json
+
+import pytest
+
+from miles_api.errors import ConfigError, DataError, HookResultError, ServiceError
+from miles_rollout.service import RolloutWorker
+
+
+@pytest.fixture
+def worker(configure, fake_engine):
+    workers = []
+
+    def start(engine=None, **values):
+        worker = RolloutWorker(configure(**values))
+        workers.append(worker)
+        worker.start((engine or fake_engine()).url)
+        return worker
+
+    yield start
+    for one in workers:
+        one.stop()
+
+
+@pytest.fixture
+def hook(tmp_path):
+    def write(body, name="fn"):
+        file = tmp_path / f"hook_{abs(hash(body))}.py"
+        file.write_text(body)
+        return f"{file}:{name}"
+
+    return write
+
+
+def test_a_rollout_fills_samples_and_columns(worker, fake_engine):
+    engine = fake_engine()
+    result = worker(engine, rm_type="f1").generate(0, "1")
+    batch = result["batch"]
+    assert len(batch["tokens"]) == 6
+    assert all(tokens[-2:] == [5, 1] for tokens in batch["tokens"])
+    assert batch["rollout_log_probs"] == [[-0.5, -0.5]] * 6
+    assert batch["weight_versions"] == [["1"]] * 6
+    assert batch["group_indices"] == [0, 0, 0, 1, 1, 1]
+    assert result["metrics"]["rollout/samples"] == 6
+    paths, payloads = zip(*engine.requests, strict=True)
+    assert set(paths) == {"/generate"}
+    assert len({p["sampling_params"]["sampling_seed"] for p in payloads}) == 6
+    assert payloads[0]["sampling_params"]["temperature"] == 1.0
+
+
+def test_dropped_groups_are_replaced_by_new_prompts_and_counted(worker, hook):
+    reference = hook("def fn(args, samples, **kw):\n    return samples[0].group_index % 2 == 1\n")
+    result = worker(dynamic_sampling_filter_path=reference).generate(0, "1")
+    assert result["batch"]["group_indices"] == [1, 1, 1, 3, 3, 3]
+    assert sum(v for k, v in result["metrics"].items() if k.startswith("rollout/dropped/")) == 2
+
+
+def test_filters_that_drop_everything_end_the_run(worker, hook):
+    reference = hook("def fn(args, samples):\n    return False\n")
+    with pytest.raises(ConfigError, match=r"dropped \d+ groups in one rollout of 2"):
+        worker(dynamic_sampling_filter_path=reference, max_filter_attempts=3).generate(0, "1")
+
+
+def test_a_reward_hook_that_raises_ends_the_run_with_its_own_exception(worker, hook):
+    reference = hook("def fn(args, sample):\n    raise KeyError('no such label')\n")
+    with pytest.raises(KeyError, match="no such label"):
+        worker(custom_rm_path=reference).generate(0, "1")
+
+
+@pytest.mark.parametrize("value", ["None", "'good'", "float('nan')", "{'a': None}"])
+def test_a_reward_that_is_no_finite_number_names_hook_and_sample(worker, hook, value):
+    reference = hook(f"async def fn(args, sample):\n    return {value}\n")
+    with pytest.raises(HookResultError, match=r"reward hook .* for sample \d"):
+        worker(custom_rm_path=reference).generate(0, "1")
+
+
+def test_a_group_reward_scores_whole_groups(worker, hook):
+    reference = hook("def fn(args, samples):\n    return [float(i) for i in range(len(samples))]\n")
+    batch = worker(custom_rm_path=reference, group_rm=True).generate(0, "1")["batch"]
+    assert batch["raw_reward"] == [0.0, 1.0, 2.0, 0.0, 1.0, 2.0]
+
+
+def test_a_group_reward_of_the_wrong_length_is_an_error(worker, hook):
+    reference = hook("def fn(args, samples):\n    return [1.0]\n")
+    with pytest.raises(HookResultError, match="3 samples of group"):
+        worker(custom_rm_path=reference, group_rm=True).generate(0, "1")
+
+
+def test_a_generation_may_fan_out_and_set_rewards_itself(worker, hook):
+    body = (
+        "import copy\n"
+        "async def fn(args, sample, sampling_params):\n"
+        "    first = copy.copy(sample)\n"
+        "    first.tokens = [9]\n"
+        "    first.append_response_tokens([3], log_probs=[-1.0])\n"
+        "    second = copy.copy(first)\n"
+        "    first.reward, second.reward = 1.0, 0.0\n"
+        "    return [first, second]\n"
+    )
+    batch = worker(custom_generate_function_path=hook(body), rm_type=None).generate(0, "1")["batch"]
+    assert len(batch["tokens"]) == 12
+    assert batch["raw_reward"] == [1.0, 0.0] * 6
+    assert batch["rollout_ids"][:4] == [0, 0, 1, 1]
+
+
+def test_a_rollout_function_replaces_the_loop_and_a_bare_list_is_wrapped(worker, hook):
+    body = (
+        "def fn(args, rollout_id, data_source, evaluation=False):\n"
+        "    groups = data_source.get_samples(args.rollout_batch_size)\n"
+        "    for group in groups:\n"
+        "        for sample in group:\n"
+        "            sample.tokens, sample.response_length, sample.reward = [1, 2], 1, float(rollout_id)\n"
+        "    return groups\n"
+    )
+    assert worker(rollout_function_path=hook(body)).generate(4, "1")["batch"]["raw_reward"] == [4.0] * 6
+
+
+def test_a_sample_filter_takes_samples_out_of_the_loss_only(worker, hook):
+    body = "def fn(args, data):\n    for group in data:\n        group[0].remove_sample = True\n"
+    batch = worker(rollout_sample_filter_path=hook(body)).generate(0, "1")["batch"]
+    assert batch["loss_masks"] == [[0, 0], [1, 1], [1, 1]] * 2
+
+
+def test_a_log_hook_that_returns_true_suppresses_the_metrics(worker, hook):
+    body = "def fn(rollout_id, args, samples, extra, seconds):\n    return len(samples) == 6\n"
+    assert worker(custom_rollout_log_function_path=hook(body)).generate(0, "1")["metrics"] == {}
+
+
+def test_an_engine_that_refuses_is_quoted(worker, fake_engine):
+    engine = fake_engine(lambda payload: (503, {"error": "no worker"}))
+    with pytest.raises(ServiceError, match=r"answered 503: .*no worker"):
+        worker(engine).generate(0, "1")
+
+
+def test_an_engine_whose_ids_disagree_with_its_log_probs_is_refused(worker, fake_engine, engine_reply):
+    engine = fake_engine(lambda payload: (200, {**engine_reply([5, 1], "3"), "output_ids": [5]}))
+    with pytest.raises(ServiceError, match="output_ids and output_token_logprobs differ"):
+        worker(engine).generate(0, "1")
+
+
+def test_a_prompt_longer_than_the_context_is_an_error_that_names_the_flag(worker):
+    with pytest.raises(DataError, match="--rollout-max-context-len 3"):
+        worker(rollout_max_context_len=3).generate(0, "1")
+
+
+def test_evaluation_is_greedy_and_leaves_the_training_prompts_alone(worker, fake_engine, prompt_file):
+    engine = fake_engine()
+    running = worker(engine, eval_prompt_data=prompt_file, n_samples_per_eval_prompt=2)
+    metrics = running.evaluate(0, "1")["metrics"]
+    assert metrics["eval/prompts/reward"] == pytest.approx(0.2)
+    assert len(engine.requests) == 10
+    assert {p["sampling_params"]["temperature"] for _, p in engine.requests} == {0.0}
+    assert running.generate(0, "1")["batch"]["group_indices"][0] == 0
+
+
+def test_leftover_groups_of_an_oversampled_rollout_start_anew_in_the_next(worker, hook):
+    running = worker(over_sampling_batch_size=4)
+    first = running.generate(0, "1")["batch"]["group_indices"]
+    second = running.generate(1, "1")["batch"]["group_indices"]
+    assert len(set(first) & set(second)) == 0
+    assert max(second) <= 3 + 2
+
+
+def test_every_hook_that_ran_is_reported_with_its_calls(worker, hook):
+    reference = hook("def fn(args, sample):\n    return 1.0\n")
+    running = worker(custom_rm_path=reference)
+    running.generate(0, "1")
+    (reward,) = [h for h in running.report() if h["hook"] == "reward" and h["calls"]]
+    assert (reward["reference"], reward["calls"], reward["errors"]) == (reference, 6, 0)
+
+
+def test_supervised_rollouts_read_labels_and_ask_no_engine(worker, fake_engine):
+    engine = fake_engine()
+    running = worker(engine, rollout_function_path="sft", n_samples_per_prompt=1, loss_type="sft_loss")
+    batch = running.generate(0, "0")["batch"]
+    assert batch["response_lengths"] == [2, 2]
+    assert [tokens[-1] for tokens in batch["tokens"]] == [1, 1]
+    assert engine.requests == []
+
+
+def test_a_supervised_label_must_be_text(worker, tmp_path):
+    file = tmp_path / "numbers.jsonl"
+    file.write_text(json.dumps({"prompt": "x", "label": 3}))
+    with pytest.raises(DataError, match="needs a text label, got 3"):
+        worker(rollout_function_path="sft", prompt_data=str(file)).generate(0, "0")
+
+
+def test_a_sample_index_alone_decides_the_sampling_seed():
+    from miles_rollout.generate.single_turn import sampling_seed
+
+    assert sampling_seed(1, 2, 0) == sampling_seed(1, 2, 0)
+    assert len({sampling_seed(a, b, c) for a in range(3) for b in range(3) for c in range(3)}) == 27

@@ -1,0 +1,26 @@
+"""What the router can know to be wrong before anything starts: its address."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from miles_api.config import RunConfig
+from miles_api.errors import MilesError
+
+from miles_router.options import RouterOptions, check_binding
+from miles_router.server import bind
+
+__all__ = ["HOOKS", "check"]
+
+HOOKS: frozenset[str] = frozenset()
+"""The hooks that this package calls."""
+
+
+def check(config: RunConfig) -> Iterator[str]:
+    """Yield a problem if the address needs a token that is not set, or is taken."""
+    options = config.group(RouterOptions)
+    try:
+        check_binding(options)
+        bind(options.sglang_router_ip, options.sglang_router_port).close()
+    except MilesError as error:
+        yield str(error)

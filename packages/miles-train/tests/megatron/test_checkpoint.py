@@ -1,0 +1,85 @@
+"""Training goes on after a load as if it had never stopped."""
+
+import pytest
+import torch
+
+from miles_api.errors import DataError
+from miles_train.megatron import checkpoint, forward
+from miles_train.megatron.model import build_model
+from miles_train.megatron.optimizer import build_optimizer
+from miles_train.options import OptimizerOptions, ParallelOptions
+
+
+def loss_of(logits, batch):
+    targets = torch.cat([tokens.roll(-1) for tokens in batch["tokens"]])
+    return torch.nn.functional.cross_entropy(logits, targets), {}
+
+
+@pytest.fixture(params=[False, True], ids=["plain", "sharded"])
+def make_run(request, megatron, hf_dir):
+    parallel = ParallelOptions(use_distributed_optimizer=request.param)
+
+    def make(**options):
+        options = {"lr": 1e-2, "lr_warmup_iters": 2, "lr_decay_style": "cosine"} | options
+        model = build_model(hf_dir("qwen3-tied"), parallel)
+        return model, build_optimizer(model, OptimizerOptions(**options), parallel, total_steps=8)
+
+    return make
+
+
+def train(run, sequences, steps):
+    model, optimizer = run
+    norms = []
+    for step in steps:
+        forward.run(model, [{"tokens": sequences(4, 9, seed=step)}], loss_of, forward_only=False)
+        norms.append((optimizer.learning_rate, optimizer.step()[1]))
+    return norms
+
+
+def test_three_steps_after_a_load_are_bitwise_the_uninterrupted_ones(make_run, sequences, tmp_path):
+    uninterrupted = make_run()
+    train(uninterrupted, sequences, range(3))
+    checkpoint.save(*uninterrupted, str(tmp_path / "saved"))
+    resumed = make_run()
+    checkpoint.load(*resumed, str(tmp_path / "saved"))
+    # the second update after a load is the first that a lost step counter would change
+    assert train(resumed, sequences, range(3, 6)) == train(uninterrupted, sequences, range(3, 6))
+    assert resumed[1].steps == 6
+    for left, right in zip(resumed[0][0].parameters(), uninterrupted[0][0].parameters(), strict=True):
+        assert torch.equal(left, right)
+
+
+def test_a_checkpoint_from_before_the_first_step_can_be_resumed(make_run, sequences, tmp_path):
+    uninterrupted = make_run()
+    checkpoint.save(*uninterrupted, str(tmp_path / "saved"))
+    resumed = make_run()
+    train(resumed, sequences, range(10, 12))
+    checkpoint.load(*resumed, str(tmp_path / "saved"))
+    assert train(resumed, sequences, range(3)) == train(uninterrupted, sequences, range(3))
+
+
+def test_a_resumed_run_follows_its_own_options(make_run, sequences, tmp_path):
+    first = make_run(lr=1e-2, lr_warmup_iters=0, lr_decay_style="constant")
+    train(first, sequences, range(2))
+    checkpoint.save(*first, str(tmp_path / "saved"))
+    second = make_run(lr=3e-3, lr_warmup_iters=0, lr_decay_style="constant", weight_decay=0.5)
+    checkpoint.load(*second, str(tmp_path / "saved"))
+    assert second[1].learning_rate == 3e-3
+    assert {group["weight_decay"] for group in second[1].inner.param_groups} == {0.0, 0.5}
+
+
+def test_a_directory_without_a_checkpoint_is_refused(make_run, tmp_path):
+    with pytest.raises(DataError, match="holds no training checkpoint"):
+        checkpoint.load(*make_run(), str(tmp_path))
+
+
+def test_a_checkpoint_of_another_model_is_refused(megatron, hf_dir, tmp_path):
+    parallel = ParallelOptions()
+
+    def make(kind):
+        model = build_model(hf_dir(kind), parallel)
+        return model, build_optimizer(model, OptimizerOptions(), parallel, total_steps=1)
+
+    checkpoint.save(*make("llama"), str(tmp_path / "saved"))
+    with pytest.raises(DataError, match="does not fit this model"):
+        checkpoint.load(*make("qwen3-untied"), str(tmp_path / "saved"))

@@ -1,0 +1,134 @@
+"""One small run of the whole stack, and what it leaves behind."""
+
+import json
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+from miles_api.errors import ServiceError
+from miles_api.load import provider
+from miles_api.parse import parse_run
+from miles_api.services import Placement
+from miles_train.driver.check import derive
+
+TIMEOUT = 280
+
+
+def miles(*words):
+    return subprocess.run(
+        [sys.executable, "-m", "miles_api.cli", *map(str, words)],
+        capture_output=True, text=True, timeout=TIMEOUT, check=False,
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def finished(quickstart_data, tmp_path_factory):
+    """A run of three rollouts that recomputes nothing away, and its directory."""
+    folder = tmp_path_factory.mktemp("whole") / "run"
+    toml = Path(__file__).parent.parent / "examples" / "quickstart" / "run.toml"
+    run = miles(
+        "train", toml, "--hf-checkpoint", quickstart_data / "model", "--run-dir", folder, "--num-rollout", 3,
+        "--prompt-data", quickstart_data / "train.jsonl", "--eval-prompt-data", quickstart_data / "heldout.jsonl",
+        "--eval-interval", 2, "--rollout-batch-size", 4, "--n-samples-per-prompt", 4, "--no-skip-zero-advantage",
+        "--no-use-rollout-logprobs", "--save-hf", folder / "final",
+    )  # fmt: skip
+    assert run.returncode == 0, run.stdout + run.stderr
+    return folder, run
+
+
+def rows(folder, kind):
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [line for line in lines if line["kind"] == kind]
+
+
+def test_trainer_and_engine_agree_on_every_token_of_every_rollout(finished):
+    gaps = [row["metrics"]["train/logprob_gap_max"] for row in rows(finished[0], "rollout")]
+    assert len(gaps) == 3
+    assert max(gaps) < 1e-4
+
+
+def test_the_run_ends_by_saying_where_the_report_lies(finished):
+    folder, run = finished
+    assert run.stdout.rstrip().endswith(f"report: {folder / 'report.html'}")
+    assert "sorted_digits" in (folder / "report.html").read_text()
+
+
+def test_every_phase_of_a_rollout_is_accounted_for(finished):
+    for row in rows(finished[0], "rollout"):
+        parts = {phase: value for phase, value in row["seconds"].items() if phase != "total"}
+        assert sum(parts.values()) == pytest.approx(row["seconds"]["total"], rel=1e-6)
+        assert set(parts) >= {"generate", "train", "weight_sync", "other"}
+
+
+def test_held_out_prompts_are_evaluated_before_during_and_after(finished):
+    assert [row["rollout_id"] for row in rows(finished[0], "eval")] == [-1, 1, 2]
+
+
+def test_the_resolved_config_says_where_values_came_from_and_runs_again(finished):
+    text = (finished[0] / "config.toml").read_text()
+    assert "num_rollout = 3  # command line" in text
+    assert "global_batch_size = 8  # derived" in text
+    assert "eps_clip_high = 0.28  # run.toml" in text
+    assert tomllib.loads(text)["run"]["rollout_batch_size"] == 4
+
+
+def test_the_hooks_that_ran_are_listed_with_file_hash_and_calls(finished):
+    hooks = json.loads((finished[0] / "hooks.json").read_text())
+    (reward,) = [hook for hook in hooks if hook["hook"] == "reward" and hook["calls"]]
+    assert reward["file"].endswith("examples/quickstart/reward.py")
+    assert len(reward["sha256"]) == 64
+    assert reward["calls"] == 3 * 16 + 3 * 128
+
+
+def test_the_last_checkpoint_continues_where_the_run_ended(finished, quickstart_data, tmp_path):
+    folder, _ = finished
+    again = miles(
+        "train", folder / "config.toml", "--load", folder / "checkpoints", "--run-dir", tmp_path / "more", "--save",
+        tmp_path / "saved", "--num-rollout", 4, "--save-hf", tmp_path / "hf",
+    )  # fmt: skip
+    assert again.returncode == 0, again.stdout + again.stderr
+    (row,) = rows(tmp_path / "more", "rollout")
+    assert row["rollout_id"] == 3
+    assert row["metrics"]["train/logprob_gap_max"] < 1e-4
+    first = json.loads((tmp_path / "more" / "samples.jsonl").read_text().splitlines()[1])["samples"][0]
+    assert first["group_index"] == 12
+
+
+def test_the_exported_weights_are_what_transformers_loads(finished):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model = AutoModelForCausalLM.from_pretrained(finished[0] / "final")
+    assert sum(p.numel() for p in model.parameters()) > 0
+    assert AutoTokenizer.from_pretrained(finished[0] / "final").eos_token_id == 1
+
+
+def test_no_generation_reaches_an_engine_except_through_the_router(small_run):
+    config = derive(parse_run(small_run()))
+    fleet, router = (provider("miles.services", name)(config) for name in ("engines", "router"))
+    worker = provider("miles.services", "rollout")(config)
+    try:
+        url = router.start()
+        fleet.start([Placement()])
+        router.register(fleet.endpoints()[0])
+        worker.start(url)
+        assert len(worker.generate(0, "0")["batch"]["tokens"]) == 16
+        router.stop()
+        with pytest.raises(ServiceError):
+            worker.generate(1, "0")
+    finally:
+        worker.stop()
+        router.stop()
+        fleet.stop()
+
+
+def test_a_reward_that_raises_stops_the_run_with_the_users_traceback(small_run, tmp_path):
+    (tmp_path / "bad.py").write_text("def score(args, sample):\n    return sample.no_such_thing\n")
+    run = miles("train", *small_run(custom_rm_path=f"{tmp_path}/bad.py:score"))
+    assert run.returncode == 1
+    assert "bad.py" in run.stderr
+    assert "no_such_thing" in run.stderr
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert summary["status"] == "failed"
+    assert "no_such_thing" in summary["error"]
