@@ -6,6 +6,7 @@ import socket
 
 import pytest
 import ray
+
 from miles_api.cli import main
 
 
@@ -21,7 +22,9 @@ def refused(small_run, capsys):
 
 
 def test_an_unknown_flag_names_the_nearest(refused):
-    assert "unknown flag --rollout-batchsize; did you mean '--rollout-batch-size'?" in refused("--rollout-batchsize", "4")
+    assert "unknown flag --rollout-batchsize; did you mean '--rollout-batch-size'?" in refused(
+        "--rollout-batchsize", "4"
+    )
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ import tomllib
 from pathlib import Path
 
 import pytest
+
 from miles_api.errors import ServiceError
 from miles_api.load import provider
 from miles_api.parse import parse_run

@@ -2,13 +2,14 @@ import subprocess
 import sys
 from pathlib import Path
 
-import miles_api.hooks  # noqa: F401  (fills the registry)
 import pytest
+
+import miles_api.hooks  # noqa: F401  (fills the registry)
 from miles_api import Args
 from miles_api.abi import golden_facts
 from miles_api.errors import ConfigError
-from miles_api.hookset import HookSet, configured_hooks
 from miles_api.hook_options import HookOptions
+from miles_api.hookset import HookSet, configured_hooks
 from miles_api.spec import REGISTRY
 
 GOLDEN = Path(__file__).parent.parent / "abi" / "1.0-draft.txt"
@@ -21,7 +22,9 @@ def test_the_golden_facts_are_what_the_stubs_say():
 
 def test_importing_miles_api_brings_nothing_but_msgspec_and_the_standard_library():
     # msgspec itself takes typing_extensions where it is installed
-    code = "import sys, msgspec; old = set(sys.modules); import miles_api, miles_api.hooks; print(*set(sys.modules) - old)"
+    code = (
+        "import sys, msgspec; old = set(sys.modules); import miles_api, miles_api.hooks; print(*set(sys.modules) - old)"
+    )
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     roots = {name.partition(".")[0] for name in run.stdout.split()}
     assert roots - sys.stdlib_module_names == {"miles_api"}

@@ -2,6 +2,7 @@ import copy
 import pickle
 
 import pytest
+
 from miles_api import Args
 
 

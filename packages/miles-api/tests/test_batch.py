@@ -1,4 +1,5 @@
 import pytest
+
 from miles_api.batch import check_columns
 from miles_api.errors import SampleError
 

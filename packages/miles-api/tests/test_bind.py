@@ -3,6 +3,7 @@ import functools
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
+
 from miles_api import Args, GenerateFnInput
 from miles_api.bind import bind
 from miles_api.errors import HookSignatureError

@@ -1,4 +1,5 @@
 import pytest
+
 from miles_api.errors import HookLoadError
 from miles_api.load import import_reference, origin_of
 

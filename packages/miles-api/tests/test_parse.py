@@ -4,6 +4,7 @@ from typing import Annotated
 
 import msgspec
 import pytest
+
 from miles_api import config as config_module
 from miles_api import parse
 from miles_api.errors import ConfigError

@@ -3,10 +3,11 @@ import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
-from miles_api.config import RunConfig, option_groups
-from miles_api.run_options import RunOptions
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
+
+from miles_api.config import RunConfig, option_groups
+from miles_api.run_options import RunOptions
 
 CHARACTERS = "0123456789abcdefghijklmnopqrstuvwxyz >"
 

@@ -1,6 +1,7 @@
 import json
 
 import pytest
+
 from miles_api.errors import ConfigError, DataError
 from miles_rollout.data_source import RolloutDataSourceWithBuffer
 from miles_rollout.jsonl import read_prompts

@@ -1,6 +1,7 @@
 import math
 
 import pytest
+
 from miles_api import Sample
 from miles_api.errors import ConfigError, SampleError
 from miles_rollout.convert import convert_samples

@@ -46,20 +46,27 @@ def check_columns(batch: Mapping[str, Any]) -> None:
     if size == 0:
         raise SampleError("the train batch holds no sample")
     for name, column in batch.items():
-        if not hasattr(column, "__len__") or len(column) != size:
-            found = len(column) if hasattr(column, "__len__") else repr(column)
-            raise SampleError(f"column {name} has {found} entries for {size} samples")
-        if name not in REQUIRED_COLUMNS and any(entry is None for entry in column):
-            lacking = [batch["sample_indices"][i] for i, entry in enumerate(column) if entry is None]
-            raise SampleError(f"column {name} is only partly there: samples {lacking[:8]} lack it")
-    for position, (tokens, length, total) in enumerate(
-        zip(batch["tokens"], batch["response_lengths"], batch["total_lengths"], strict=True)
-    ):
-        name = f"sample {batch['sample_indices'][position]}"
-        if total != len(tokens) or length < 0:
-            raise SampleError(f"{name}: {len(tokens)} tokens, total_lengths {total}, response_lengths {length}")
-        if length >= total:
-            raise SampleError(f"{name}: {total} tokens with a response of {length}: at least one prompt token is needed")
-        for column in _PER_RESPONSE_TOKEN:
-            if column in batch and len(batch[column][position]) != length:
-                raise SampleError(f"{name}: {column} has {len(batch[column][position])} entries, response {length}")
+        _check_column(batch, name, column, size)
+    for position in range(size):
+        _check_lengths(batch, position)
+
+
+def _check_column(batch: Mapping[str, Any], name: str, column: Any, size: int) -> None:
+    if not hasattr(column, "__len__") or len(column) != size:
+        found = len(column) if hasattr(column, "__len__") else repr(column)
+        raise SampleError(f"column {name} has {found} entries for {size} samples")
+    if name not in REQUIRED_COLUMNS and any(entry is None for entry in column):
+        lacking = [batch["sample_indices"][i] for i, entry in enumerate(column) if entry is None]
+        raise SampleError(f"column {name} is only partly there: samples {lacking[:8]} lack it")
+
+
+def _check_lengths(batch: Mapping[str, Any], position: int) -> None:
+    name = f"sample {batch['sample_indices'][position]}"
+    tokens, length, total = (batch[key][position] for key in ("tokens", "response_lengths", "total_lengths"))
+    if total != len(tokens) or length < 0:
+        raise SampleError(f"{name}: {len(tokens)} tokens, total_lengths {total}, response_lengths {length}")
+    if length >= total:
+        raise SampleError(f"{name}: {total} tokens with a response of {length}: at least one prompt token is needed")
+    for column in _PER_RESPONSE_TOKEN:
+        if column in batch and len(batch[column][position]) != length:
+            raise SampleError(f"{name}: {column} has {len(batch[column][position])} entries, response {length}")

@@ -6,16 +6,18 @@ import asyncio
 import functools
 import inspect
 import time
-from collections.abc import Callable
-from concurrent.futures import Executor
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from miles_api.args import Args
 from miles_api.errors import HookSignatureError
 from miles_api.load import Origin, import_reference, origin_of
-from miles_api.spec import Form, HookSpec
+
+if TYPE_CHECKING:
+    from concurrent.futures import Executor
+
+    from miles_api.args import Args
+    from miles_api.spec import Form, HookSpec
 
 __all__ = ["BoundHook", "HookStats", "bind", "resolve"]
 
@@ -34,7 +36,9 @@ class HookStats(msgspec.Struct):
 class BoundHook:
     """A hook that was loaded, checked and is ready to be called with the stub's arguments."""
 
-    def __init__(self, spec: HookSpec, reference: str, target: Any, form: Form, keywords: frozenset[str] | None) -> None:
+    def __init__(
+        self, spec: HookSpec, reference: str, target: Any, form: Form, keywords: frozenset[str] | None
+    ) -> None:
         self.spec = spec
         self.reference = reference
         self.target = target
@@ -94,7 +98,7 @@ def bind(spec: HookSpec, reference: str, found: Any, args: Args | None = None) -
         return BoundHook(spec, reference, found, spec.forms[0], None)
     if not callable(found):
         raise HookSignatureError(f"{spec.flag} {reference} is a {type(found).__name__}, not something to call")
-    if isinstance(found, type) and not spec.kind == "class":
+    if isinstance(found, type) and spec.kind != "class":
         class_forms = [form for form in spec.forms if isinstance(form.stub, type)]
         if class_forms:
             _require_fit(spec, reference, found, [(class_forms[0], _call_signature(found, drop_self=True))])
@@ -190,7 +194,7 @@ def _require_methods(spec: HookSpec, reference: str, found: Any) -> None:
     stub = spec.forms[0].stub
     wanted = [name for name, value in vars(stub).items() if inspect.isfunction(value) and name != "__init__"]
     missing = [name for name in wanted if not name.startswith("_") and not callable(getattr(found, name, None))]
-    if "__call__" in wanted and not inspect.isfunction(getattr(found, "__call__", None)):
+    if "__call__" in wanted and not any("__call__" in vars(base) for base in getattr(found, "__mro__", ())):
         missing.append("__call__")
     if not isinstance(found, type) or missing:
         what = f"lacks {', '.join(missing)}" if missing else "is not a class"
@@ -203,5 +207,3 @@ def _require_color(hook: BoundHook) -> None:
         return
     wanted, got = ("async def", "def") if hook.form.is_async else ("def", "async def")
     raise HookSignatureError(f"{hook.spec.flag} {hook.reference} must be `{wanted}`, it is `{got}`")
-
-

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from miles_api.args import Args
 from miles_api.bind import BoundHook, bind, resolve
 from miles_api.errors import ConfigError, HookError
 from miles_api.hooks import REGISTRY
 from miles_api.load import entry_points, provider
-from miles_api.spec import HookSpec
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from miles_api.args import Args
+    from miles_api.spec import HookSpec
 
 __all__ = ["HookSet", "configured_hooks"]
 

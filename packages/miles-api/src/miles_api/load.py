@@ -65,14 +65,14 @@ def import_reference(reference: str, *, short_names: str, flag: str) -> Any:
                 raise HookLoadError(f"name the function in the file: {reference}:function")
             module_name, _, attribute = reference.rpartition(".")
         module = _import_file(module_name) if module_name.endswith(".py") else importlib.import_module(module_name)
-        return _attribute(module, attribute, reference)
+        return _attribute(module, attribute)
     except HookLoadError as error:
         raise HookLoadError(f"{flag} {reference}: {error}") from error
     except Exception as error:
         raise HookLoadError(f"{flag} {reference} does not import: {type(error).__name__}: {error}") from error
 
 
-def _attribute(module: Any, dotted: str, reference: str) -> Any:
+def _attribute(module: Any, dotted: str) -> Any:
     found = module
     for part in dotted.split("."):
         if not hasattr(found, part):

@@ -10,6 +10,7 @@ from __future__ import annotations
 import ast
 import functools
 import inspect
+import itertools
 import textwrap
 import types
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
@@ -47,7 +48,7 @@ def field_docs(cls: type[msgspec.Struct]) -> dict[str, str]:
             docs.update(base.__dict__.get("__field_docs__", {}))
             continue
         body = tree.body[0].body if tree.body and isinstance(tree.body[0], ast.ClassDef) else []
-        for field, doc in zip(body, body[1:], strict=False):
+        for field, doc in itertools.pairwise(body):
             is_doc = isinstance(doc, ast.Expr) and isinstance(doc.value, ast.Constant)
             if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name) and is_doc:
                 docs[field.target.id] = inspect.cleandoc(str(doc.value.value))

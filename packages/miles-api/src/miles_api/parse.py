@@ -5,9 +5,8 @@ from __future__ import annotations
 import argparse
 import json
 import tomllib
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import msgspec
 
@@ -15,7 +14,10 @@ from miles_api.config import RunConfig, option_groups
 from miles_api.errors import ConfigError, HookError, did_you_mean
 from miles_api.hook_options import specs_by_field
 from miles_api.load import import_reference
-from miles_api.options import Options, OptionKind, field_docs, flag_of, option_kind
+from miles_api.options import OptionKind, Options, field_docs, flag_of, option_kind
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
 __all__ = ["add_option_flags", "parse_run"]
 
@@ -71,7 +73,9 @@ def add_option_flags(parser: argparse.ArgumentParser, groups: dict[str, type[Opt
         section = parser.add_argument_group(name, (kind.__doc__ or "").strip().partition("\n")[0])
         docs = field_docs(kind)
         for field, info in zip(kind.__struct_fields__, msgspec.structs.fields(kind), strict=True):
-            section.add_argument(flag_of(field), **_argparse_settings(option_kind(info.type), info.default, docs, field))
+            section.add_argument(
+                flag_of(field), **_argparse_settings(option_kind(info.type), info.default, docs, field)
+            )
 
 
 def _argparse_settings(kind: OptionKind, default: Any, docs: dict[str, str], field: str) -> dict[str, Any]:
@@ -111,7 +115,7 @@ def _hook_options(
     flags: dict[str, Any], tables: dict[str, Any], toml_path: Path | None, problems: list[str]
 ) -> dict[str, type[Options]]:
     """Import every configured hook and collect the option Structs they bring as `fn.options`."""
-    given = {**(tables.get("hooks") if isinstance(tables.get("hooks"), dict) else {}), **flags}
+    given = {**_table(tables, "hooks"), **flags}
     brought: dict[str, type[Options]] = {}
     for field, specs in specs_by_field().items():
         from_toml = field not in flags
@@ -127,6 +131,10 @@ def _hook_options(
     return brought
 
 
+def _table(tables: dict[str, Any], name: str) -> dict[str, Any]:
+    return tables[name] if isinstance(tables.get(name), dict) else {}
+
+
 def _references(value: Any) -> list[str]:
     parts = value if isinstance(value, list) else str(value).split(",") if value else []
     return [part.strip() for part in parts if part.strip()]
@@ -140,37 +148,47 @@ def _locate(reference: str, folder: Path | None) -> str:
     return str(((folder or Path.cwd()) / Path(path).expanduser()).resolve()) + mark + attribute
 
 
+class _Taker:
+    """Takes values out of a TOML file's tables, and notes those that belong nowhere."""
+
+    def __init__(self, groups: dict[str, type[Options]], path: Path | None, problems: list[str]) -> None:
+        self.owner = {field: name for name, kind in groups.items() for field in kind.__struct_fields__}
+        self.found: dict[str, _Found] = {}
+        self.name = path.name if path else ""
+        self._folder = path.parent if path else None
+        self._problems = problems
+
+    def take(self, table: str | None, key: str, value: Any) -> None:
+        where = f"{self.name} [{table}]" if table else self.name
+        if key not in self.owner:
+            self._problems.append(f"{where}: unknown key {key!r}{did_you_mean(key, self.owner)}")
+        elif table is not None and self.owner[key] != table:
+            self._problems.append(f"{where}: {key} belongs in [{self.owner[key]}]")
+        else:
+            self.found[key] = _Found(value, self.name, self._folder)
+
+
 def _from_toml(
     tables: dict[str, Any], groups: dict[str, type[Options]], path: Path | None, problems: list[str]
 ) -> dict[str, _Found]:
-    owner = {field: name for name, kind in groups.items() for field in kind.__struct_fields__}
-    found: dict[str, _Found] = {}
-
-    def take(table: str | None, key: str, value: Any) -> None:
-        where = f"{path.name if path else ''}{f' [{table}]' if table else ''}"
-        if key not in owner:
-            problems.append(f"{where}: unknown key {key!r}{did_you_mean(key, owner)}")
-        elif table is not None and owner[key] != table:
-            problems.append(f"{where}: {key} belongs in [{owner[key]}]")
-        else:
-            found[key] = _Found(value, path.name if path else "", path.parent if path else None)
-
+    """Take top-level keys, tables of a group, and `[hooks.NAME]`, the options that a hook brought."""
+    taker = _Taker(groups, path, problems)
+    hook_tables = {key: value for key, value in _table(tables, "hooks").items() if isinstance(value, dict)}
     for name, value in tables.items():
-        if not isinstance(value, dict) or name in owner:
-            take(None, name, value)
+        if not isinstance(value, dict) or name in taker.owner:
+            taker.take(None, name, value)
         elif name not in groups:
-            problems.append(f"{path.name if path else ''}: unknown table [{name}]{did_you_mean(name, groups)}")
+            problems.append(f"{taker.name}: unknown table [{name}]{did_you_mean(name, groups)}")
         else:
-            for key, inner in value.items():
-                if name == "hooks" and isinstance(inner, dict) and key not in owner:
-                    if f"hooks.{key}" not in groups:
-                        problems.append(f"{path.name if path else ''}: no configured hook takes options [hooks.{key}]")
-                        continue
-                    for option, deep in inner.items():
-                        take(f"hooks.{key}", option, deep)
-                else:
-                    take(name, key, inner)
-    return found
+            for key in [key for key in value if name != "hooks" or key not in hook_tables]:
+                taker.take(name, key, value[key])
+    for hook, options in hook_tables.items():
+        if f"hooks.{hook}" not in groups:
+            problems.append(f"{taker.name}: no configured hook takes options [hooks.{hook}]")
+            continue
+        for key, value in options.items():
+            taker.take(f"hooks.{hook}", key, value)
+    return taker.found
 
 
 def _convert(kind: type[Options], found: dict[str, _Found], problems: list[str]) -> dict[str, Any]:

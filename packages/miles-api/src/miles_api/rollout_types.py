@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-import asyncio
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import msgspec
 
 from miles_api.args import Args
 from miles_api.sample import Sample
+
+if TYPE_CHECKING:
+    import asyncio
 
 __all__ = [
     "DynamicFilterOutput",

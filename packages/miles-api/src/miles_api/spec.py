@@ -88,8 +88,8 @@ def hook(
         if hook_name in REGISTRY or (flag, needs) in taken:
             raise ValueError(f"hook {hook_name} ({flag}) is declared twice")
         REGISTRY[hook_name] = HookSpec(
-            name=hook_name, flag=flag, needs=needs, stage=stub.__module__.rsplit(".", 1)[-1], side=side, since=since, kind=kind,
-            many=many, by_keyword=by_keyword, either_color=either_color, default=default,
+            name=hook_name, flag=flag, needs=needs, stage=stub.__module__.rsplit(".", 1)[-1], side=side, since=since,
+            kind=kind, many=many, by_keyword=by_keyword, either_color=either_color, default=default,
             forms=[_form("plain", stub)],
         )  # fmt: skip
         return stub

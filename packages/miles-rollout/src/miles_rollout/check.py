@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from miles_api.config import RunConfig
 from miles_api.errors import MilesError
 from miles_api.hookset import HookSet, configured_hooks
 from miles_api.run_options import RunOptions
@@ -14,6 +12,11 @@ from miles_rollout.jsonl import read_prompts
 from miles_rollout.options import DataOptions, EvalOptions, RewardOptions
 from miles_rollout.rewards.dispatch import check_rm_type
 from miles_rollout.tokenizers import load_tokenizer
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from miles_api.config import RunConfig
 
 __all__ = ["HOOKS", "check"]
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from miles_api.args import Args
 from miles_api.errors import SampleError
 from miles_api.sample import Sample, Status
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from miles_api.args import Args
 
 __all__ = ["convert_samples"]
 

@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import random
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from miles_api.args import Args
 from miles_api.errors import ConfigError, DataError
 from miles_api.hookset import HookSet
 from miles_api.options import options_from
-from miles_api.rollout_types import Group
 from miles_api.sample import Sample
 from miles_rollout.jsonl import Prompt, read_prompts
 from miles_rollout.options import DataOptions
 from miles_rollout.tokenizers import encode, load_tokenizer
+
+if TYPE_CHECKING:
+    from miles_api.args import Args
+    from miles_api.rollout_types import Group
 
 __all__ = ["RolloutDataSourceWithBuffer", "pop_first"]
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from miles_api.errors import ConfigError
 from miles_api.options import options_from
@@ -13,7 +13,9 @@ from miles_api.sample import Sample, Status
 from miles_rollout.group import flatten, run_group
 from miles_rollout.jsonl import read_prompts
 from miles_rollout.options import DataOptions, EvalOptions
-from miles_rollout.state import State
+
+if TYPE_CHECKING:
+    from miles_rollout.state import State
 
 __all__ = ["eval_metrics", "evaluate"]
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from miles_api.args import Args
 from miles_api.rollout_types import DynamicFilterOutput
 from miles_api.sample import Sample, Status
+
+if TYPE_CHECKING:
+    from miles_api.args import Args
 
 __all__ = ["check_no_aborted", "check_reward_nonzero_std"]
 

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import math
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from miles_api.bind import BoundHook
 from miles_api.errors import HookResultError
 from miles_api.rollout_types import GenerateFnInput, GenerateFnOutput, Group
 from miles_api.sample import Sample
-from miles_rollout.state import State
+
+if TYPE_CHECKING:
+    from miles_api.bind import BoundHook
+    from miles_rollout.state import State
 
 __all__ = ["flatten", "run_group"]
 
@@ -66,7 +68,9 @@ async def _generate(state: State, sample: Sample, evaluation: bool) -> Sample | 
         result = await hook.acall(state.executor, state.args, sample, params, evaluation=evaluation)
     for one in result if isinstance(result, list) else [result]:
         if not isinstance(one, Sample):
-            raise HookResultError(f"{_named(hook)} returned {type(one).__name__} for sample {sample.index}, not a Sample")
+            raise HookResultError(
+                f"{_named(hook)} returned {type(one).__name__} for sample {sample.index}, not a Sample"
+            )
     return result
 
 

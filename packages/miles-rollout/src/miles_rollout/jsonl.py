@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 
 from miles_api.errors import DataError, did_you_mean
-from miles_rollout.options import DataOptions
+
+if TYPE_CHECKING:
+    from miles_rollout.options import DataOptions
 
 __all__ = ["Prompt", "read_prompts"]
 

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from miles_api.args import Args
 from miles_api.errors import ConfigError, HookResultError
 from miles_api.hookset import HookSet
 from miles_api.options import options_from
@@ -25,7 +24,11 @@ from miles_rollout.hook_names import CALLED_BY_LOOP
 from miles_rollout.options import RolloutOptions
 from miles_rollout.state import State
 
+if TYPE_CHECKING:
+    from miles_api.args import Args
+
 __all__ = ["InferenceRollout"]
+
 
 class InferenceRollout:
     """Generate, score and filter groups concurrently; what is left over when enough are kept goes to the buffer."""
@@ -119,4 +122,3 @@ class InferenceRollout:
             for sample in flatten([group]):
                 sample.reset_for_retry()
         self._data_source.add_samples(list(running.values()))
-

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from typing import TYPE_CHECKING
 
-from miles_api.args import Args
 from miles_api.sample import Sample, Status
+
+if TYPE_CHECKING:
+    from miles_api.args import Args
 
 __all__ = ["rollout_metrics"]
 

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
+from typing import TYPE_CHECKING
 
-from miles_api.args import Args
-from miles_api.sample import Sample
+if TYPE_CHECKING:
+    from miles_api.args import Args
+    from miles_api.sample import Sample
 
 __all__ = ["normalize_rewards"]
 

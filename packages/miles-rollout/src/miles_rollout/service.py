@@ -5,14 +5,13 @@ from __future__ import annotations
 import asyncio
 import inspect
 import time
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 import uvloop
 
 from miles_api.args import Args
 from miles_api.batch import check_columns
-from miles_api.config import RunConfig
 from miles_api.errors import HookResultError
 from miles_api.hookset import HookSet
 from miles_api.rollout_types import (
@@ -29,7 +28,11 @@ from miles_rollout.group import flatten
 from miles_rollout.hook_names import CALLED
 from miles_rollout.metrics import rollout_metrics
 
+if TYPE_CHECKING:
+    from miles_api.config import RunConfig
+
 __all__ = ["RolloutWorker", "create"]
+
 
 def create(config: RunConfig) -> RolloutWorker:
     """Build the rollout service of a run; the entry point `miles.services: rollout`."""

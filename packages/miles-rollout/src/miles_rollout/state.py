@@ -5,17 +5,19 @@ from __future__ import annotations
 import asyncio
 import functools
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import aiohttp
 import msgspec
 
-from miles_api.args import Args
 from miles_api.errors import ServiceError
-from miles_api.hookset import HookSet
 from miles_api.options import options_from
 from miles_rollout.options import EngineFleetOptions, EvalOptions, RolloutOptions
 from miles_rollout.tokenizers import load_tokenizer
+
+if TYPE_CHECKING:
+    from miles_api.args import Args
+    from miles_api.hookset import HookSet
 
 __all__ = ["State"]
 
@@ -60,7 +62,9 @@ class State:
             async with self._session.post(url, data=self._encode(payload), headers=_JSON) as reply:
                 body = await reply.read()
         except TimeoutError as error:
-            raise ServiceError(f"{url} did not answer within --generate-timeout {self.options.generate_timeout}") from error
+            raise ServiceError(
+                f"{url} did not answer within --generate-timeout {self.options.generate_timeout}"
+            ) from error
         except aiohttp.ClientError as error:
             raise ServiceError(f"{url}: {type(error).__name__}: {error}") from error
         if reply.status != 200:  # noqa: PLR2004

@@ -8,7 +8,11 @@ from miles_rollout.engines.local.sampler import SamplingRows, sample, uniforms
 DRAWS = 40_000
 
 
-def rows(count, vocabulary, temperature=1.0, top_k=None, top_p=1.0, min_p=0.0, seeds=None):
+def numbers(count):
+    return uniforms(torch.arange(count), torch.full((count,), 3))
+
+
+def rows(count, vocabulary, temperature=1.0, top_k=None, top_p=1.0, min_p=0.0):
     top_k = top_k or vocabulary
     return SamplingRows(
         temperature=torch.full((count,), temperature or 1.0),
@@ -16,7 +20,6 @@ def rows(count, vocabulary, temperature=1.0, top_k=None, top_p=1.0, min_p=0.0, s
         top_k=torch.full((count,), top_k),
         top_p=torch.full((count,), top_p),
         min_p=torch.full((count,), min_p),
-        seeds=torch.arange(count) if seeds is None else seeds,
         any_scaled=temperature not in (0, 1.0),
         any_greedy=temperature == 0,
         all_greedy=temperature == 0,
@@ -39,7 +42,7 @@ def chi_square_fits(tokens, probs):
 @pytest.mark.parametrize("temperature", [0.6, 1.0])
 def test_draws_follow_the_scaled_distribution(vocabulary, temperature):
     logits = torch.randn(vocabulary, generator=torch.Generator().manual_seed(0))
-    tokens, log_probs = sample(logits.repeat(DRAWS, 1), rows(DRAWS, vocabulary, temperature), torch.full((DRAWS,), 3))
+    tokens, log_probs = sample(logits.repeat(DRAWS, 1), rows(DRAWS, vocabulary, temperature), numbers(DRAWS))
     scaled = (logits / temperature).log_softmax(-1)
     assert chi_square_fits(tokens, scaled.exp())
     torch.testing.assert_close(log_probs, scaled[tokens], atol=1e-5, rtol=1e-5)
@@ -56,9 +59,7 @@ def test_truncated_draws_follow_the_renormalised_rest_and_report_the_untruncated
         ({"top_k": 3, "top_p": 0.5}, [1, 3]),
     ]
     for options, kept in cases:
-        tokens, got = sample(
-            log_probs.repeat(DRAWS, 1), rows(DRAWS, 6, **options), torch.zeros(DRAWS, dtype=torch.int64)
-        )
+        tokens, got = sample(log_probs.repeat(DRAWS, 1), rows(DRAWS, 6, **options), numbers(DRAWS))
         rest = torch.zeros(6)
         rest[kept] = probs[kept]
         assert chi_square_fits(tokens, rest / rest.sum()), options
@@ -77,24 +78,22 @@ def test_draws_at_successive_positions_of_one_seed_are_independent():
 def test_a_row_draws_the_same_token_whatever_its_neighbours():
     generator = torch.Generator().manual_seed(1)
     logits = torch.randn(64, 1500, generator=generator)
-    seeds = torch.arange(64)
-    together, _ = sample(logits.clone(), rows(64, 1500, seeds=seeds), seeds + 5)
+    together, _ = sample(logits.clone(), rows(64, 1500), numbers(64))
     for row in range(0, 64, 7):
-        alone, _ = sample(
-            logits[row : row + 1].clone(), rows(1, 1500, seeds=seeds[row : row + 1]), seeds[row : row + 1] + 5
-        )
+        number = uniforms(torch.tensor([row]), torch.tensor([3]))
+        alone, _ = sample(logits[row : row + 1].clone(), rows(1, 1500), number)
         assert alone == together[row]
 
 
 @pytest.mark.parametrize("vocabulary", [7, 1500])
 def test_a_greedy_row_takes_the_most_likely_token(vocabulary):
     logits = torch.randn(50, vocabulary, generator=torch.Generator().manual_seed(2))
-    tokens, _ = sample(logits.clone(), rows(50, vocabulary, temperature=0), torch.zeros(50, dtype=torch.int64))
+    tokens, _ = sample(logits.clone(), rows(50, vocabulary, temperature=0), numbers(50))
     assert torch.equal(tokens, logits.argmax(-1))
 
 
 def test_a_token_of_probability_zero_is_never_drawn():
     logits = torch.full((DRAWS, 1300), float("-inf"))
     logits[:, [3, 600, 1299]] = 0.0
-    tokens, _ = sample(logits, rows(DRAWS, 1300), torch.zeros(DRAWS, dtype=torch.int64))
+    tokens, _ = sample(logits, rows(DRAWS, 1300), numbers(DRAWS))
     assert set(tokens.tolist()) == {3, 600, 1299}

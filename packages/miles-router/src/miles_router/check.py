@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
-from miles_api.config import RunConfig
 from miles_api.errors import MilesError
-
 from miles_router.options import RouterOptions, check_binding
 from miles_router.server import bind
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from miles_api.config import RunConfig
 
 __all__ = ["HOOKS", "check"]
 

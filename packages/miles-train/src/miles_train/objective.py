@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from miles_api.errors import ConfigError
+from miles_api.errors import ConfigError, SampleError
 from miles_train.advantages import grpo_advantages
+from miles_train.guards import check_finite_numbers
 from miles_train.loss import policy_loss, sft_loss
 from miles_train.reducers import segment_sums, sum_of_sample_mean
 
@@ -20,7 +21,17 @@ if TYPE_CHECKING:
     from miles_api.run_options import RunOptions
     from miles_train.options import ObjectiveOptions
 
-__all__ = ["Pieces", "Plan", "Step", "logprob_gap", "pieces_of", "plan_steps", "samples_that_pull"]
+__all__ = [
+    "Pieces",
+    "Plan",
+    "Step",
+    "check_policy_columns",
+    "logprob_gap",
+    "pieces_of",
+    "plan_steps",
+    "report_metrics",
+    "samples_that_pull",
+]
 
 _LOSSES = {"policy_loss": policy_loss, "sft_loss": sft_loss}
 _ADVANTAGES = {"grpo": grpo_advantages}
@@ -50,6 +61,18 @@ def pieces_of(run: RunOptions, objective: ObjectiveOptions) -> Pieces:
         raise ConfigError(f"--loss-type {run.loss_type} is not available; this trainer has {', '.join(_LOSSES)}")
     advantage = _ADVANTAGES[objective.advantage_estimator] if run.loss_type == "policy_loss" else None
     return Pieces(advantage, _LOSSES[run.loss_type], sum_of_sample_mean)
+
+
+def check_policy_columns(columns: dict[str, Any], *, use_rollout_logprobs: bool) -> None:
+    """Raise `SampleError` if a policy loss lacks a column, `MilesError` if a reward is not finite."""
+    if "rewards" not in columns:
+        raise SampleError("the train batch has no column 'rewards', which --loss-type policy_loss needs")
+    check_finite_numbers("the reward", columns["rewards"], columns["sample_indices"])
+    if use_rollout_logprobs and "rollout_log_probs" not in columns:
+        raise SampleError(
+            "--use-rollout-logprobs needs the column 'rollout_log_probs', which this rollout does not have: "
+            "generate with log-probs, or leave the flag out to recompute them"
+        )
 
 
 class Step(NamedTuple):
@@ -121,3 +144,14 @@ def logprob_gap(log_probs_R: Tensor, batch: dict[str, Any]) -> dict[str, Tensor]
     mask_R = torch.cat(batch["loss_masks"]) != 0
     gap_R = torch.where(mask_R, (log_probs_R - torch.cat(batch["rollout_log_probs"])).abs(), 0.0)
     return {"logprob_gap_sum": gap_R.sum(), "logprob_gap_tokens": mask_R.sum(), "logprob_gap_max": gap_R.amax()}
+
+
+def report_metrics(numbers: dict[str, float], trained_steps: int) -> dict[str, float]:
+    """Return the metrics of a report from totals over ranks: the gap as a mean over its tokens, names prefixed."""
+    named = dict(numbers)
+    tokens, total = named.pop("logprob_gap_tokens", 0.0), named.pop("logprob_gap_sum", 0.0)
+    if tokens:
+        named["logprob_gap_mean"] = total / tokens
+    if not trained_steps:
+        named |= {"loss": 0.0, "tokens": 0.0}
+    return {f"train/{name}": float(value) for name, value in sorted(named.items())}

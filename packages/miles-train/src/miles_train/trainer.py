@@ -11,19 +11,27 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from miles_api.errors import ConfigError, SampleError, ServiceError
+from miles_api.errors import ConfigError, ServiceError
 from miles_api.run_options import RunOptions
 from miles_api.services import TrainStepReport
 from miles_train.batching import pack_micro_batches
 from miles_train.columns import select, shard_columns, to_tensors, validate_columns
-from miles_train.guards import check_finite, check_finite_losses, check_finite_numbers
+from miles_train.guards import check_finite, check_finite_losses
 from miles_train.log_probs import packed_log_probs_and_entropy
 from miles_train.megatron import checkpoint, forward, hf, init
 from miles_train.megatron.core import parallel_state
 from miles_train.megatron.model import build_model
 from miles_train.megatron.optimizer import build_optimizer
 from miles_train.metrics import Metrics, PhaseClock
-from miles_train.objective import Step, logprob_gap, pieces_of, plan_steps, samples_that_pull
+from miles_train.objective import (
+    Step,
+    check_policy_columns,
+    logprob_gap,
+    pieces_of,
+    plan_steps,
+    report_metrics,
+    samples_that_pull,
+)
 from miles_train.options import BatchingOptions, ObjectiveOptions, OptimizerOptions, ParallelOptions
 
 if TYPE_CHECKING:
@@ -124,7 +132,7 @@ class Trainer:
         with clock.phase("metrics"):
             numbers = metrics.gather(contribute=self._contributes(), device=init.device())
             numbers |= {"samples_skipped": plan.samples_skipped, "skipped_steps": plan.steps_skipped}
-        return TrainStepReport(metrics=self._named(numbers, trained), seconds=clock.seconds)
+        return TrainStepReport(metrics=report_metrics(numbers, trained), seconds=clock.seconds)
 
     def export(self, directory: str, weights_only: bool = False) -> None:
         """Write the current weights as a Hugging Face directory, with the tokenizer unless `weights_only`.
@@ -154,7 +162,7 @@ class Trainer:
         columns = validate_columns(batch)
         columns.setdefault("sample_indices", list(range(len(columns["tokens"]))))
         if self._is_policy:
-            self._check_policy_columns(columns)
+            check_policy_columns(columns, use_rollout_logprobs=self._objective.use_rollout_logprobs)
         shards = shard_columns(columns, data_parallel_size=init.data_parallel_size(), num_steps=self._num_steps)
         mine = shards[init.data_parallel_rank()]
         data = to_tensors(select(columns, [i for step in mine for i in step]), init.device())
@@ -163,16 +171,6 @@ class Trainer:
             check_finite("rollout_log_probs", values_R, data["response_lengths"], data["sample_indices"])
         starts = [sum(map(len, mine[:step])) for step in range(len(mine))]
         return data, [list(range(start, start + len(step))) for start, step in zip(starts, mine, strict=True)]
-
-    def _check_policy_columns(self, columns: dict[str, Any]) -> None:
-        if "rewards" not in columns:
-            raise SampleError("the train batch has no column 'rewards', which --loss-type policy_loss needs")
-        check_finite_numbers("the reward", columns["rewards"], columns["sample_indices"])
-        if self._objective.use_rollout_logprobs and "rollout_log_probs" not in columns:
-            raise SampleError(
-                "--use-rollout-logprobs needs the column 'rollout_log_probs', which this rollout does not have: "
-                "generate with log-probs, or leave the flag out to recompute them"
-            )
 
     def _old_log_probs(
         self, data: dict[str, Any], positions: Sequence[int], metrics: Metrics, where: str
@@ -212,8 +210,6 @@ class Trainer:
         seen: list[_Seen] = []
         with clock.phase("forward_backward"):
             _, batches = self._micro_batches(data, step.positions)
-            # After a step Megatron's fp32 optimizer leaves `grad` as an alias of `main_grad`: backward would add both.
-            self._optimizer.zero_grad()
             results = forward.run(self._model, batches, self._loss_step(step, seen), forward_only=False)
         with clock.phase("guards"):
             self._check_seen(seen, where)
@@ -300,16 +296,6 @@ class Trainer:
         packed = torch.tensor(counts, dtype=torch.float64, device=init.device())
         dist.all_reduce(packed if self._contributes() else packed.zero_())
         return packed.tolist()
-
-    def _named(self, numbers: dict[str, float], trained: int) -> dict[str, float]:
-        """Return the report's metrics: means over tokens taken, names prefixed."""
-        tokens = numbers.pop("logprob_gap_tokens", 0.0)
-        total = numbers.pop("logprob_gap_sum", 0.0)
-        if tokens:
-            numbers["logprob_gap_mean"] = total / tokens
-        if not trained:
-            numbers |= {"loss": 0.0, "tokens": 0.0}
-        return {f"train/{name}": float(value) for name, value in sorted(numbers.items())}
 
     def _hf_checkpoint(self) -> str:
         if self._run.hf_checkpoint is None:

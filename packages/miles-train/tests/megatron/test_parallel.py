@@ -1,15 +1,17 @@
-"""Several ranks compute what one computes: tensor, pipeline and data parallel, each in processes of its own."""
+"""Two ranks train as one does: tensor, sequence, pipeline and data parallel, in processes of their own."""
 
 import json
+import socket
+from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 import torch.multiprocessing as mp
 from safetensors.torch import load_file
 
 from miles_train.options import OptimizerOptions, ParallelOptions
 
-STEPS = 3
 LAYOUTS = {
     "tensor": {"tensor_model_parallel_size": 2},
     "sequence": {"tensor_model_parallel_size": 2, "sequence_parallel": True},
@@ -17,77 +19,109 @@ LAYOUTS = {
     "data": {},
     "sharded": {"use_distributed_optimizer": True},
 }
+KINDS = ["qwen3-tied", "qwen3-untied"]
 
-def run_rank(rank, world_size, layout, port, hf_dir, sequences, out):
-    """Train a few steps; every rank exports, the one with logits reports gradient norms."""
+
+class GatherVocabulary(torch.autograd.Function):
+    """The whole logits from each tensor-parallel rank's part; the same loss on each rank, so a slice of its gradient."""
+
+    @staticmethod
+    def forward(ctx, logits, group):
+        ctx.rank, ctx.width = dist.get_rank(group), logits.shape[-1]
+        parts = [torch.empty_like(logits) for _ in range(dist.get_world_size(group))]
+        dist.all_gather(parts, logits.contiguous(), group=group)
+        return torch.cat(parts, dim=-1)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad.narrow(-1, ctx.rank * ctx.width, ctx.width).contiguous(), None
+
+
+def train_and_export(parallel, place, hf_dir, sequences, out):
+    """Train three steps, with a save and a load after the first; export; rank 0 notes the gradient norms."""
     from miles_train.megatron import checkpoint, forward, hf, init
     from miles_train.megatron.core import parallel_state
     from miles_train.megatron.model import build_model
     from miles_train.megatron.optimizer import build_optimizer
 
-    parallel = ParallelOptions(actor_num_gpus_per_node=world_size, **layout)
-    init.initialize(parallel, rank=rank, world_size=world_size, master_addr="127.0.0.1", master_port=port, seed=1)
+    init.initialize(parallel, master_addr="127.0.0.1", seed=1, **place)
     options = OptimizerOptions(lr=1e-2, clip_grad=0.5, adam_eps=1e-2)
 
     def build():
         model = build_model(hf_dir, parallel)
-        return model, build_optimizer(model, options, parallel, total_steps=STEPS)
+        return model, build_optimizer(model, options, parallel, total_steps=3)
 
     def loss_step(logits, batch):
-        logits = torch.distributed.nn.functional.all_gather(
-            logits, group=parallel_state.get_tensor_model_parallel_group()
-        )
-        # each tensor-parallel rank backpropagates the same loss, and all_gather's gradient sums over them
-        ranks = parallel_state.get_tensor_model_parallel_world_size()
-        return torch.cat(logits, dim=-1).square().sum() / 1000 / ranks, {"rows": len(logits[0])}
+        logits = GatherVocabulary.apply(logits, parallel_state.get_tensor_model_parallel_group())
+        targets = torch.cat([tokens.roll(-1) for tokens in batch["tokens"]])
+        return torch.nn.functional.cross_entropy(logits, targets, reduction="sum") / 10, {"rows": len(logits)}
 
-    def train(run, steps):
+    def train(model, optimizer, steps):
         norms = []
-        for _ in steps:
+        for _ in range(steps):
             mine = sequences[init.data_parallel_rank() :: init.data_parallel_size()]
-            batches = [{"tokens": mine[:2]}, {"tokens": mine[2:]}]
-            results = forward.run(run[0], batches, loss_step, forward_only=False)
-            assert bool(results) == init.is_last_stage()
-            norms.append(run[1].step()[1])
+            results = forward.run(model, [{"tokens": mine[:2]}, {"tokens": mine[2:]}], loss_step, forward_only=False)
+            assert len(results) == (2 if init.is_last_stage() else 0)
+            norms.append(optimizer.step()[1])
         return norms
 
-    model, optimizer = build()
-    norms = train((model, optimizer), range(1))
-    checkpoint.save(model, optimizer, f"{out}/checkpoint")
+    run = build()
+    norms = train(*run, 1)
+    checkpoint.save(*run, f"{out}/checkpoint")
     resumed = build()
     checkpoint.load(*resumed, f"{out}/checkpoint")
-    norms += train(resumed, range(STEPS - 1))
+    norms += train(*resumed, 2)
     hf.export_hf(resumed[0], hf_dir, f"{out}/export", extra_files=False)
-    if rank == 0:
-        with open(f"{out}/norms.json", "w") as file:
-            json.dump(norms, file)
+    if init.is_first_rank():
+        Path(out, "norms.json").write_text(json.dumps(norms))
+    dist.barrier()
     init.shutdown()
 
-@pytest.fixture(scope="module")
-def train(hf_dir, sequences, free_port, tmp_path_factory):
 
+def find_free_port():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def run_rank(rank, cases, ports):
+    for layout, hf_dir, sequences, out in cases:
+        # chosen at the last moment: earlier process groups take ports too
+        port = ports.get() if rank else find_free_port()
+        if rank == 0:
+            ports.put(port)
+        parallel = ParallelOptions(actor_num_gpus_per_node=2, **layout)
+        train_and_export(parallel, {"rank": rank, "world_size": 2, "master_port": port}, hf_dir, sequences, out)
+
+
+def outcome(out):
+    weights = {}
+    for path in (out / "export").glob("*.safetensors"):
+        weights |= load_file(path)
+    return json.loads((out / "norms.json").read_text()), weights
+
+
+@pytest.fixture(scope="module")
+def outcomes(hf_dir, sequences, tmp_path_factory):
+    """Run every case; starting processes costs most, so one pair of them runs all."""
     packed = sequences(5, 9, 3, 7, 2, 6)
+    directories = {(name, kind): tmp_path_factory.mktemp(name) for name in (*LAYOUTS, "alone") for kind in KINDS}
+    for kind in KINDS:
+        place = {"rank": 0, "world_size": 1, "master_port": find_free_port()}
+        train_and_export(ParallelOptions(), place, hf_dir(kind), packed, str(directories["alone", kind]))
+    cases = [
+        (LAYOUTS[name], hf_dir(kind), packed, str(out))
+        for (name, kind), out in directories.items() if name != "alone"
+    ]  # fmt: skip
+    mp.spawn(run_rank, args=(cases, mp.get_context("spawn").SimpleQueue()), nprocs=2)
+    return {key: outcome(out) for key, out in directories.items()}
 
-    def run(kind, layout, world_size):
-        out = tmp_path_factory.mktemp("run")
-        args = (world_size, layout, free_port(), hf_dir(kind), packed, str(out))
-        mp.spawn(run_rank, args=args, nprocs=world_size)
-        weights = {}
-        for path in (out / "export").glob("*.safetensors"):
-            weights |= load_file(path)
-        return json.loads((out / "norms.json").read_text()), weights
 
-    return run
-
-@pytest.fixture(scope="module")
-def alone(train):
-    return {kind: train(kind, {}, 1) for kind in ("qwen3-tied", "qwen3-untied")}
-
-@pytest.mark.parametrize("kind", ["qwen3-tied", "qwen3-untied"])
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_two_ranks_train_as_one_does(train, alone, kind, layout):
-    norms, weights = train(kind, LAYOUTS[layout], 2)
-    expected_norms, expected_weights = alone[kind]
+def test_two_ranks_train_as_one_does(outcomes, layout, kind):
+    norms, weights = outcomes[layout, kind]
+    expected_norms, expected_weights = outcomes["alone", kind]
     assert norms == pytest.approx(expected_norms, rel=1e-4)
     assert weights.keys() == expected_weights.keys()
     for name, tensor in weights.items():

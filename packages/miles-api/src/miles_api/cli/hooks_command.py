@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-import argparse
 import inspect
+from typing import TYPE_CHECKING
 
 from miles_api.errors import ConfigError, did_you_mean
 from miles_api.hooks import REGISTRY
 from miles_api.load import entry_points
-from miles_api.spec import HookSpec
+
+if TYPE_CHECKING:
+    import argparse
+
+    from miles_api.spec import HookSpec
 
 __all__ = ["command"]
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from miles_api.args import Args
 from miles_api.spec import hook
+
+if TYPE_CHECKING:
+    from miles_api.args import Args
 
 
 @hook(flag="--custom-agent-function-path", since=(1, 0), side="rollout", default="none")
@@ -42,9 +44,7 @@ async def execute_tool(name: str, params: dict[str, Any], /) -> str:
     raise NotImplementedError
 
 
-@hook(
-    flag="--generate-tool-specs-path", since=(1, 0), side="rollout", kind="value", default="none"
-)
+@hook(flag="--generate-tool-specs-path", since=(1, 0), side="rollout", kind="value", default="none")
 def tool_specs() -> list[dict[str, Any]]:
     """Name a list of OpenAI tool specifications: a value, not a function.
 

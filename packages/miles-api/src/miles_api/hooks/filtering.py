@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from miles_api.args import Args
-from miles_api.rollout_types import DynamicFilterOutput, Group
-from miles_api.sample import Sample
 from miles_api.spec import hook
+
+if TYPE_CHECKING:
+    from miles_api.args import Args
+    from miles_api.rollout_types import DynamicFilterOutput, Group
+    from miles_api.sample import Sample
 
 
 @hook(
@@ -22,12 +24,8 @@ def dynamic_filter(args: Args, samples: list[Sample], /, **kwargs: Any) -> Dynam
     raise NotImplementedError
 
 
-@hook(
-    flag="--buffer-filter-path", since=(1, 0), side="rollout", default="pop_first: oldest first"
-)
-def buffer_filter(
-    args: Args, rollout_id: int | None, buffer: list[Group], num_samples: int, /
-) -> list[Group]:
+@hook(flag="--buffer-filter-path", since=(1, 0), side="rollout", default="pop_first: oldest first")
+def buffer_filter(args: Args, rollout_id: int | None, buffer: list[Group], num_samples: int, /) -> list[Group]:
     """Pick up to `num_samples` groups from the data source's buffer, removing them from it.
 
     Called by the default data source whenever it hands out prompts and the buffer is not empty.

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from miles_api.args import Args
-from miles_api.sample import Sample
 from miles_api.spec import hook
+
+if TYPE_CHECKING:
+    from miles_api.args import Args
+    from miles_api.sample import Sample
 
 
 @hook(
@@ -27,9 +29,7 @@ def rollout_log(
     raise NotImplementedError
 
 
-@hook(
-    flag="--custom-eval-rollout-log-function-path", since=(1, 0), side="rollout", default="the built-in metrics"
-)
+@hook(flag="--custom-eval-rollout-log-function-path", since=(1, 0), side="rollout", default="the built-in metrics")
 def eval_rollout_log(
     rollout_id: int, args: Args, data: dict[str, dict[str, Any]], extra_metrics: dict[str, float], /
 ) -> bool:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from miles_api.args import Args
 from miles_api.spec import hook
+
+if TYPE_CHECKING:
+    from miles_api.args import Args
 
 
 @hook(flag="--custom-megatron-init-path", since=(1, 0), side="train", default="does nothing")
@@ -17,9 +19,7 @@ def megatron_init(args: Args, /) -> None:
     raise NotImplementedError
 
 
-@hook(
-    flag="--custom-megatron-before-log-prob-hook-path", since=(1, 0), side="train", default="does nothing"
-)
+@hook(flag="--custom-megatron-before-log-prob-hook-path", since=(1, 0), side="train", default="does nothing")
 def before_log_prob(args: Args, model: Any, store_prefix: str, /) -> None:
     """Prepare the model for a pass that only computes log-probs.
 
@@ -41,9 +41,7 @@ def before_train_step(
     raise NotImplementedError
 
 
-@hook(
-    flag="--custom-megatron-post-save-hook-path", since=(1, 0), side="train", default="does nothing"
-)
+@hook(flag="--custom-megatron-post-save-hook-path", since=(1, 0), side="train", default="does nothing")
 def post_save(args: Args, rollout_id: int, checkpoint_dir: str, hf_checkpoint_dir: str | None, /) -> None:
     """Do something with a finished checkpoint: upload it, register it.
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from miles_api.args import Args
 from miles_api.spec import hook
+
+if TYPE_CHECKING:
+    from miles_api.args import Args
 
 
 @hook(

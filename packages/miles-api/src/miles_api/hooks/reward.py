@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
-from miles_api.args import Args
-from miles_api.sample import Sample
+from typing import TYPE_CHECKING
+
 from miles_api.spec import hook
+
+if TYPE_CHECKING:
+    from miles_api.args import Args
+    from miles_api.sample import Sample
 
 
 @hook(flag="--custom-rm-path", since=(1, 0), side="rollout", either_color=True, default="what --rm-type names")

@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
-from miles_api.args import Args
-from miles_api.rollout_types import (
-    GenerateFnInput,
-    GenerateFnOutput,
-    Group,
-    RolloutFnConstructorInput,
-    RolloutFnEvalInput,
-    RolloutFnEvalOutput,
-    RolloutFnTrainInput,
-    RolloutFnTrainOutput,
-)
-from miles_api.sample import Sample
 from miles_api.spec import hook, second_form
+
+if TYPE_CHECKING:
+    from miles_api.args import Args
+    from miles_api.rollout_types import (
+        GenerateFnInput,
+        GenerateFnOutput,
+        Group,
+        RolloutFnConstructorInput,
+        RolloutFnEvalInput,
+        RolloutFnEvalOutput,
+        RolloutFnTrainInput,
+        RolloutFnTrainOutput,
+    )
+    from miles_api.sample import Sample
 
 
 @hook(
@@ -49,9 +51,7 @@ class RolloutFn(Protocol):
 @hook(
     flag="--eval-function-path", since=(1, 0), side="rollout", either_color=True, default="the configured rollout hook"
 )
-def eval_rollout(
-    args: Args, rollout_id: int, data_source: Any, evaluation: bool = True, /
-) -> RolloutFnEvalOutput:
+def eval_rollout(args: Args, rollout_id: int, data_source: Any, evaluation: bool = True, /) -> RolloutFnEvalOutput:
     """Produce one evaluation; `evaluation` is always true.
 
     Called every `--eval-interval` rollouts, in the rollout process, instead of the rollout hook.
@@ -64,9 +64,7 @@ class EvalRolloutFn(RolloutFn, Protocol):
     """The class form, as for the rollout hook."""
 
 
-@hook(
-    flag="--custom-generate-function-path", since=(1, 0), side="rollout", either_color=True, default="single turn"
-)
+@hook(flag="--custom-generate-function-path", since=(1, 0), side="rollout", either_color=True, default="single turn")
 async def generate(
     args: Args, sample: Sample, sampling_params: dict[str, Any], /, *, evaluation: bool = False
 ) -> Sample | list[Sample]:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from miles_api.spec import hook
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable
 
 
 @hook(

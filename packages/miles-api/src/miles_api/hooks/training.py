@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from miles_api.args import Args
 from miles_api.spec import hook
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from torch import Tensor
 
+    from miles_api.args import Args
 
-@hook(
-    flag="--custom-advantage-function-path", since=(1, 0), side="train", default="what --advantage-estimator names"
-)
+
+@hook(flag="--custom-advantage-function-path", since=(1, 0), side="train", default="what --advantage-estimator names")
 def advantage(args: Args, rollout_data: dict[str, Any], /) -> None:
     """Set `advantages` and `returns` in `rollout_data`: one fp32 tensor of response length for each sample.
 
@@ -23,9 +23,7 @@ def advantage(args: Args, rollout_data: dict[str, Any], /) -> None:
     raise NotImplementedError
 
 
-@hook(
-    flag="--custom-loss-function-path", since=(1, 0), side="train", default="what --loss-type names"
-)
+@hook(flag="--custom-loss-function-path", since=(1, 0), side="train", default="what --loss-type names")
 def loss(
     args: Args,
     batch: dict[str, Any],
@@ -46,7 +44,11 @@ def loss(
 
 
 @hook(
-    flag="--custom-tis-function-path", since=(1, 0), side="train", by_keyword=True, default="truncated importance sampling"
+    flag="--custom-tis-function-path",
+    since=(1, 0),
+    side="train",
+    by_keyword=True,
+    default="truncated importance sampling",
 )
 def importance_weights(
     args: Args,
@@ -68,9 +70,7 @@ def importance_weights(
     raise NotImplementedError
 
 
-@hook(
-    flag="--custom-pg-loss-reducer-function-path", since=(1, 0), side="train", default="sum of sample means"
-)
+@hook(flag="--custom-pg-loss-reducer-function-path", since=(1, 0), side="train", default="sum of sample means")
 def pg_loss_reducer(
     total_lengths: list[int],
     response_lengths: list[int],

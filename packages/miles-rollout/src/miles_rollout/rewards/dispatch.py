@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from miles_api.args import Args
 from miles_api.errors import ConfigError, did_you_mean
-from miles_api.sample import Sample
 from miles_rollout.rewards.f1 import f1_score
 from miles_rollout.rewards.math import last_boxed, math_score
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from miles_api.args import Args
+    from miles_api.sample import Sample
 
 __all__ = ["KINDS", "check_rm_type", "grade", "reward"]
 

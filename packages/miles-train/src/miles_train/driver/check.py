@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from miles_api.config import RunConfig
 from miles_api.errors import ConfigError, MilesError
 from miles_api.hooks import REGISTRY
 from miles_api.hookset import configured_hooks
@@ -14,6 +12,11 @@ from miles_api.load import entry_points, provider
 from miles_api.run_options import RunOptions
 from miles_train.megatron.hf_config import read_hf_config
 from miles_train.options import ObjectiveOptions, ParallelOptions
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from miles_api.config import RunConfig
 
 __all__ = ["HOOKS", "check", "check_all", "derive"]
 

@@ -5,15 +5,17 @@ from __future__ import annotations
 import logging
 import os
 import socket
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import ray
 from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
 
-from miles_api.config import RunConfig
 from miles_api.errors import MilesError, ServiceError
 from miles_api.load import provider
 from miles_train.options import ClusterOptions, ParallelOptions
+
+if TYPE_CHECKING:
+    from miles_api.config import RunConfig
 
 __all__ = ["Cluster", "Remote"]
 

@@ -7,8 +7,7 @@ import signal
 import sys
 import traceback
 from pathlib import Path
-from types import FrameType
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 from miles_api.config import RunConfig, option_groups
 from miles_api.errors import MilesError
@@ -22,6 +21,9 @@ from miles_train.driver.services import running
 from miles_train.driver.train_loop import TrainLoop
 from miles_train.options import ObjectiveOptions
 from miles_train.view.progress import Progress
+
+if TYPE_CHECKING:
+    from types import FrameType
 
 __all__ = ["command"]
 
@@ -79,7 +81,10 @@ def _train(config: RunConfig) -> int:
     signal.signal(signal.SIGTERM, _terminated)
     status, problem = "failed", None
     try:
-        with Progress(run.num_rollout) as progress, running(config, lambda what: progress.phase(what, None)) as services:
+        with (
+            Progress(run.num_rollout) as progress,
+            running(config, lambda what: progress.phase(what, None)) as services,
+        ):
             run_dir.log("run", -1, {}, services.seconds)
             TrainLoop(config, services, run_dir, progress).run()
         status = "finished"
@@ -97,7 +102,7 @@ def _train(config: RunConfig) -> int:
     return 0 if status == "finished" else 1
 
 
-def _terminated(signum: int, frame: FrameType | None) -> NoReturn:
+def _terminated(_signum: int, _frame: FrameType | None) -> NoReturn:
     raise KeyboardInterrupt
 
 

@@ -6,15 +6,17 @@ import json
 import shutil
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from miles_api.config import RunConfig
 from miles_api.run_options import RunOptions
 from miles_train.options import LoggingOptions
 from miles_train.view.report import write_report
 from miles_train.view.sinks import MetricsWriter, make_sinks
+
+if TYPE_CHECKING:
+    from miles_api.config import RunConfig
 
 __all__ = ["RunDir"]
 

@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from miles_api.config import RunConfig
 from miles_api.load import provider
 from miles_api.run_options import RunOptions
 from miles_api.services import EngineFleet, Placement, RouterService
 from miles_train.driver.cluster import Cluster, Remote
 from miles_train.options import ClusterOptions
 from miles_train.weight_sync.disk import DiskWeightSync
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from miles_api.config import RunConfig
 
 __all__ = ["Services", "running"]
 

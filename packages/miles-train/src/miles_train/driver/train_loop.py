@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from miles_api.config import RunConfig
 from miles_api.run_options import RunOptions
 from miles_train.driver import checkpoint
-from miles_train.driver.run_dir import RunDir
-from miles_train.driver.services import Services
-from miles_train.view.progress import Progress
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from miles_api.config import RunConfig
+    from miles_train.driver.run_dir import RunDir
+    from miles_train.driver.services import Services
+    from miles_train.view.progress import Progress
 
 __all__ = ["TrainLoop"]
 

@@ -57,7 +57,8 @@ def load(model: list[torch.nn.Module], optimizer: Optimizer, directory: str) -> 
 
 
 def _state(model: list[torch.nn.Module], optimizer: Optimizer, *, is_loading: bool) -> dict[str, Any]:
-    weights = unwrap(model).sharded_state_dict(metadata=_METADATA)
+    # a copy each: Megatron writes the process group of the moment into it
+    weights = unwrap(model).sharded_state_dict(metadata=dict(_METADATA))
     return {
         "model": weights,
         "optimizer": optimizer.sharded_state(weights, dict(_METADATA), is_loading=is_loading),

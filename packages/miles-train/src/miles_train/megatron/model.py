@@ -6,6 +6,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 
 from miles_api.errors import ConfigError
 
@@ -113,7 +114,9 @@ def _transformer_config(hf_config: HFConfig, parallel: ParallelOptions, param_dt
         params_dtype=param_dtype,
         bf16=param_dtype == torch.bfloat16,
         pipeline_dtype=param_dtype,
-        perform_initialization=False,
+        # initialisation marks which weights are split over ranks, so it must run, but the values are loaded next
+        init_method=_leave_as_is,
+        output_layer_init_method=_leave_as_is,
         use_cpu_initialization=not gpu,
         tensor_model_parallel_size=parallel.tensor_model_parallel_size,
         pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
@@ -132,6 +135,10 @@ def _transformer_config(hf_config: HFConfig, parallel: ParallelOptions, param_dt
         bias_activation_fusion=gpu,
         bias_dropout_fusion=gpu,
     )
+
+
+def _leave_as_is(weight: Tensor) -> Tensor:
+    return weight
 
 
 def _finalize_grads(model: list[torch.nn.Module], num_tokens: Any = None, **kwargs: Any) -> None:

@@ -86,7 +86,7 @@ class _Charts:
             means = moving_average([r.metrics.get("rollout/reward") for r in self.run.rollouts], reach)
             column = {"y": self.points.values(means)["y"]}
             smooth = [
-                {"name": f"mean of {2 * reach + 1} around", "x": "rollout", "color": 1, "style": "line", **column}
+                {"name": f"mean over {2 * reach + 1} rollouts", "x": "rollout", "color": 1, "style": "line", **column}
             ]
             train[0]["style"] = "faint"
         series = [*train, *smooth, *self.held_out("reward", "held-out reward")]

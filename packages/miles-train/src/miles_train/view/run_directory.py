@@ -57,12 +57,14 @@ class RunDirectory(msgspec.Struct):
     @property
     def started(self) -> float | None:
         """Unix time of the start: the summary's, else that of the first line."""
-        return _unix(self.summary.get("started")) or min(self._times(), default=None)
+        said = _unix(self.summary.get("started"))
+        return min(self._times(), default=None) if said is None else said
 
     @property
     def finished(self) -> float | None:
         """Unix time of the end: the summary's, else that of the last line."""
-        return _unix(self.summary.get("finished")) or max(self._times(), default=None)
+        said = _unix(self.summary.get("finished"))
+        return max(self._times(), default=None) if said is None else said
 
     def _times(self) -> list[float]:
         return [record.time for record in (*self.rollouts, *self.evals) if record.time is not None]

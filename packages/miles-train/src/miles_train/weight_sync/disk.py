@@ -11,12 +11,16 @@ import shutil
 import tempfile
 import urllib.error
 import urllib.request
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from miles_api.errors import ServiceError
-from miles_api.services import Endpoint
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from miles_api.services import Endpoint
 
 __all__ = ["DiskWeightSync"]
 

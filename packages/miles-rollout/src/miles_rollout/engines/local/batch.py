@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from miles_rollout.engines.local.sampler import SamplingRows, sample
+from miles_rollout.engines.local.sampler import SamplingRows, sample, uniforms
 
 if TYPE_CHECKING:
     from miles_rollout.engines.local.jobs import Job
@@ -20,6 +20,8 @@ __all__ = ["RunningBatch"]
 _TOKEN, _POSITION, _FIRST, _LAST, _SEED, _TOP_K, _STOPS = range(7)
 _INT_COLUMNS = 6
 _TEMPERATURE, _TOP_P, _MIN_P = range(3)
+_UNIFORM_STEPS = 16
+"""Random numbers are hashed for so many steps at once: the cost is in the number of operations."""
 
 
 class RunningBatch:
@@ -35,6 +37,7 @@ class RunningBatch:
         self._tokens = torch.zeros(0, 16, dtype=torch.int64)
         self._logprobs = torch.zeros(0, 16)
         self._rows: SamplingRows | None = None
+        self._uniform_steps: list[torch.Tensor] = []
         self._watched = self._minimal = 0
 
     def __len__(self) -> int:
@@ -78,7 +81,7 @@ class RunningBatch:
         ints = self._ints[:, rows]
         positions = ints[_POSITION].add_(1)
         self._forbid_early_stops(logits, start)
-        tokens, logprobs = sample(logits, self._sampling_rows(start), positions)
+        tokens, logprobs = sample(logits, self._sampling_rows(start), self._uniforms(start))
         ints[_TOKEN] = tokens
         columns = positions - ints[_FIRST]
         self.longest = max(self.longest, int(positions.max()) + 1)
@@ -144,8 +147,20 @@ class RunningBatch:
         self._composition_changed()
         self.longest = int(self.positions.max()) + 1 if left else 0
 
+    def _uniforms(self, start: int) -> torch.Tensor:
+        """Return the numbers for the positions about to be drawn; every row moves on by one each step."""
+        if start == 0 and self._uniform_steps:
+            return self._uniform_steps.pop()
+        ints = self._ints[:, start : len(self.jobs)]
+        if start:
+            return uniforms(ints[_SEED], ints[_POSITION])
+        steps = torch.arange(_UNIFORM_STEPS)[:, None]
+        self._uniform_steps = list(uniforms(ints[_SEED], ints[_POSITION] + steps).flip(0))
+        return self._uniform_steps.pop()
+
     def _composition_changed(self) -> None:
         self._rows = None
+        self._uniform_steps = []
         self._watched = sum(job.watched for job in self.jobs)
         self._minimal = sum(job.min_new_tokens > 0 for job in self.jobs)
 
@@ -166,7 +181,6 @@ class RunningBatch:
             top_k=ints[_TOP_K],
             top_p=floats[_TOP_P],
             min_p=floats[_MIN_P],
-            seeds=ints[_SEED],
             any_scaled=bool((temperature != 1).any()),
             any_greedy=bool(greedy.any()),
             all_greedy=bool(greedy.all()),

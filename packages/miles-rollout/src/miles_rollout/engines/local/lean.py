@@ -1,7 +1,8 @@
 """A lean forward for dense Llama-like models: fused projections, RoPE as one complex product, no module tree.
 
 Rows of the q and k projections are permuted so that the two halves RoPE rotates lie side by side: a rotation is then
-one complex multiplication, and q·k does not see the permutation.
+one complex multiplication, and q·k does not see the permutation. RMSNorm's weights are multiplied into the projection
+that follows, and x / sqrt(mean(x²) + eps) is computed as sqrt(E)·x / hypot(|x|, sqrt(E·eps)): three operations.
 Legend: B rows, P prompts, L positions, H query heads, K key/value heads, D head dimension, E hidden size.
 """
 
@@ -28,13 +29,14 @@ _SCORE_LOGITS = 8_000_000
 
 
 class _Layer(NamedTuple):
-    norm_in: torch.Tensor
     qkv: torch.Tensor
+    """Norm weights and sqrt(E) multiplied in, as in `gate_up`."""
     qkv_bias: torch.Tensor | None
     qk_norm: torch.Tensor | None
+    """`[H + K, D]`, times sqrt(D)."""
     out: torch.Tensor
+    """Transposed, as is `down`."""
     out_bias: torch.Tensor | None
-    norm_mlp: torch.Tensor
     gate_up: torch.Tensor
     down: torch.Tensor
 
@@ -43,6 +45,7 @@ class _Weights(NamedTuple):
     embedding: torch.Tensor
     layers: list[_Layer]
     norm: torch.Tensor
+    """Times sqrt(E)."""
     head: torch.Tensor
 
 
@@ -57,6 +60,9 @@ class LeanModel:
         self.layout: KVLayout = [(config.kv_heads, config.head_dim, config.head_dim)] * config.layers
         self._rotations = torch.zeros(0, config.head_dim // 2, dtype=torch.cfloat)
         self._scale = config.head_dim**-0.5
+        # sqrt(width · eps) for the two widths that are normalised.
+        self._floor = torch.tensor((config.hidden * config.eps) ** 0.5)
+        self._head_floor = torch.tensor((config.head_dim * config.eps) ** 0.5)
         self._weights = _read(config, directory)
 
     def stage(self, directory: Path) -> Callable[[], None]:
@@ -132,9 +138,10 @@ class LeanModel:
             all_k.view(-1, dim).index_copy_(0, place, k)
             all_v.view(-1, dim).index_copy_(0, place, v.reshape(-1, dim))
             q = rotated[:, : config.heads].reshape(-1, group, dim)
-            seen_k = all_k[:rows].view(rows * kv_heads, -1, dim)[:, :length]
-            seen_v = all_v[:rows].view(rows * kv_heads, -1, dim)[:, :length]
-            scores = torch.baddbmm(mask, q, seen_k.transpose(1, 2), alpha=self._scale)
+            # The rows' first `length` positions, K transposed, as one view each.
+            seen_k = all_k.as_strided((rows * kv_heads, dim, length), (pool.length * dim, 1, dim))
+            seen_v = all_v.as_strided((rows * kv_heads, length, dim), (pool.length * dim, dim, 1))
+            scores = torch.baddbmm(mask, q, seen_k, alpha=self._scale)
             attended = torch.bmm(scores.softmax(-1), seen_v)
             x = self._finish_layer(layer, x, attended.view(rows, -1))
         return self._logits(x)
@@ -145,24 +152,24 @@ class LeanModel:
         """Return the rotated q and k together, `[*shape, H + K, D]`, and v, `[*shape, K, D]`."""
         config = self.config
         turned = config.heads + config.kv_heads
-        qkv = F.linear(_rms_norm(x, layer.norm_in, config.eps), layer.qkv, layer.qkv_bias)
+        qkv = F.linear(_normed(x, self._floor), layer.qkv, layer.qkv_bias)
         qkv = qkv.view(*shape, turned + config.kv_heads, config.head_dim)
         qk = qkv[..., :turned, :]
         if layer.qk_norm is not None:
-            qk = _rms_norm(qk, layer.qk_norm, config.eps)
+            qk = _normed(qk, self._head_floor).mul_(layer.qk_norm)
         rotated = torch.view_as_real(torch.view_as_complex(qk.unflatten(-1, (-1, 2))) * rotation).flatten(-2)
         return rotated, qkv[..., turned:, :]
 
     def _finish_layer(self, layer: _Layer, x: torch.Tensor, attended: torch.Tensor) -> torch.Tensor:
         ffn = self.config.ffn
-        x = torch.addmm(x, attended, layer.out.t())
+        x = torch.addmm(x, attended, layer.out)
         if layer.out_bias is not None:
             x += layer.out_bias
-        gate_up = F.linear(_rms_norm(x, layer.norm_mlp, self.config.eps), layer.gate_up)
-        return torch.addmm(x, F.silu(gate_up[:, :ffn]).mul_(gate_up[:, ffn:]), layer.down.t())
+        gate_up = F.linear(_normed(x, self._floor), layer.gate_up)
+        return torch.addmm(x, F.silu(gate_up[:, :ffn]).mul_(gate_up[:, ffn:]), layer.down)
 
     def _logits(self, x: torch.Tensor) -> torch.Tensor:
-        return F.linear(_rms_norm(x, self._weights.norm, self.config.eps), self._weights.head)
+        return F.linear(_normed(x, self._floor).mul_(self._weights.norm), self._weights.head)
 
     def _rotation_table(self, length: int) -> torch.Tensor:
         """Return e^(i·position·frequency), `[≥ length, D / 2]` complex, grown by need."""
@@ -173,8 +180,9 @@ class LeanModel:
         return self._rotations if self._rotations.shape[0] == length else self._rotations[:length]
 
 
-def _rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-    return torch.rms_norm(x, (x.shape[-1],), None, eps).mul_(weight)
+def _normed(x: torch.Tensor, floor: torch.Tensor) -> torch.Tensor:
+    """Return x / sqrt(|x|² + floor²): RMSNorm without its weight and the square root of its width."""
+    return x / torch.hypot(torch.linalg.vector_norm(x, dim=-1, keepdim=True), floor)
 
 
 def _side_by_side(weight: torch.Tensor, heads: int) -> torch.Tensor:
@@ -215,7 +223,7 @@ def _read(config: LeanConfig, directory: Path) -> _Weights:
         embedding = checkpoint.get("model.embed_tokens.weight").clone()
         head = embedding if config.tied else checkpoint.get("lm_head.weight").clone()
         layers = [_read_layer(config, checkpoint, f"model.layers.{index}.") for index in range(config.layers)]
-        return _Weights(embedding, layers, checkpoint.get("model.norm.weight").clone(), head)
+        return _Weights(embedding, layers, checkpoint.get("model.norm.weight") * config.hidden**0.5, head)
 
 
 def _read_layer(config: LeanConfig, checkpoint: Checkpoint, at: str) -> _Layer:
@@ -230,15 +238,16 @@ def _read_layer(config: LeanConfig, checkpoint: Checkpoint, at: str) -> _Layer:
     qk_norm = None
     if config.qk_norm:
         q, k = (_side_by_side(get(f"self_attn.{n}_norm.weight"), 1) for n in "qk")
-        qk_norm = torch.cat([q.expand(config.heads, -1), k.expand(config.kv_heads, -1)])
+        qk_norm = torch.cat([q.expand(config.heads, -1), k.expand(config.kv_heads, -1)]) * config.head_dim**0.5
+    root = config.hidden**0.5
     return _Layer(
-        norm_in=get("input_layernorm.weight").clone(),
-        qkv=fused_qkv("weight"),
+        qkv=fused_qkv("weight").mul_(get("input_layernorm.weight") * root),
         qkv_bias=fused_qkv("bias") if config.qkv_bias else None,
         qk_norm=qk_norm,
-        out=get("self_attn.o_proj.weight").clone(),
+        out=get("self_attn.o_proj.weight").clone().t(),
         out_bias=get("self_attn.o_proj.bias").clone() if config.out_bias else None,
-        norm_mlp=get("post_attention_layernorm.weight").clone(),
-        gate_up=torch.cat([get("mlp.gate_proj.weight"), get("mlp.up_proj.weight")]),
-        down=get("mlp.down_proj.weight").clone(),
+        gate_up=torch.cat([get("mlp.gate_proj.weight"), get("mlp.up_proj.weight")]).mul_(
+            get("post_attention_layernorm.weight") * root
+        ),
+        down=get("mlp.down_proj.weight").clone().t(),
     )

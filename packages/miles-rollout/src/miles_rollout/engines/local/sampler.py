@@ -29,16 +29,14 @@ class SamplingRows(NamedTuple):
     """Int64; the vocabulary size where not limited."""
     top_p: torch.Tensor
     min_p: torch.Tensor
-    seeds: torch.Tensor
-    """Int64."""
     any_scaled: bool
     any_greedy: bool
     all_greedy: bool
     any_truncated: bool
 
 
-def sample(logits_BV: torch.Tensor, rows: SamplingRows, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Draw one token per row; return the tokens (int64) and their log-probs (float32).
+def sample(logits_BV: torch.Tensor, rows: SamplingRows, uniform: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Draw one token per row with its number from `uniforms`; return tokens (int64) and their log-probs (float32).
 
     The log-prob is that of the temperature-scaled distribution before top-k, top-p and min-p, as in SGLang; a greedy
     row reports temperature 1. `logits_BV` may be overwritten.
@@ -49,7 +47,6 @@ def sample(logits_BV: torch.Tensor, rows: SamplingRows, positions: torch.Tensor)
     if rows.all_greedy:
         tokens = _most_likely(probs_BV)
     else:
-        uniform = uniforms(rows.seeds, positions)
         tokens = _draw_truncated(probs_BV, uniform, rows) if rows.any_truncated else _draw(probs_BV, uniform)
         if rows.any_greedy:
             tokens = torch.where(rows.greedy, _most_likely(probs_BV), tokens)
