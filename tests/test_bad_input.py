@@ -94,6 +94,19 @@ def test_the_directory_of_an_earlier_run_is_not_overwritten(refused, tmp_path):
     assert (tmp_path / "run" / "metrics.jsonl").read_text() == "precious"
 
 
+def test_overwrite_replaces_runs_and_nothing_else(refused, tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "thesis.txt").write_text("precious")
+    assert "is not a run directory" in refused("--overwrite")
+    assert (tmp_path / "run" / "thesis.txt").read_text() == "precious"
+
+
+def test_a_checkpoint_is_not_overwritten_by_the_run_that_continues_it(refused, tmp_path):
+    (tmp_path / "run" / "checkpoints").mkdir(parents=True)
+    (tmp_path / "run" / "summary.json").write_text("{}")
+    assert "which would be overwritten" in refused("--overwrite", load=tmp_path / "run" / "checkpoints")
+
+
 def test_an_unknown_command_suggests_the_nearest(capsys):
     assert main(["trian"]) == 2
     assert "did you mean 'train'?" in capsys.readouterr().err

@@ -42,7 +42,7 @@ def test_what_does_not_load_names_flag_reference_and_the_nearest_name(reference,
 
 
 def test_a_file_near_by_is_suggested(hook_file):
-    with pytest.raises(HookLoadError, match="did you mean 'my_reward.py'"):
+    with pytest.raises(HookLoadError, match=r"did you mean 'my_reward\.py'"):
         load(f"{hook_file.parent}/my_rewards.py:score")
 
 

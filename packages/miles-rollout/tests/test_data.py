@@ -38,7 +38,7 @@ def test_a_malformed_line_is_named_with_file_line_and_reason(tmp_path, line, rea
 
 def test_a_missing_file_suggests_its_neighbour(tmp_path):
     file = write(tmp_path, "{}")
-    with pytest.raises(DataError, match="did you mean 'data.jsonl'"):
+    with pytest.raises(DataError, match=r"did you mean 'data\.jsonl'"):
         read_prompts(file.replace("data.", "dta."), LABELLED)
 
 
@@ -79,7 +79,7 @@ def test_the_same_seed_gives_the_same_order(args_of):
 
 def test_groups_that_came_back_are_handed_out_first(args_of):
     source = RolloutDataSourceWithBuffer(args_of())
-    first, second = source.get_samples(2)
+    _, second = source.get_samples(2)
     source.add_samples([second])
     assert source.get_buffer_length() == 1
     again = source.get_samples(2)

@@ -85,6 +85,7 @@ def test_a_pause_in_place_or_by_retraction_changes_no_token(kit, make_job, drain
         drain(scheduler)
         assert job.output_ids == reference.output_ids
         assert len(job.logprobs) == 20
+        assert job.version_spans(20) == [{"version": "default", "start": 0, "end": 20}]
 
 
 def test_a_pause_that_aborts_ends_everything(kit, make_job, prompts):

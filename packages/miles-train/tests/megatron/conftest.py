@@ -5,8 +5,9 @@ import socket
 import pytest
 import torch
 
-SMALL = dict(vocab_size=32, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
-             num_key_value_heads=2, max_position_embeddings=128)  # fmt: skip
+SMALL = {"vocab_size": 32, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
+         "num_key_value_heads": 2, "max_position_embeddings": 128}  # fmt: skip
+LLAMA_ROPE = {"rope_type": "default", "rope_theta": 5e5}
 
 
 @pytest.fixture(scope="session")
@@ -28,7 +29,7 @@ def save_model(kind: str, directory: str) -> None:
     configs = {
         "qwen3-tied": (tf.Qwen3Config, tf.Qwen3ForCausalLM, {"head_dim": 16, "tie_word_embeddings": True}),
         "qwen3-untied": (tf.Qwen3Config, tf.Qwen3ForCausalLM, {"head_dim": 8, "tie_word_embeddings": False}),
-        "llama": (tf.LlamaConfig, tf.LlamaForCausalLM, {"rope_parameters": {"rope_type": "default", "rope_theta": 5e5}}),
+        "llama": (tf.LlamaConfig, tf.LlamaForCausalLM, {"rope_parameters": LLAMA_ROPE}),
         "qwen2": (tf.Qwen2Config, tf.Qwen2ForCausalLM, {}),
     }
     config, model, extra = configs[kind]
@@ -60,9 +61,7 @@ def megatron(free_port):
     from miles_train.megatron import init
     from miles_train.options import ParallelOptions
 
-    init.initialize(
-        ParallelOptions(), rank=0, world_size=1, master_addr="127.0.0.1", master_port=free_port(), seed=1
-    )
+    init.initialize(ParallelOptions(), rank=0, world_size=1, master_addr="127.0.0.1", master_port=free_port(), seed=1)
     yield
     init.shutdown()
 

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -87,7 +88,7 @@ def test_a_step_whose_loss_is_none_everywhere_leaves_zero_gradients(megatron, hf
     ],
 )
 def test_a_config_the_trainer_would_compute_wrongly_is_refused_naming_field_and_file(hf_dir, tmp_path, field, value):
-    config = json.loads(open(hf_dir("qwen3-tied") + "/config.json").read())
+    config = json.loads(Path(hf_dir("qwen3-tied"), "config.json").read_text())
     config.pop("rope_parameters")
     (tmp_path / "config.json").write_text(json.dumps(config | {field: value}))
     with pytest.raises(ConfigError, match=field) as error:
@@ -129,5 +130,5 @@ def test_weights_that_do_not_fit_the_config_are_refused_by_name(megatron, hf_dir
 
 def test_a_directory_with_a_config_but_no_weights_is_refused(megatron, hf_dir, tmp_path):
     shutil.copy(hf_dir("llama") + "/config.json", tmp_path)
-    with pytest.raises(DataError, match="no \\*.safetensors"):
+    with pytest.raises(DataError, match=r"no \*\.safetensors"):
         build_model(str(tmp_path), ParallelOptions())

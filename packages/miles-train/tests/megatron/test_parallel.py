@@ -19,11 +19,12 @@ LAYOUTS = {
     "data": {},
     "sharded": {"use_distributed_optimizer": True},
 }
-KINDS = ["qwen3-tied", "qwen3-untied"]
+CASES = [*((layout, kind) for layout in LAYOUTS for kind in ("qwen3-tied", "qwen3-untied")), ("tensor", "qwen2")]
+KINDS = ["qwen3-tied", "qwen3-untied", "qwen2"]
 
 
 class GatherVocabulary(torch.autograd.Function):
-    """The whole logits from each tensor-parallel rank's part; the same loss on each rank, so a slice of its gradient."""
+    """Whole logits from each rank's part; all ranks compute the same loss, so each keeps its own part's gradient."""
 
     @staticmethod
     def forward(ctx, logits, group):
@@ -37,8 +38,11 @@ class GatherVocabulary(torch.autograd.Function):
         return grad.narrow(-1, ctx.rank * ctx.width, ctx.width).contiguous(), None
 
 
-def train_and_export(parallel, place, hf_dir, sequences, out):
-    """Train three steps, with a save and a load after the first; export; rank 0 notes the gradient norms."""
+def train_and_export(parallel, place, hf_dir, sequences, out, resume_from=None):
+    """Train three steps, with a save and a load after the first; export; rank 0 notes the gradient norms.
+
+    `resume_from` is loaded in place of the checkpoint that was just saved.
+    """
     from miles_train.megatron import checkpoint, forward, hf, init
     from miles_train.megatron.core import parallel_state
     from miles_train.megatron.model import build_model
@@ -69,7 +73,7 @@ def train_and_export(parallel, place, hf_dir, sequences, out):
     norms = train(*run, 1)
     checkpoint.save(*run, f"{out}/checkpoint")
     resumed = build()
-    checkpoint.load(*resumed, f"{out}/checkpoint")
+    checkpoint.load(*resumed, resume_from or f"{out}/checkpoint")
     norms += train(*resumed, 2)
     hf.export_hf(resumed[0], hf_dir, f"{out}/export", extra_files=False)
     if init.is_first_rank():
@@ -105,7 +109,8 @@ def outcome(out):
 def outcomes(hf_dir, sequences, tmp_path_factory):
     """Run every case; starting processes costs most, so one pair of them runs all."""
     packed = sequences(5, 9, 3, 7, 2, 6)
-    directories = {(name, kind): tmp_path_factory.mktemp(name) for name in (*LAYOUTS, "alone") for kind in KINDS}
+    alone = [("alone", kind) for kind in KINDS]
+    directories = {(name, kind): tmp_path_factory.mktemp(name) for name, kind in CASES + alone}
     for kind in KINDS:
         place = {"rank": 0, "world_size": 1, "master_port": find_free_port()}
         train_and_export(ParallelOptions(), place, hf_dir(kind), packed, str(directories["alone", kind]))
@@ -114,15 +119,24 @@ def outcomes(hf_dir, sequences, tmp_path_factory):
         for (name, kind), out in directories.items() if name != "alone"
     ]  # fmt: skip
     mp.spawn(run_rank, args=(cases, mp.get_context("spawn").SimpleQueue()), nprocs=2)
-    return {key: outcome(out) for key, out in directories.items()}
+    return {key: (out, *outcome(out)) for key, out in directories.items()}
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(("layout", "kind"), CASES)
 def test_two_ranks_train_as_one_does(outcomes, layout, kind):
-    norms, weights = outcomes[layout, kind]
-    expected_norms, expected_weights = outcomes["alone", kind]
+    _, norms, weights = outcomes[layout, kind]
+    _, expected_norms, expected_weights = outcomes["alone", kind]
     assert norms == pytest.approx(expected_norms, rel=1e-4)
     assert weights.keys() == expected_weights.keys()
     for name, tensor in weights.items():
         torch.testing.assert_close(tensor, expected_weights[name], atol=2e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("layout", ["tensor", "pipeline", "sharded"])
+def test_one_rank_continues_from_what_two_ranks_saved(outcomes, layout, hf_dir, sequences, tmp_path):
+    saved, expected_norms, _ = outcomes[layout, "qwen3-tied"]
+    parallel = ParallelOptions(use_distributed_optimizer=layout == "sharded")
+    place = {"rank": 0, "world_size": 1, "master_port": find_free_port()}
+    packed = sequences(5, 9, 3, 7, 2, 6)
+    train_and_export(parallel, place, hf_dir("qwen3-tied"), packed, str(tmp_path), str(saved / "checkpoint"))
+    assert json.loads((tmp_path / "norms.json").read_text()) == pytest.approx(expected_norms, rel=1e-4)

@@ -123,6 +123,15 @@ def test_a_response_that_closes_the_script_stays_text(make_run):
     assert page.text.count(EVIL) >= 6
 
 
+def test_embedded_data_has_nothing_that_an_html_parser_could_take_for_markup(make_run):
+    samples = [{"kind": "train", "rollout_id": 0, "samples": [sample(response="<!-- <script> & </SCRIPT \u2028")]}]
+    text = write_report(make_run([line(0, **{"<b>": 1.0})], samples)).read_text(encoding="utf-8")
+    blocks = re.findall(r'<script type="application/json" id="[a-z-]+">(.*)</script>', text)
+    assert len(blocks) == 2
+    assert not re.search("[<>&\u2028]", "".join(blocks))
+    assert "\\u003c!-- \\u003cscript" in blocks[1]
+
+
 def test_a_page_loads_nothing_and_runs_only_our_scripts(make_run):
     path = write_report(make_run([line(0, rollout__reward=1.0)]))
     page = Page(path)
@@ -258,6 +267,8 @@ def test_hooks_are_added_up_over_processes_and_differing_files_are_pointed_out(m
     assert "processes ran different files or versions of the same hook" in text
     assert "raised 2 errors" in text
     assert "was loaded and never called" in text
+    run = make_run([line(0)], hooks=[{**rank, "reference": "default", "calls": 0}])
+    assert "never called" not in words(page_of(run))
 
 
 def test_metrics_that_no_chart_knows_are_shown_too(make_run):
@@ -279,6 +290,12 @@ def test_a_second_report_replaces_the_first_and_leaves_nothing_behind(make_run):
     (run / "summary.json").write_text('{"title": "renamed"}')
     assert "renamed" in page_of(run).text
     assert sorted(path.name for path in run.iterdir()) == ["metrics.jsonl", "report.html", "summary.json"]
+
+
+def test_a_run_that_goes_on_is_reported_as_such_and_misses_no_hooks_yet(make_run):
+    text = words(page_of(make_run([line(0)], summary={"status": "running"}, config="[run]\n")))
+    assert "This run had not ended when this page was written." in text
+    assert "missing" not in text
 
 
 def test_a_folder_that_is_no_run_is_refused(tmp_path):

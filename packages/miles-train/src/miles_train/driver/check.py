@@ -96,9 +96,21 @@ def check(config: RunConfig) -> Iterator[str]:
         yield "--skip-zero-advantage leaves samples out that --entropy-coef would train: set one of them"
     if run.loss_type not in ("policy_loss", "sft_loss"):
         yield f"--loss-type {run.loss_type} is not trained by this version; choose policy_loss or sft_loss"
+    yield from _run_dir(run)
+
+
+def _run_dir(run: RunOptions) -> Iterator[str]:
+    """Protect what lies in the run directory: only an earlier run may be replaced, and not the one continued from."""
     folder = Path(run.run_dir)
-    if folder.is_dir() and any(folder.iterdir()) and not run.overwrite:
+    if not folder.is_dir() or not any(folder.iterdir()):
+        return
+    if not run.overwrite:
         yield f"--run-dir {run.run_dir} holds an earlier run: choose another, or pass --overwrite"
+    elif not (folder / "summary.json").is_file():
+        yield f"--run-dir {run.run_dir} is not empty and not a run directory: --overwrite does not delete it"
+    for flag, path in (("--load", run.load), ("--hf-checkpoint", run.hf_checkpoint)):
+        if path and Path(path).resolve().is_relative_to(folder.resolve()):
+            yield f"{flag} {path} lies in --run-dir {run.run_dir}, which would be overwritten: choose another --run-dir"
 
 
 def _problem(call: Callable[[], Any]) -> Iterator[str]:

@@ -44,12 +44,22 @@ class _Host:
 
 
 class Remote:
-    """A service in another process; `phase` names what it is doing in errors and timeouts."""
+    """One service in one or more worker processes: the ranks of the trainer, or the rollout process."""
 
-    def __init__(self, actors: list[Any], name: str, timeout: float) -> None:
+    def __init__(self, service: str, config: RunConfig, actors: list[Any]) -> None:
+        self._service = service
+        self._config = config
+        self._timeout = config.group(ClusterOptions).trainer_timeout
         self._actors = actors
-        self._name = name
-        self._timeout = timeout
+
+    def address(self) -> tuple[str, int]:
+        """Return the first process's node address and a free port there."""
+        return self._get("address", self._actors[0].address.remote())
+
+    def build(self, keywords: list[dict[str, Any]]) -> None:
+        """Create the service in every process, each with its own keywords."""
+        pairs = zip(self._actors, keywords, strict=True)
+        self._get("build", [actor.build.remote(self._service, self._config, mine) for actor, mine in pairs])
 
     def call(self, method: str, *args: Any) -> list[Any]:
         """Call a method on every process and wait for all results, in rank order."""
@@ -61,63 +71,65 @@ class Remote:
         return part, self._get(method, rest)
 
     def _get(self, method: str, refs: Any) -> Any:
+        """Wait for results within the deadline; errors of ours come through as they are, others with their traceback."""
+        name = f"{self._service}.{method}"
         try:
             return ray.get(refs, timeout=self._timeout)
         except GetTimeoutError as error:
-            raise ServiceError(
-                f"{self._name}.{method} did not return within --trainer-timeout {self._timeout:g} s"
-            ) from error
+            raise ServiceError(f"{name} did not return within --trainer-timeout {self._timeout:g} s") from error
         except RayTaskError as error:
-            cause = error.cause if isinstance(error.cause, MilesError) else None
-            if cause is not None:
-                raise type(cause)(*cause.args) from error
-            raise ServiceError(f"{self._name}.{method} failed\n{error}") from error
+            if isinstance(error.cause, MilesError):
+                raise type(error.cause)(*error.cause.args) from error
+            raise ServiceError(f"{name} failed\n{error}") from error
         except RayActorError as error:
-            raise ServiceError(f"the {self._name} process died during {method}: {error}") from error
+            raise ServiceError(f"the {self._service} process died during {method}: {error}") from error
 
 
 class Cluster:
     """A running Ray cluster, or one of our own on this machine."""
 
     def __init__(self, config: RunConfig) -> None:
-        self._options = config.group(ClusterOptions)
         self._config = config
-        world = config.group(ParallelOptions).world_size
-        if self._options.ray_address:
-            ray.init(address=self._options.ray_address, logging_level=logging.WARNING)
-        else:
+        self._parallel = config.group(ParallelOptions)
+        address = config.group(ClusterOptions).ray_address
+        own = {
             # Workers of a small machine share its cores: Ray only counts them, one a process.
-            ray.init(
-                num_cpus=max(world + 1, os.cpu_count() or 1),
-                object_store_memory=_OBJECT_STORE_BYTES,
-                include_dashboard=False,
-                logging_level=logging.WARNING,
-            )
+            "num_cpus": max(self._parallel.world_size + 1, os.cpu_count() or 1),
+            "object_store_memory": _OBJECT_STORE_BYTES,
+            "include_dashboard": False,
+        }
+        ray.init(address=address, logging_level=logging.ERROR, **({} if address else own))
         self._gpus = int(ray.cluster_resources().get("GPU", 0))
 
     def rollout(self) -> Remote:
         """Start the one rollout process."""
         remote = self._start("rollout", 1, gpus=0)
-        remote._get("build", [remote._actors[0].build.remote("rollout", self._config, {})])
+        remote.build([{}])
         return remote
 
     def trainers(self) -> Remote:
         """Start one process for each trainer rank; on GPUs where the cluster has them."""
-        parallel = self._config.group(ParallelOptions)
+        parallel = self._parallel
         remote = self._start("train", parallel.world_size, gpus=1 if self._gpus else 0)
-        host, port = ray.get(remote._actors[0].address.remote(), timeout=self._options.trainer_timeout)
-        ranks = [
-            {"rank": rank, "world_size": parallel.world_size, "master_addr": host, "master_port": port,
-             "local_rank": 0 if self._gpus else rank % parallel.actor_num_gpus_per_node}
-            for rank in range(parallel.world_size)
-        ]  # fmt: skip
-        builds = [a.build.remote("train", self._config, r) for a, r in zip(remote._actors, ranks, strict=True)]
-        remote._get("build", builds)
+        host, port = remote.address()
+        remote.build(
+            [
+                {
+                    "rank": rank,
+                    "world_size": parallel.world_size,
+                    "master_addr": host,
+                    "master_port": port,
+                    # Ray shows each process its own GPU as number 0.
+                    "local_rank": 0 if self._gpus else rank % parallel.actor_num_gpus_per_node,
+                }
+                for rank in range(parallel.world_size)
+            ]
+        )
         return remote
 
-    def _start(self, name: str, count: int, gpus: int) -> Remote:
+    def _start(self, service: str, count: int, gpus: int) -> Remote:
         host = ray.remote(num_cpus=1, num_gpus=gpus, max_restarts=0)(_Host)
-        return Remote([host.remote() for _ in range(count)], name, self._options.trainer_timeout)
+        return Remote(service, self._config, [host.remote() for _ in range(count)])
 
     def stop(self) -> None:
         """End all worker processes, and Ray itself if it is ours."""

@@ -74,8 +74,10 @@ def running(config: RunConfig, say: Callable[[str], None]) -> Iterator[Services]
             shared = Path(run.run_dir) if config.group(ClusterOptions).ray_address else None
             sync = DiskWeightSync(lambda folder: _export(trainers, folder), fleet.endpoints(), shared)
             stack.callback(sync.close)
-        stack.callback(lambda: _stop(rollout, trainers))
         yield Services(rollout, trainers, sync, clock.seconds)
+        # Only after success: a process that failed or hangs would not answer, and ends with the cluster.
+        rollout.call("stop")
+        trainers.call("stop")
 
 
 def _serve(clock: _Clock, config: RunConfig, fleet: EngineFleet, router: RouterService) -> str:
@@ -91,7 +93,3 @@ def _serve(clock: _Clock, config: RunConfig, fleet: EngineFleet, router: RouterS
 def _export(trainers: Remote, folder: str) -> None:
     trainers.call("export", folder, True)
 
-
-def _stop(rollout: Remote, trainers: Remote) -> None:
-    rollout.call("stop")
-    trainers.call("stop")

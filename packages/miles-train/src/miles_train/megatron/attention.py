@@ -1,10 +1,11 @@
 """Attention over packed sequences without a GPU: pad once, one causal SDPA per length bucket, gather back.
 
-Padding on the right with a causal mask needs no other mask: a real query sees only real keys before it, and what padded
-queries see is thrown away. Rotary positions are applied here too, from one table for all sequences, where Megatron's own
-CPU path loops over the sequences in every layer.
+Padding on the right with a causal mask needs no other mask: a real query sees only real keys before it, and what
+padded queries see is thrown away. Rotary positions are applied here too, from one table for all sequences, where
+Megatron's own CPU path loops over the sequences in every layer.
 """
 
+# ruff: noqa: N806  the shape suffixes
 # T packed tokens, H query heads, G key/value heads, D head size, P padded slots, B sequences, L longest of a bucket
 
 from __future__ import annotations
@@ -12,8 +13,8 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+from torch.nn import functional
 
 __all__ = ["Layout", "PackedAttention", "Rotary"]
 
@@ -103,7 +104,9 @@ class PackedAttention(torch.nn.Module):
     def _attend(self, bucket: tuple[int, int], query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         shaped = [x.view(*bucket, *x.shape[1:]).transpose(1, 2) for x in (query, key, value)]
         grouped = query.shape[1] != key.shape[1]
-        output = F.scaled_dot_product_attention(*shaped, is_causal=True, scale=self.softmax_scale, enable_gqa=grouped)
+        output = functional.scaled_dot_product_attention(
+            *shaped, is_causal=True, scale=self.softmax_scale, enable_gqa=grouped
+        )
         return output.transpose(1, 2).reshape(bucket[0] * bucket[1], -1)
 
 

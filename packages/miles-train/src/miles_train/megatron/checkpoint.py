@@ -5,15 +5,15 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch.distributed.checkpoint.api import CheckpointException
 
 from miles_api.errors import DataError
 
-from .core import dist_checkpointing
-from .model import unwrap
+from .core import dist_checkpointing, unwrap
 
 if TYPE_CHECKING:
+    import torch
+
     from .optimizer import Optimizer
 
 __all__ = ["load", "save"]

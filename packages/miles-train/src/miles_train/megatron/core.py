@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import logging
 import warnings
+from typing import Any
 
 from .cpu import apply_cpu_shims
 
@@ -33,7 +33,6 @@ with warnings.catch_warnings():
     from megatron.core.transformer.module import Float16Module
     from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 
-logging.getLogger("megatron.core").setLevel(logging.WARNING)
 
 __all__ = [
     "MLP",
@@ -60,4 +59,13 @@ __all__ = [
     "get_standard_config_overrides",
     "parallel_state",
     "tensor_parallel",
+    "unwrap",
 ]
+
+
+def unwrap(model: list[Any]) -> Any:
+    """Return the GPTModel inside DDP and the mixed-precision wrapper."""
+    module = model[0]
+    while isinstance(module, (DistributedDataParallel, Float16Module)):
+        module = module.module
+    return module

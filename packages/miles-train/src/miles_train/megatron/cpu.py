@@ -5,6 +5,8 @@ types. The shims below answer those lines with the CPU's equivalents. They touch
 and checked. Nothing here is used on a machine with a GPU.
 """
 
+# ruff: noqa: ARG005  a stand-in takes the arguments of what it stands for
+
 from __future__ import annotations
 
 import contextlib
@@ -13,13 +15,15 @@ import importlib.metadata
 import logging
 import queue
 import warnings
-from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.utils._device import _device_constructors
 
 from miles_api.errors import ConfigError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 __all__ = ["MEGATRON_VERSION", "apply_cpu_shims", "has_gpu"]
 
@@ -39,8 +43,8 @@ def has_gpu() -> bool:
 def apply_cpu_shims() -> None:
     """Make Megatron-Core importable and usable without a GPU.
 
-    Call before anything imports `megatron`; `miles_train.megatron.core` does. Does nothing on a machine with a GPU and nothing
-    the second time. Raises ConfigError when the installed Megatron-Core is not the pinned version.
+    Call before anything imports `megatron`; `miles_train.megatron.core` does. Does nothing on a machine with a GPU and
+    nothing the second time. Raises ConfigError when the installed Megatron-Core is not the pinned version.
     """
     if has_gpu():
         return

@@ -1,5 +1,6 @@
 """Forward and backward over packed micro-batches."""
 
+# ruff: noqa: N803, N806  the shape suffixes
 # T packed tokens of a micro-batch, V vocabulary of this tensor-parallel rank, B sequences
 
 from __future__ import annotations
@@ -9,8 +10,8 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch import Tensor
+from torch.nn import functional
 
 from .attention import Layout
 from .core import PackedSeqParams, get_forward_backward_func, parallel_state
@@ -29,8 +30,8 @@ def run(
     """Run the model over micro-batches, and its gradient unless `forward_only`.
 
     `micro_batch["tokens"]` is a list of 1-D int64 tensors, whole sequences (prompt and response). On the last pipeline
-    stage `loss_step(logits_TV, micro_batch)` gets the logits of the packed tokens, (sum of lengths, vocabulary / TP), in
-    the model's dtype, and returns a loss to differentiate (or None) and a dict of detached results. The dicts are
+    stage `loss_step(logits_TV, micro_batch)` gets the logits of the packed tokens, (sum of lengths, vocabulary / TP),
+    in the model's dtype, and returns a loss to differentiate (or None) and a dict of detached results. The dicts are
     returned in order; other stages return an empty list.
 
     The loss must already be divided by its denominators: gradients are zeroed here first, then *summed* over
@@ -72,7 +73,7 @@ def _pipelined(model: list[Any], micro_batches: list[MicroBatch], loss_step: Los
         micro_batch = next(batches)
         output = _logits(chunk, micro_batch)
 
-        def finish(logits_TV: Tensor) -> tuple[Tensor, Tensor, dict[str, Any]]:  # noqa: N803
+        def finish(logits_TV: Tensor) -> tuple[Tensor, Tensor, dict[str, Any]]:
             loss, result = loss_step(logits_TV, micro_batch)
             if loss is None:
                 # earlier stages wait for a gradient, so there must be one
@@ -111,9 +112,9 @@ def _pack(sequences: list[Tensor], config: Any) -> tuple[dict[str, Tensor], Any]
     tokens_T = torch.cat(sequences)
     short = -len(tokens_T) % config.tensor_model_parallel_size if config.sequence_parallel else 0
     if short:
-        tokens_T, lengths = F.pad(tokens_T, (0, short)), [*lengths, short]
+        tokens_T, lengths = functional.pad(tokens_T, (0, short)), [*lengths, short]
     layout = Layout(lengths)
-    ends_B = F.pad(torch.tensor(lengths, dtype=torch.int32).cumsum(0, dtype=torch.int32), (1, 0)).to(device())
+    ends_B = functional.pad(torch.tensor(lengths, dtype=torch.int32).cumsum(0, dtype=torch.int32), (1, 0)).to(device())
     # the longest sequence, never the total: given the total, Megatron takes RoPE positions to be global
     packing = PackedSeqParams(
         qkv_format="thd",

@@ -3,6 +3,7 @@
 Megatron fuses q, k and v of each key/value group, and gate and up, and splits some tensors over tensor-parallel ranks.
 """
 
+# ruff: noqa: N806  the shape suffixes
 # G key/value heads of this rank, R query heads per key/value head, D head size, I input size
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from torch import Tensor
 
 from miles_api.errors import DataError
 
-from .core import DistributedDataParallel, Float16Module, parallel_state
+from .core import parallel_state, unwrap
 
 __all__ = ["export_hf", "load_hf_weights", "named_hf_tensors"]
 
@@ -104,13 +105,6 @@ def _mapped(gpt: Any) -> Iterator[tuple[_Rule, tuple[str, ...], torch.nn.Paramet
         yield rule, names, parameter
 
 
-def _gpt(model: list[torch.nn.Module]) -> Any:
-    module: Any = model[0]
-    while isinstance(module, (DistributedDataParallel, Float16Module)):
-        module = module.module
-    return module
-
-
 @torch.no_grad()
 def load_hf_weights(model: list[torch.nn.Module], hf_dir: str) -> None:
     """Copy the weights in `hf_dir`'s safetensors files into the model, cast to its dtype.
@@ -119,7 +113,7 @@ def load_hf_weights(model: list[torch.nn.Module], hf_dir: str) -> None:
     DataError naming the tensors that are missing, have another shape, or (checked on all ranks of a run without
     pipeline stages) belong to no parameter.
     """
-    gpt = _gpt(model)
+    gpt = unwrap(model)
     reader = _Reader(hf_dir)
     rules = list(_mapped(gpt))
     missing = sorted({name for _, names, _ in rules for name in names} - reader.names)
@@ -149,8 +143,8 @@ def named_hf_tensors(model: list[torch.nn.Module]) -> Iterator[tuple[str, Tensor
     A collective when tensor parallelism is on: every rank must iterate, and every rank gets the whole tensors. A
     tensor may share memory with the model's: copy it before the next optimizer step if you keep it.
     """
-    gpt = _gpt(model)
-    size, rank = _tensor_parallel()
+    gpt = unwrap(model)
+    size, _ = _tensor_parallel()
     for rule, names, parameter in _mapped(gpt):
         if names == ("model.embed_tokens.weight",) and not gpt.pre_process:
             continue
@@ -176,7 +170,7 @@ def export_hf(model: list[torch.nn.Module], hf_source_dir: str, out_dir: str, *,
     if writes:
         target.mkdir(parents=True, exist_ok=True)
         if parallel_state.is_pipeline_first_stage():
-            _write_config(Path(hf_source_dir), target, next(_gpt(model).parameters()).dtype)
+            _write_config(Path(hf_source_dir), target, next(unwrap(model).parameters()).dtype)
             if extra_files:
                 _copy_extra_files(Path(hf_source_dir), target)
     tensors = {name: tensor.contiguous().cpu() for name, tensor in named_hf_tensors(model)}
@@ -193,7 +187,8 @@ def export_hf(model: list[torch.nn.Module], hf_source_dir: str, out_dir: str, *,
     dist.all_gather_object(listings, (file, sorted(tensors)), group=parallel_state.get_pipeline_model_parallel_group())
     if writes and stage == 0:
         weight_map = {name: owner for owner, names in listings for name in names}
-        _replace(target / "model.safetensors.index.json", msgspec.json.encode({"metadata": {}, "weight_map": weight_map}))
+        index = msgspec.json.encode({"metadata": {}, "weight_map": weight_map})
+        _replace(target / "model.safetensors.index.json", index)
 
 
 def _tensor_parallel() -> tuple[int, int]:

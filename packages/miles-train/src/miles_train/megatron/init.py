@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 from datetime import timedelta
 from typing import TYPE_CHECKING
@@ -47,6 +48,8 @@ def initialize(
     _check(parallel, world_size)
     backend = "nccl" if has_gpu() else "gloo"
     if has_gpu():
+        # tensor-parallel overlap relies on kernels starting in the order they were queued
+        os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
         torch.cuda.set_device(local_rank)
     else:
         # more threads on busy cores make the same work up to 8 times slower

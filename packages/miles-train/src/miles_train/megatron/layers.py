@@ -1,6 +1,7 @@
 """Layers for models without Transformer Engine: on a CPU the elementwise work costs more than the matrix products, so
 each of these does its forward and its gradient in as few passes over memory as torch's kernels allow."""
 
+# ruff: noqa: N803, N806  the shape suffixes
 # N rows (tokens, or tokens × heads), H features
 
 from __future__ import annotations
@@ -8,8 +9,8 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+from torch.nn import functional
 
 from .core import MLP, ColumnParallelLinear, MLPSubmodules, RowParallelLinear, parallel_state
 
@@ -36,7 +37,7 @@ class RMSNorm(torch.nn.Module):
 
 class _RMSNorm(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight_H: Tensor, eps: float) -> Tensor:  # noqa: N803
+    def forward(ctx: Any, x: Tensor, weight_H: Tensor, eps: float) -> Tensor:
         x_NH = x.reshape(-1, x.shape[-1])
         mean_square_N1 = torch.linalg.vector_norm(x_NH, dim=-1, keepdim=True).square_().div_(x.shape[-1])
         inverse_N1 = mean_square_N1.add_(eps).rsqrt_()
@@ -78,7 +79,7 @@ class _SwiGLU(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, gate_up: Tensor) -> Tensor:
         gate, up = gate_up.chunk(2, dim=-1)
-        activated = F.silu(gate)
+        activated = functional.silu(gate)
         ctx.save_for_backward(gate_up, activated)
         return activated * up
 

@@ -32,7 +32,7 @@ from .layers import GatedMLP, RMSNorm
 if TYPE_CHECKING:
     from miles_train.options import ParallelOptions
 
-__all__ = ["build_model", "unwrap"]
+__all__ = ["build_model"]
 
 
 def build_model(
@@ -68,14 +68,6 @@ def build_model(
     model: list[torch.nn.Module] = [DistributedDataParallel(config, _ddp_config(parallel), module)]
     hf.load_hf_weights(model, hf_dir)
     return model
-
-
-def unwrap(model: list[torch.nn.Module]) -> Any:
-    """Return the GPTModel inside DDP and the mixed-precision wrapper."""
-    module: Any = model[0]
-    while isinstance(module, (DistributedDataParallel, Float16Module)):
-        module = module.module
-    return module
 
 
 def _check_sizes(hf_config: HFConfig, parallel: ParallelOptions, hf_dir: str) -> None:
@@ -131,6 +123,7 @@ def _transformer_config(hf_config: HFConfig, parallel: ParallelOptions, param_dt
         finalize_model_grads_func=_finalize_grads,
         gradient_accumulation_fusion=False,
         masked_softmax_fusion=False,
+        cuda_graph_scope=[],
         apply_rope_fusion=gpu,
         bias_activation_fusion=gpu,
         bias_dropout_fusion=gpu,
@@ -141,7 +134,7 @@ def _leave_as_is(weight: Tensor) -> Tensor:
     return weight
 
 
-def _finalize_grads(model: list[torch.nn.Module], num_tokens: Any = None, **kwargs: Any) -> None:
+def _finalize_grads(model: list[torch.nn.Module], _num_tokens: Any = None, **kwargs: Any) -> None:
     """Sum gradients over data-parallel ranks; drops the token count, by which Megatron would divide."""
     finalize_model_grads(model, None, **kwargs)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -20,6 +19,8 @@ from .core import (
 from .cpu import has_gpu
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from miles_train.options import OptimizerOptions, ParallelOptions
 
 __all__ = ["Optimizer", "build_optimizer"]

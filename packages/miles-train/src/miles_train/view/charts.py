@@ -5,7 +5,15 @@ from __future__ import annotations
 import re
 from typing import TYPE_CHECKING, Any
 
-from miles_train.view.series import Columns, eval_datasets, moving_average, phase_names, rounded, total_seconds
+from miles_train.view.series import (
+    Columns,
+    eval_datasets,
+    moving_average,
+    phase_colors,
+    phase_names,
+    rounded,
+    total_seconds,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -108,10 +116,11 @@ class _Charts:
             _chart("Response length", lengths, "tokens", zero=True),
             _chart("Truncated responses", truncated, "share", zero=True),
             _chart(
-                "Groups whose rewards are all equal",
+                "Groups with equal rewards",
                 equal,
+                "share",
                 zero=True,
-                text="They carry no signal: their advantages are 0.",
+                text="All rewards of the group are the same: its advantages are 0, so it teaches nothing.",
             ),
             _chart("Dropped, by reason", reasons, zero=True),
         ]
@@ -149,13 +158,15 @@ class _Charts:
 
     def time(self) -> dict[str, Any]:
         series = []
-        for place, name in enumerate(phase_names(self.run.rollouts)):
+        names = phase_names(self.run.rollouts)
+        colors = phase_colors(names)
+        for name in names:
             column = self.bars.values([record.seconds.get(name, 0.0) for record in self.run.rollouts])
             series.append(
                 {
                     "name": name.replace("_", " "),
                     "x": "bar",
-                    "color": f"phase{place % _COLORS + 1}",
+                    "color": f"phase{colors[name]}",
                     "style": "bar",
                     "y": column["y"],
                 }

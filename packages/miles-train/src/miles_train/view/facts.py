@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from miles_train.view.charts import ALARMING_GAP
-from miles_train.view.series import eval_datasets, phase_names, present, total_seconds
+from miles_train.view.series import eval_datasets, phase_colors, phase_names, present, total_seconds
 from miles_train.view.words import duration, number, percent
 
 if TYPE_CHECKING:
@@ -32,6 +32,8 @@ __all__ = [
 LAST_ROLLOUTS = 10
 MOST_DATASETS = 8
 MOST_PROCESSES = 3
+DEFAULT = "default"
+"""The reference of a hook that nobody set: that it was not needed is no news."""
 
 _GENERATE_AND_TRAIN = ("generate", "train")
 _SECRET = re.compile(r"^(?P<key>\s*[\w\"-]*(?<![a-z])(token|password|secret|api_key)\"?\s*=\s*).*$", re.IGNORECASE)
@@ -69,7 +71,12 @@ def _reward_tile(run: RunDirectory) -> Tile | None:
         return None
     last = rewards[-LAST_ROLLOUTS:]
     under = f"mean of the last {len(last)}" if len(last) > 1 else "of the only rollout"
-    return Tile("Training reward", number(sum(last) / len(last)), before=number(rewards[0]), under=under)
+    return Tile(
+        "Training reward",
+        number(sum(last) / len(last)),
+        before=number(rewards[0]) if len(last) > 1 else "",
+        under=under,
+    )
 
 
 def _held_out_tiles(run: RunDirectory) -> list[Tile]:
@@ -142,15 +149,16 @@ def time_shares(run: RunDirectory) -> TimeShares | None:
     total = max(sum(total_seconds(record) for record in run.rollouts), sum(sums.values()))
     if not total:
         return None
+    colors = phase_colors(list(sums))
     parts = [
         Share(
             name.replace("_", " "),
             duration(seconds),
             percent(seconds / total),
             f"{100 * seconds / total:.2f}%",
-            i % 8 + 1,
+            colors[name],
         )
-        for i, (name, seconds) in enumerate(sums.items())
+        for name, seconds in sums.items()
     ]
     rest = {name: seconds for name, seconds in sums.items() if name not in _GENERATE_AND_TRAIN}
     neither = 1 - sum(sums.get(name, 0.0) for name in _GENERATE_AND_TRAIN) / total
@@ -237,7 +245,11 @@ def attention(run: RunDirectory, hooks: Sequence[HookRow]) -> list[str]:
     if skipped:
         found.append(f"{skipped:,.0f} optimizer steps were skipped")
     found += [f"hook {row.hook} ({row.reference}) raised {row.errors:,} errors" for row in hooks if row.errors]
-    found += [f"hook {row.hook} ({row.reference}) was loaded and never called" for row in hooks if not row.calls]
+    found += [
+        f"hook {row.hook} ({row.reference}) was loaded and never called"
+        for row in hooks
+        if not row.calls and row.reference != DEFAULT
+    ]
     references = {(row.hook, row.reference) for row in hooks}
     if len(references) < len(hooks):
         found.append("processes ran different files or versions of the same hook")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 import threading
 import time
@@ -253,19 +254,23 @@ class _State:
 
     def _each(self) -> str:
         each = self.rollout_seconds
-        return "" if each is None else f"{number(each)} s a rollout"
+        return "" if each is None else f"{_seconds(each)} s a rollout"
 
     def _split(self) -> list[str]:
         names = (("gen", "generate"), ("train", "train"))
-        return [f"{short} {number(self.seconds[name])} s" for short, name in names if name in self.seconds]
+        return [f"{short} {_seconds(self.seconds[name])} s" for short, name in names if name in self.seconds]
 
     def _rest(self) -> list[str]:
         rest = sum(self.seconds.get(name, 0.0) for name in _OTHER)
-        return [f"rest {number(rest)} s"] if self.seconds else []
+        return [f"rest {_seconds(rest)} s"] if self.seconds else []
 
     def _gap(self) -> str:
         gap = self.metrics.get("train/logprob_gap_max")
         return "" if gap is None else f"gap {gap:.0e}".replace("e-0", "e-").replace("e+0", "e")
+
+
+def _seconds(seconds: float) -> str:
+    return f"{seconds:.2g}" if seconds < 1 else number(seconds)
 
 
 def _total(seconds: Mapping[str, float]) -> float | None:
@@ -274,7 +279,7 @@ def _total(seconds: Mapping[str, float]) -> float | None:
 
 def sparkline(values: deque[float] | list[float]) -> str:
     """Return values as block characters between their smallest and largest."""
-    finite = [value for value in values if value == value]  # noqa: PLR0124 - NaN alone differs from itself
+    finite = [value for value in values if math.isfinite(value)]
     if not finite:
         return ""
     low, span = min(finite), max(finite) - min(finite)

@@ -74,7 +74,9 @@ def read_run(path: Path) -> RunDirectory:
     """Read every file of a run but its samples."""
     problems: list[str] = []
     summary = _read_json(path / "summary.json", dict, problems)
-    hooks = [hook for hook in _read_json(path / "hooks.json", list, problems) if isinstance(hook, dict)]
+    # A run that goes on has not written its hooks yet: that is no problem.
+    told = [] if summary.get("status") == "running" else problems
+    hooks = [hook for hook in _read_json(path / "hooks.json", list, told) if isinstance(hook, dict)]
     config = _read_text(path / "config.toml", problems)
     rollouts: dict[int, Record] = {}
     evals: dict[int, Record] = {}

@@ -20,6 +20,7 @@ __all__ = [
     "Columns",
     "eval_datasets",
     "moving_average",
+    "phase_colors",
     "phase_names",
     "present",
     "rounded",
@@ -100,6 +101,13 @@ def phase_names(records: Sequence[Record]) -> list[str]:
     seen = {name for record in records for name, value in record.seconds.items() if value > 0 and name != "total"}
     extra = sorted(seen.difference(PHASES))
     return [name for name in (*PHASES[:-1], *extra, PHASES[-1]) if name in seen]
+
+
+def phase_colors(names: Sequence[str]) -> dict[str, int]:
+    """Return the number of each phase's color; a usual phase has the same one in every report."""
+    extra = [name for name in names if name not in PHASES]
+    colors = {name: place + 1 for place, name in enumerate(PHASES)}
+    return colors | {name: len(PHASES) + 1 + place % 2 for place, name in enumerate(extra)}
 
 
 def present(values: Sequence[float | None]) -> list[float]:

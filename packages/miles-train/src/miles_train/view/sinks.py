@@ -41,7 +41,7 @@ class MetricsWriter:
         torn = path.is_file() and path.stat().st_size > 0 and _last_byte(path) != b"\n"
         self._file = path.open("ab")
         self._encoder = msgspec.json.Encoder()
-        if False:
+        if torn:
             self._file.write(b"\n")
 
     def write(

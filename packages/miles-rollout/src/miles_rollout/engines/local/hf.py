@@ -46,11 +46,11 @@ class _RowCache(Cache):
         values[self._rows, :, self._positions] = value_states[:, :, 0]
         return keys[: len(self._rows), :, : self._length], values[: len(self._rows), :, : self._length]
 
-    def get_seq_length(self, layer_idx: int = 0) -> int:  # noqa: ARG002
+    def get_seq_length(self, layer_idx: int = 0) -> int:
         """Return how many positions precede the one being run."""
         return self._length - 1
 
-    def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:  # noqa: ARG002
+    def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
         """Return the key length and offset; the mask itself is given by the caller."""
         return self._length, 0
 

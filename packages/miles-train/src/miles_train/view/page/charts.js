@@ -49,7 +49,7 @@ function niceStep(span, most) {
 
 function linearScale(lowest, highest, zero, pixels) {
   let low = zero ? Math.min(0, lowest) : lowest, high = highest;
-  if (low === high) { const room = Math.abs(low) * 0.1 || 1; high += room; low -= zero && low === 0 ? 0 : room; }
+  if (low === high) { const room = Math.abs(low) * 0.1; high += room || 1; low -= zero ? 0 : room; }
   const step = niceStep(high - low, Math.max(2, pixels / 44));
   low = Math.floor(low / step + 1e-6) * step;
   high = Math.ceil(high / step - 1e-6) * step;
@@ -76,7 +76,8 @@ class Chart {
     const unit = chart.unit === "share" ? "" : chart.unit;
     const heading = element("h3", {}, chart.title, " ", element("span", { className: "unit" }, unit));
     this.legend = element("div", { className: "legend" });
-    this.plot = element("div");
+    this.height = chart.tall ? HEIGHT.tall : HEIGHT.normal;
+    this.plot = element("div", { style: { height: `${this.height}px` } });
     this.tip = element("div", { className: "tip", hidden: true });
     const wide = chart.wide || chart.tall ? " wide" : "";
     this.node = element("div", { className: `card chart${wide}` }, element("div", { className: "top" }, heading, this.legend));
@@ -113,7 +114,7 @@ class Chart {
     }
     let values = series.flatMap((one) => [one.y, one.lo ?? [], one.hi ?? []].flat()).filter((value) => value !== null);
     values = values.concat(lines.map((line) => line.y));
-    if (log) values = values.filter((value) => value > 0);
+    if (log) values = values.filter((value) => value > 0).concat(lines.map((line) => line.y / 100));
     let low = Infinity, high = -Infinity;
     for (const value of values) { low = Math.min(low, value); high = Math.max(high, value); }
     return low <= high ? [low, high] : [log ? 1e-7 : 0, 1];
@@ -122,7 +123,7 @@ class Chart {
   draw() {
     const width = this.plot.clientWidth;
     if (!width) return;
-    const { chart } = this, height = chart.tall ? HEIGHT.tall : HEIGHT.normal;
+    const { chart, height } = this;
     const inner = height - PAD.top - PAD.bottom;
     const scale = chart.log ? logScale(...this.range()) : linearScale(...this.range(), chart.zero, inner);
     const label = (tick) => (chart.log ? tick.toExponential(0).replace("e+", "e") : inUnit(tick, chart.unit));
@@ -199,7 +200,7 @@ class Chart {
   drawDots(svg, series, run, color) {
     if (series.style === "dots" && run.length > 80) return;
     for (const i of run) {
-      const place = { cx: this.x(this.middle(series, i)), cy: this.y(series.y[i]), r: series.style === "dots" ? 4 : 2 };
+      const place = { cx: this.x(this.middle(series, i)), cy: this.y(series.y[i]), r: series.style === "dots" ? 4 : 3 };
       svg.append(shape("circle", { ...place, fill: color, stroke: "var(--card)", "stroke-width": 1.5 }));
     }
   }
