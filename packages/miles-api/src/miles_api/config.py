@@ -68,6 +68,11 @@ class RunConfig(msgspec.Struct, frozen=True):
         structs = [*self.groups.values(), *self.extra.values()]
         return {field: getattr(options, field) for options in structs for field in options.__struct_fields__}
 
+    def public(self) -> dict[str, Any]:
+        """Return every option by name but the secret ones: what may be written to files and sent to loggers."""
+        structs = [*self.groups.values(), *self.extra.values()]
+        return {key: value for options in structs for key, value in _public(options).items()}
+
     def replace(self, source: str = "derived", **changes: Any) -> RunConfig:
         """Return a config with other values, recorded as coming from `source`."""
         groups = dict(self.groups)
@@ -83,7 +88,7 @@ class RunConfig(msgspec.Struct, frozen=True):
         for name, options in self.groups.items():
             lines += ["", f"[{name}]", *_assignments(_public(options), self.sources)]
         for name, options in self.extra.items():
-            lines += ["", f"[hooks.{name}]", *_assignments(msgspec.structs.asdict(options), self.sources)]
+            lines += ["", f"[hooks.{name}]", *_assignments(_public(options), self.sources)]
         return "\n".join(lines) + "\n"
 
 

@@ -112,10 +112,20 @@ def origin_of(found: Any) -> Origin:
     module = sys.modules.get(getattr(found, "__module__", None) or type(found).__module__)
     file = getattr(module, "__file__", None) or ""
     digest = hashlib.sha256(Path(file).read_bytes()).hexdigest() if file and Path(file).is_file() else ""
-    package = (module.__name__ if module else "").partition(".")[0]
-    owners = _packages_to_distributions().get(package, [])
-    version = importlib.metadata.version(owners[0]) if owners else ""
-    return Origin(file=file, sha256=digest, distribution=owners[0] if owners else "", version=version)
+    name, version = _distribution((module.__name__ if module else "").partition(".")[0])
+    return Origin(file=file, sha256=digest, distribution=name, version=version)
+
+
+@functools.cache
+def _distribution(package: str) -> tuple[str, str]:
+    """Return name and version of the distribution that holds a top-level package, or two empty strings."""
+    # An editable install lists no files: there the distribution is looked up by the package's own name.
+    for name in [*_packages_to_distributions().get(package, []), package.replace("_", "-")]:
+        try:
+            return name, importlib.metadata.version(name)
+        except (importlib.metadata.PackageNotFoundError, ValueError):
+            continue
+    return "", ""
 
 
 @functools.cache

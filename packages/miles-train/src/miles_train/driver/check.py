@@ -11,7 +11,8 @@ from miles_api.hookset import configured_hooks
 from miles_api.load import entry_points, provider
 from miles_api.run_options import RunOptions
 from miles_train.megatron.hf_config import read_hf_config
-from miles_train.options import ObjectiveOptions, ParallelOptions
+from miles_train.options import LoggingOptions, ObjectiveOptions, ParallelOptions
+from miles_train.view.sinks import check_sinks
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -96,6 +97,7 @@ def check(config: RunConfig) -> Iterator[str]:
         yield "--skip-zero-advantage leaves samples out that --entropy-coef would train: set one of them"
     if run.loss_type not in ("policy_loss", "sft_loss"):
         yield f"--loss-type {run.loss_type} is not trained by this version; choose policy_loss or sft_loss"
+    yield from _problem(lambda: check_sinks(config.group(LoggingOptions)))
     yield from _run_dir(run)
 
 

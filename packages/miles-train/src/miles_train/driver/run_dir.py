@@ -32,7 +32,7 @@ class RunDir:
         (self.path / "config.toml").write_text(config.to_toml(), encoding="utf-8")
         self._metrics = MetricsWriter(self.path / "metrics.jsonl")
         self._samples = (self.path / "samples.jsonl").open("ab")
-        self._sinks = make_sinks(config.group(LoggingOptions), self.path, config.flat())
+        self._sinks = make_sinks(config.group(LoggingOptions), self.path, config.public())
         self._summary = {"status": "running", "title": title, "started": time.time(), "notes": notes}
         self._write_summary()
 

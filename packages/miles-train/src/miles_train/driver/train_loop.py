@@ -35,6 +35,7 @@ class TrainLoop:
     def run(self) -> None:
         """Train every rollout, from the beginning or from `--load`; the last state is saved."""
         self._load()
+        self._report_hooks()
         self._push_weights()
         if self._evaluates:
             self._evaluate(self._first - 1)
@@ -93,6 +94,9 @@ class TrainLoop:
             "hf": lambda folder: self._services.trainers.call("export", folder),
         }
         checkpoint.write(Path(str(self._run.save)), checkpoint.Progress(rollout_id, self._version), parts)
+        self._report_hooks()
+
+    def _report_hooks(self) -> None:
         self._run_dir.hooks([{"process": "rollout", **hook} for hook in self._services.rollout.call("report")[0]])
 
     def _export(self) -> None:
