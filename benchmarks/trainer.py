@@ -43,18 +43,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seconds", type=float, default=10.0, help="process time to spend on each case")
     parser.add_argument("--case", action="append", choices=list(CASES), help="only this case")
-    parser.add_argument("--profile", action="store_true", help="print where the trainer's time goes instead")
     args = parser.parse_args()
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     init.initialize(ParallelOptions(), rank=0, world_size=1, master_addr="127.0.0.1", master_port=port, seed=0)
     for case in args.case or CASES:
-        run_case(case, args)
+        run_case(case, args.seconds)
     init.shutdown()
 
 
-def run_case(case: str, args: argparse.Namespace) -> None:
+def run_case(case: str, seconds: float) -> None:
     """Measure one case and print a line."""
     name, batch, shortest, longest = CASES[case]
     torch.manual_seed(0)
@@ -64,12 +63,7 @@ def run_case(case: str, args: argparse.Namespace) -> None:
         lengths = [shortest + i % (longest - shortest + 1) for i in range(batch)]
         sequences = [torch.randint(0, vocab, (length,)) for length in lengths]
         sides = {"miles": miles_step(directory, sequences), "transformers": plain_step(directory, sequences)}
-    if args.profile:
-        with torch.profiler.profile() as profile:
-            times_of({"miles": sides["miles"]}, args.seconds)
-        print(profile.key_averages().table(sort_by="self_cpu_time_total", row_limit=40))
-        return
-    rate = {side: sum(lengths) / statistics.median(times) for side, times in times_of(sides, args.seconds).items()}
+    rate = {side: sum(lengths) / statistics.median(times) for side, times in times_of(sides, seconds).items()}
     ratio = rate["miles"] / rate["transformers"]
     speeds = ", ".join(f"{side} {speed:,.0f} tok/s" for side, speed in rate.items())
     print(f"{case} ({name}, {batch} × {shortest}..{longest}): {speeds}, ratio {ratio:.2f}", flush=True)
