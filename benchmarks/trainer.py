@@ -44,8 +44,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=10.0, help="process time to spend on each case")
     parser.add_argument("--case", action="append", choices=list(CASES), help="only this case")
     args = parser.parse_args()
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
+    with socket.create_server(("127.0.0.1", 0)) as probe:
         port = probe.getsockname()[1]
     init.initialize(ParallelOptions(), rank=0, world_size=1, master_addr="127.0.0.1", master_port=port, seed=0)
     for case in args.case or CASES:

@@ -162,8 +162,9 @@ def export_hf(model: list[torch.nn.Module], hf_source_dir: str, out_dir: str, *,
 
     `config.json` (with the written dtype) and the weights, in `model.safetensors`, or one file per pipeline stage and
     an index. `extra_files` also copies the tokenizer and the other small files of `hf_source_dir`. A collective: every
-    rank calls it; the first data-parallel replica writes. Each file is renamed into place, the weights last, so a
-    reader never sees half a file. Raises OSError when `out_dir` cannot be written.
+    rank calls it; the first data-parallel replica writes, and the files are complete when every rank has returned. Each
+    is renamed into place, the weights after the config, so a reader never sees half a file. Raises OSError when
+    `out_dir` cannot be written.
     """
     target = Path(out_dir)
     writes = parallel_state.get_data_parallel_rank() == 0 and _tensor_parallel()[1] == 0

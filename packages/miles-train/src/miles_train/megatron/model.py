@@ -42,7 +42,8 @@ def build_model(
 
     Called once per model (actor, reference) after `init.initialize`. Returns a list with one Megatron DDP module, the
     form that Megatron's functions take. Gradients accumulate in fp32 and are summed, not averaged, over data-parallel
-    ranks. Raises ConfigError for a model or a parallel size that cannot be built, DataError for missing weights.
+    ranks. On a CPU only float32 is meant to be trained: bfloat16 has no native kernels there. Raises ConfigError for a
+    model or a parallel size that cannot be built, DataError for missing weights.
 
     On GPUs the Transformer Engine layers and Megatron's fused RoPE are used; that branch shares everything but the
     layer spec with the CPU's and has not been run by the CPU test suite.
