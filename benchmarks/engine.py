@@ -12,11 +12,12 @@ from pathlib import Path
 
 import aiohttp
 import torch
+from tokenizers import Tokenizer, models
+from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+
 from miles_api.services import Placement
 from miles_rollout.engines.local.fleet import LocalFleet
 from miles_rollout.engines.local.options import LocalEngineOptions
-from tokenizers import Tokenizer, models
-from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
 SIZES = {
     "tiny": {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2, "vocab_size": 32},
@@ -103,7 +104,8 @@ def compare(size: str, model: Qwen3ForCausalLM, url: str, options: argparse.Name
             ours += asyncio.run(over_http(url, prompts, options.new, 1))
         tokens = batch * options.new
         plain, engine = (tokens / statistics.median(seconds) for seconds in (theirs, ours))
-        print(f"{size:5} batch {batch:4}: generate() {plain:7.0f} tok/s, engine {engine:7.0f} tok/s, {engine / plain:.2f}×")
+        ratio = f"{engine / plain:.2f}×"
+        print(f"{size:5} batch {batch:4}: generate() {plain:7.0f} tok/s, engine {engine:7.0f} tok/s, {ratio}")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The quickstart's job as a plain transformers script: no router, no HTTP, no Ray, no Megatron. The floor to compare with.
+"""The quickstart's job as a plain transformers script: no router, no HTTP, no Ray, no Megatron: the floor.
 
 Same warmed model, prompts, reward, batch arithmetic, optimizer and clipping; like the quickstart it reuses the
 generation's log-probs and leaves samples without advantage out of the forward pass.

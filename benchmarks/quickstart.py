@@ -1,4 +1,4 @@
-"""The quickstart's job on Miles and as a plain transformers script, one after the other: seconds per rollout, as ratios.
+"""The quickstart's job on Miles and as a plain transformers script, one after the other: ratios of seconds per rollout.
 
 Run `hatch run prepare` and `hatch run warmup` first. Start-up is reported apart. The machine should be idle.
 """

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from miles_api.config import RunConfig
+from typing import TYPE_CHECKING
+
 from miles_api.run_options import RunOptions
-from miles_api.services import EngineFleet
 from miles_rollout.engines.local.fleet import LocalFleet
 from miles_rollout.engines.local.options import LocalEngineOptions
+
+if TYPE_CHECKING:
+    from miles_api.config import RunConfig
+    from miles_api.services import EngineFleet
 
 __all__ = ["create"]
 

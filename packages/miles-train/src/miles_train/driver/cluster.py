@@ -71,7 +71,7 @@ class Remote:
         return part, self._get(method, rest)
 
     def _get(self, method: str, refs: Any) -> Any:
-        """Wait for results within the deadline; errors of ours come through as they are, others with their traceback."""
+        """Wait for results within the deadline; our errors come through as they are, others with a traceback."""
         name = f"{self._service}.{method}"
         try:
             return ray.get(refs, timeout=self._timeout)

@@ -92,4 +92,3 @@ def _serve(clock: _Clock, config: RunConfig, fleet: EngineFleet, router: RouterS
 
 def _export(trainers: Remote, folder: str) -> None:
     trainers.call("export", folder, True)
-
