@@ -49,8 +49,9 @@ def field_docs(cls: type[msgspec.Struct]) -> dict[str, str]:
             continue
         body = tree.body[0].body if tree.body and isinstance(tree.body[0], ast.ClassDef) else []
         for field, doc in itertools.pairwise(body):
-            is_doc = isinstance(doc, ast.Expr) and isinstance(doc.value, ast.Constant)
-            if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name) and is_doc:
+            if not (isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name)):
+                continue
+            if isinstance(doc, ast.Expr) and isinstance(doc.value, ast.Constant):
                 docs[field.target.id] = inspect.cleandoc(str(doc.value.value))
     return docs
 

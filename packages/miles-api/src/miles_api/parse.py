@@ -14,10 +14,10 @@ from miles_api.config import RunConfig, option_groups
 from miles_api.errors import ConfigError, HookError, did_you_mean
 from miles_api.hook_options import specs_by_field
 from miles_api.load import import_reference
-from miles_api.options import OptionKind, Options, field_docs, flag_of, option_kind
+from miles_api.options import OptionKind, field_docs, flag_of, option_kind
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
 __all__ = ["add_option_flags", "parse_run"]
 
@@ -45,7 +45,7 @@ def parse_run(argv: Sequence[str], *, prog: str = "miles train") -> RunConfig:
     all problems, each naming flag or key, value, file and what was expected.
     """
     problems: list[str] = []
-    groups = dict(option_groups())
+    groups: dict[str, type[msgspec.Struct]] = dict(option_groups())
     first, rest = _parser(groups, prog).parse_known_args(argv)
     tables, toml_path = _read_toml(first.config, problems)
     extra = _hook_options(vars(first), tables, toml_path, problems)
@@ -67,7 +67,7 @@ def parse_run(argv: Sequence[str], *, prog: str = "miles train") -> RunConfig:
     )
 
 
-def add_option_flags(parser: argparse.ArgumentParser, groups: dict[str, type[Options]]) -> None:
+def add_option_flags(parser: argparse.ArgumentParser, groups: Mapping[str, type[msgspec.Struct]]) -> None:
     """Add one flag for each field, with the group's docstring as heading and the field's as help."""
     for name, kind in groups.items():
         section = parser.add_argument_group(name, (kind.__doc__ or "").strip().partition("\n")[0])
@@ -91,7 +91,7 @@ def _argparse_settings(kind: OptionKind, default: Any, docs: dict[str, str], fie
     return settings
 
 
-def _parser(groups: dict[str, type[Options]], prog: str) -> _Parser:
+def _parser(groups: dict[str, type[msgspec.Struct]], prog: str) -> _Parser:
     parser = _Parser(prog=prog, allow_abbrev=False)
     parser.add_argument("config", nargs="?", help="TOML file that describes the run")
     add_option_flags(parser, groups)
@@ -113,10 +113,10 @@ def _read_toml(path: str | None, problems: list[str]) -> tuple[dict[str, Any], P
 
 def _hook_options(
     flags: dict[str, Any], tables: dict[str, Any], toml_path: Path | None, problems: list[str]
-) -> dict[str, type[Options]]:
+) -> dict[str, type[msgspec.Struct]]:
     """Import every configured hook and collect the option Structs they bring as `fn.options`."""
     given = {**_table(tables, "hooks"), **flags}
-    brought: dict[str, type[Options]] = {}
+    brought: dict[str, type[msgspec.Struct]] = {}
     for field, specs in specs_by_field().items():
         from_toml = field not in flags
         for reference in _references(given.get(field)):
@@ -151,7 +151,7 @@ def _locate(reference: str, folder: Path | None) -> str:
 class _Taker:
     """Takes values out of a TOML file's tables, and notes those that belong nowhere."""
 
-    def __init__(self, groups: dict[str, type[Options]], path: Path | None, problems: list[str]) -> None:
+    def __init__(self, groups: dict[str, type[msgspec.Struct]], path: Path | None, problems: list[str]) -> None:
         self.owner = {field: name for name, kind in groups.items() for field in kind.__struct_fields__}
         self.found: dict[str, _Found] = {}
         self.name = path.name if path else ""
@@ -169,7 +169,7 @@ class _Taker:
 
 
 def _from_toml(
-    tables: dict[str, Any], groups: dict[str, type[Options]], path: Path | None, problems: list[str]
+    tables: dict[str, Any], groups: dict[str, type[msgspec.Struct]], path: Path | None, problems: list[str]
 ) -> dict[str, _Found]:
     """Take top-level keys, tables of a group, and `[hooks.NAME]`, the options that a hook brought."""
     taker = _Taker(groups, path, problems)
@@ -191,7 +191,7 @@ def _from_toml(
     return taker.found
 
 
-def _convert(kind: type[Options], found: dict[str, _Found], problems: list[str]) -> dict[str, Any]:
+def _convert(kind: type[msgspec.Struct], found: dict[str, _Found], problems: list[str]) -> dict[str, Any]:
     """Convert the fields of one group, collecting a problem for each that does not fit."""
     values: dict[str, Any] = {}
     hook_fields = specs_by_field()

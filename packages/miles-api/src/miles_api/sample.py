@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import enum
 import math
-from typing import Any
+from typing import Any, NoReturn
 
 import msgspec
 
@@ -189,10 +189,10 @@ class Sample(msgspec.Struct, kw_only=True, dict=True, eq=True):
     def update_from_meta_info(self, meta_info: dict[str, Any]) -> None:
         """Take status, weight version and cache counts from an engine's `meta_info`."""
         kind = (meta_info.get("finish_reason") or {}).get("type")
-        by_kind = {"length": Status.TRUNCATED, "abort": Status.ABORTED, "stop": Status.COMPLETED}
-        if kind not in by_kind:
+        status = {"length": Status.TRUNCATED, "abort": Status.ABORTED, "stop": Status.COMPLETED}.get(str(kind))
+        if status is None:
             self._fail("status", f"cannot follow from finish_reason {meta_info.get('finish_reason')!r}")
-        self.status = by_kind[kind]
+        self.status = status
         version = meta_info.get("weight_version")
         if version is not None and (not self.weight_versions or self.weight_versions[-1] != str(version)):
             self.weight_versions = [*self.weight_versions, str(version)]
@@ -231,7 +231,7 @@ class Sample(msgspec.Struct, kw_only=True, dict=True, eq=True):
     def _name(self) -> str:
         return f"sample {self.index} (group {self.group_index})"
 
-    def _fail(self, field: str, problem: str) -> None:
+    def _fail(self, field: str, problem: str) -> NoReturn:
         raise SampleError(f"{self._name()}: {field} {problem}")
 
 

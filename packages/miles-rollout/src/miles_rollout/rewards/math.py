@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import re
 from fractions import Fraction
@@ -13,10 +14,9 @@ _NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?(?:/\d+)?")
 _NOISE = re.compile(r"\\[,!;]|\\left|\\right|[\s$%]|\\text\{\s*\}")
 _FRACTION = re.compile(r"\\[dt]?frac\{(-?\d+)\}\{(-?\d+)\}")
 
+_math_verify: Any = None
 if importlib.util.find_spec("math_verify") is not None:
-    import math_verify
-else:
-    math_verify = None
+    _math_verify = importlib.import_module("math_verify")
 
 
 def last_boxed(text: str) -> str | None:
@@ -52,7 +52,7 @@ def math_score(response: str, label: Any) -> float:
     ours, theirs = _rational(answer), _rational(wanted)
     if ours is not None and theirs is not None:
         return float(ours == theirs)
-    return float(math_verify is not None and _verified(answer, wanted))
+    return float(_math_verify is not None and _verified(answer, wanted))
 
 
 def _plain(text: str) -> str:
@@ -69,5 +69,5 @@ def _rational(text: str) -> Fraction | None:
 def _verified(answer: str, wanted: str) -> bool:
     # The library's own deadlines use signals, which raise outside the main thread.
     parse = {"parsing_timeout": None}
-    gold, given = (math_verify.parse(f"${text}$", **parse) for text in (wanted, answer))
-    return bool(math_verify.verify(gold, given, timeout_seconds=None))
+    gold, given = (_math_verify.parse(f"${text}$", **parse) for text in (wanted, answer))
+    return bool(_math_verify.verify(gold, given, timeout_seconds=None))

@@ -34,12 +34,12 @@ def derive(config: RunConfig) -> RunConfig:
     two or more are missing (num_steps_per_rollout counts as 1, n_samples_per_prompt as 1) or the four disagree.
     """
     run = config.group(RunOptions)
-    changes = _batch_knobs(run)
+    changes: dict[str, Any] = _batch_knobs(run)
     if run.loss_type == "sft_loss" and not config.flat()["rollout_function_path"]:
         changes["rollout_function_path"] = "sft"
     if run.save is None:
         changes["save"] = str(Path(run.run_dir, "checkpoints"))
-    return config.replace(**changes)
+    return config.replace("derived", **changes)
 
 
 def _batch_knobs(run: RunOptions) -> dict[str, int]:

@@ -92,7 +92,7 @@ class Cluster:
         self._config = config
         self._parallel = config.group(ParallelOptions)
         address = config.group(ClusterOptions).ray_address
-        own = {
+        own: dict[str, Any] = {
             # Workers of a small machine share its cores: Ray only counts them, one a process.
             "num_cpus": max(self._parallel.world_size + 1, os.cpu_count() or 1),
             "object_store_memory": _OBJECT_STORE_BYTES,

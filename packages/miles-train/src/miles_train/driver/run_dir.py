@@ -6,7 +6,7 @@ import json
 import shutil
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import msgspec
 
@@ -36,7 +36,13 @@ class RunDir:
         self._summary = {"status": "running", "title": title, "started": time.time(), "notes": notes}
         self._write_summary()
 
-    def log(self, kind: str, rollout_id: int, metrics: dict[str, float], seconds: dict[str, float]) -> None:
+    def log(
+        self,
+        kind: Literal["run", "rollout", "eval"],
+        rollout_id: int,
+        metrics: dict[str, float],
+        seconds: dict[str, float],
+    ) -> None:
         """Append one line to metrics.jsonl and feed the other sinks."""
         self._metrics.write(kind, rollout_id, metrics, seconds)
         for sink in self._sinks:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from miles_api.load import provider
 from miles_api.run_options import RunOptions
-from miles_api.services import EngineFleet, Placement, RouterService
+from miles_api.services import Endpoint, EngineFleet, Placement, RouterService
 from miles_train.driver.cluster import Cluster, Remote
 from miles_train.options import ClusterOptions
 from miles_train.weight_sync.disk import DiskWeightSync
@@ -54,7 +54,7 @@ def running(config: RunConfig, say: Callable[[str], None]) -> Iterator[Services]
     clock = _Clock(say)
     with ExitStack() as stack:
         pool = stack.enter_context(ThreadPoolExecutor(2, thread_name_prefix="start"))
-        serving: Future[Any] | None = None
+        serving: Future[tuple[str, list[Endpoint]]] | None = None
         if run.loss_type != "sft_loss":
             fleet: EngineFleet = provider("miles.services", "engines")(config)
             router: RouterService = provider("miles.services", "router")(config)
@@ -66,13 +66,13 @@ def running(config: RunConfig, say: Callable[[str], None]) -> Iterator[Services]
         trainers = clock.timed("trainer processes", cluster.trainers)
         loading = pool.submit(clock.timed, "trainer", lambda: trainers.call("start"))
         rollout = clock.timed("rollout process", cluster.rollout)
-        url = serving.result() if serving else ""
+        url, endpoints = serving.result() if serving else ("", [])
         clock.timed("rollout", lambda: rollout.call("start", url))
         loading.result()
         sync = None
-        if serving:
+        if endpoints:
             shared = Path(run.run_dir) if config.group(ClusterOptions).ray_address else None
-            sync = DiskWeightSync(lambda folder: _export(trainers, folder), fleet.endpoints(), shared)
+            sync = DiskWeightSync(lambda folder: _export(trainers, folder), endpoints, shared)
             stack.callback(sync.close)
         yield Services(rollout, trainers, sync, clock.seconds)
         # Only after success: a process that failed or hangs would not answer, and ends with the cluster.
@@ -80,14 +80,15 @@ def running(config: RunConfig, say: Callable[[str], None]) -> Iterator[Services]
         trainers.call("stop")
 
 
-def _serve(clock: _Clock, config: RunConfig, fleet: EngineFleet, router: RouterService) -> str:
-    """Start engines and router, and introduce them to each other; return the router's URL."""
+def _serve(clock: _Clock, config: RunConfig, fleet: EngineFleet, router: RouterService) -> tuple[str, list[Endpoint]]:
+    """Start router and engines and introduce them to each other; return the router's URL and the engines."""
     url = clock.timed("router", router.start)
     count = config.flat()["rollout_num_engines"]
     clock.timed("engines", lambda: fleet.start([Placement() for _ in range(count)]))
-    for endpoint in fleet.endpoints():
+    endpoints = fleet.endpoints()
+    for endpoint in endpoints:
         router.register(endpoint)
-    return url
+    return url, endpoints
 
 
 def _export(trainers: Remote, folder: str) -> None:
