@@ -1,11 +1,14 @@
 """One small run of the whole stack, and what it leaves behind."""
 
 import json
+import os
 import subprocess
 import sys
+import time
 import tomllib
 from pathlib import Path
 
+import psutil
 import pytest
 
 from miles_api.errors import ServiceError
@@ -133,3 +136,29 @@ def test_a_reward_that_raises_stops_the_run_with_the_users_traceback(small_run, 
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert summary["status"] == "failed"
     assert "no_such_thing" in summary["error"]
+
+
+def test_a_terminated_run_ends_in_seconds_with_a_report_and_no_process_left(small_run, tmp_path):
+    words = [sys.executable, "-m", "miles_api.cli", "train", *small_run(num_rollout=1000, eval_interval=1000)]
+    run = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True)
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    deadline = time.monotonic() + TIMEOUT
+    while not (metrics.exists() and metrics.read_text().count("\n") > 3):
+        assert time.monotonic() < deadline
+        assert run.poll() is None
+        time.sleep(0.2)
+    run.terminate()
+    run.communicate(timeout=30)
+    assert run.returncode == 1
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["error"] == "interrupted"
+    assert (tmp_path / "run" / "report.html").exists()
+    left = [p for p in psutil.process_iter() if _session(p) == run.pid and p.status() != psutil.STATUS_ZOMBIE]
+    psutil.wait_procs(left, timeout=20)
+    assert not [p for p in left if p.is_running()]
+
+
+def _session(process):
+    try:
+        return os.getsid(process.pid)
+    except ProcessLookupError:
+        return None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import socket
 from typing import TYPE_CHECKING, Any
 
@@ -98,7 +99,10 @@ class Cluster:
             "object_store_memory": _OBJECT_STORE_BYTES,
             "include_dashboard": False,
         }
+        terminate = signal.getsignal(signal.SIGTERM)
         ray.init(address=address, logging_level=logging.ERROR, **({} if address else own))
+        # Ray takes SIGTERM for itself and aborts; a terminated run must still stop its engines and write its report.
+        signal.signal(signal.SIGTERM, terminate)
         self._gpus = int(ray.cluster_resources().get("GPU", 0))
 
     def rollout(self) -> Remote:
