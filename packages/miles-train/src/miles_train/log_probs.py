@@ -119,6 +119,7 @@ class _ResponseLogProbs(torch.autograd.Function):
         return log_probs_R, entropy_R
 
     @staticmethod
+    # pyrefly: ignore[bad-override]  one gradient for each output, not any number
     def backward(ctx: Any, grad_log_probs_R: Tensor, grad_entropy_R: Tensor | None) -> tuple[Tensor | None, ...]:
         probs_RV, rows_R, local_R, here_R, entropy_R = ctx.saved_tensors
         grad_RV = probs_RV * -grad_log_probs_R.unsqueeze(-1)

@@ -1,11 +1,11 @@
 """One trainer rank: from a rollout's columns to updated weights. Plain Python; the driver wraps it in a Ray actor."""
 
-# ruff: noqa: N803, N806, N815  the shape suffixes
+# ruff: noqa: N803, N806  the shape suffixes
 # T packed tokens of a micro-batch, V (local) vocabulary, R response tokens
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -16,10 +16,10 @@ from miles_api.run_options import RunOptions
 from miles_api.services import TrainStepReport
 from miles_train.batching import pack_micro_batches
 from miles_train.columns import select, shard_columns, to_tensors, validate_columns
-from miles_train.guards import check_finite, check_finite_losses
+from miles_train.guards import check_finite
 from miles_train.log_probs import packed_log_probs_and_entropy
 from miles_train.megatron import checkpoint, forward, hf, init
-from miles_train.megatron.core import parallel_state
+from miles_train.megatron.core import DistributedDataParallel, parallel_state
 from miles_train.megatron.model import build_model
 from miles_train.megatron.optimizer import build_optimizer
 from miles_train.metrics import Metrics, PhaseClock
@@ -33,6 +33,7 @@ from miles_train.objective import (
     samples_that_pull,
 )
 from miles_train.options import BatchingOptions, ObjectiveOptions, OptimizerOptions, ParallelOptions
+from miles_train.seen import Seen, check_seen
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -40,14 +41,6 @@ if TYPE_CHECKING:
     from miles_api.config import RunConfig
 
 __all__ = ["Trainer"]
-
-
-class _Seen(NamedTuple):
-    """What a micro-batch's forward pass showed, kept until the guards have looked at it."""
-
-    batch: dict[str, Any]
-    log_probs_R: Tensor
-    loss: Tensor
 
 
 class Trainer:
@@ -83,7 +76,7 @@ class Trainer:
         self._is_policy = self._pieces.advantage is not None
         self._recompute = self._is_policy and self._num_steps > 1 and not self._objective.use_rollout_logprobs
         self._skip = self._is_policy and self._objective.skip_zero_advantage and self._objective.entropy_coef == 0
-        self._model: list[torch.nn.Module] = []
+        self._model: list[DistributedDataParallel] = []
         self._optimizer: Any = None
 
     def start(self) -> None:
@@ -207,12 +200,12 @@ class Trainer:
     ) -> None:
         """Take one optimizer step; its metrics count with `weight`, so that they average over the rollout's steps."""
         where = f"{where}, step {step.number}"
-        seen: list[_Seen] = []
+        seen: list[Seen] = []
         with clock.phase("forward_backward"):
             _, batches = self._micro_batches(data, step.positions)
             results = forward.run(self._model, batches, self._loss_step(step, seen), forward_only=False)
         with clock.phase("guards"):
-            self._check_seen(seen, where)
+            check_seen(seen, where)
             if step.number == 0 and not (self._recompute and "log_probs" in data):
                 # These samples' only pass on the weights that generated them.
                 for one in seen:
@@ -232,7 +225,7 @@ class Trainer:
         metrics.add("tokens", float(sum(data["total_lengths"][i] for i in step.positions)))
         metrics.add("micro_batches", float(len(batches)))
 
-    def _loss_step(self, step: Step, seen: list[_Seen]) -> forward.LossStep:
+    def _loss_step(self, step: Step, seen: list[Seen]) -> forward.LossStep:
         """Return what Megatron calls with the logits of each micro-batch."""
 
         def loss_step(logits_TV: Tensor, batch: dict[str, Any]) -> tuple[Tensor, dict[str, Any]]:
@@ -250,20 +243,10 @@ class Trainer:
                 self._objective, batch, logits_TV, reduce, log_probs_and_entropy=log_probs_and_entropy
             )
             loss = loss / step.loss_denominator
-            seen.append(_Seen(batch, passes[0] if passes else logits_TV.new_zeros(0), loss.detach()))
+            seen.append(Seen(batch, passes[0] if passes else logits_TV.new_zeros(0), loss.detach()))
             return loss, result
 
         return loss_step
-
-    def _check_seen(self, seen: list[_Seen], where: str) -> None:
-        """Stop before the weights change if a log-prob or a loss is not finite."""
-        if not seen:
-            return
-        passed = [one for one in seen if len(one.log_probs_R)]
-        lengths = [n for one in passed for n in one.batch["response_lengths"]]
-        indices = [i for one in passed for i in one.batch["sample_indices"]]
-        check_finite("log_probs", torch.cat([one.log_probs_R for one in seen]), lengths, indices, where)
-        check_finite_losses([one.loss for one in seen], [one.batch["sample_indices"] for one in seen], where)
 
     def _micro_batches(
         self, data: dict[str, Any], positions: Sequence[int]

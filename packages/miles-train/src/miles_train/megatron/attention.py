@@ -102,10 +102,10 @@ class PackedAttention(torch.nn.Module):
         return _Gather.apply(output_P, layout)
 
     def _attend(self, bucket: tuple[int, int], query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        shaped = [x.view(*bucket, *x.shape[1:]).transpose(1, 2) for x in (query, key, value)]
+        q, k, v = (x.view(*bucket, *x.shape[1:]).transpose(1, 2) for x in (query, key, value))
         grouped = query.shape[1] != key.shape[1]
         output = functional.scaled_dot_product_attention(
-            *shaped, is_causal=True, scale=self.softmax_scale, enable_gqa=grouped
+            q, k, v, is_causal=True, scale=self.softmax_scale, enable_gqa=grouped
         )
         return output.transpose(1, 2).reshape(bucket[0] * bucket[1], -1)
 
@@ -119,8 +119,10 @@ class _Rotate(torch.autograd.Function):
         return _rotated(x, cos, sin, 1.0)
 
     @staticmethod
+    # pyrefly: ignore[bad-override]  one gradient for each output, not any number
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        return _rotated(grad, *ctx.saved_tensors, -1.0), None, None
+        cos, sin = ctx.saved_tensors
+        return _rotated(grad, cos, sin, -1.0), None, None
 
 
 def _rotated(x: Tensor, cos: Tensor, sin: Tensor, direction: float) -> Tensor:
@@ -141,6 +143,7 @@ class _Pad(torch.autograd.Function):
         return _to_slots(x, layout)
 
     @staticmethod
+    # pyrefly: ignore[bad-override]  one gradient for each output, not any number
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         return _from_slots(grad, ctx.layout), None
 
@@ -154,6 +157,7 @@ class _Gather(torch.autograd.Function):
         return _from_slots(x, layout)
 
     @staticmethod
+    # pyrefly: ignore[bad-override]  one gradient for each output, not any number
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         return _to_slots(grad, ctx.layout), None
 

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from torch.distributed.checkpoint.api import CheckpointException
 
 from miles_api.errors import DataError
 
-from .core import dist_checkpointing, unwrap
+from .core import DistributedDataParallel, dist_checkpointing, unwrap
 
 if TYPE_CHECKING:
-    import torch
-
     from .optimizer import Optimizer
 
 __all__ = ["load", "save"]
@@ -28,7 +26,7 @@ _METADATA = {
 _LONGEST_REASON = 300
 
 
-def save(model: list[torch.nn.Module], optimizer: Optimizer, directory: str) -> None:
+def save(model: list[DistributedDataParallel], optimizer: Optimizer, directory: str) -> None:
     """Write a checkpoint into `directory`, which is created and must be empty.
 
     A collective: every rank calls it with the same directory on a shared file system, and every rank returns after its
@@ -38,7 +36,7 @@ def save(model: list[torch.nn.Module], optimizer: Optimizer, directory: str) -> 
     dist_checkpointing.save(_state(model, optimizer, is_loading=False), directory, content_metadata=dict(_METADATA))
 
 
-def load(model: list[torch.nn.Module], optimizer: Optimizer, directory: str) -> None:
+def load(model: list[DistributedDataParallel], optimizer: Optimizer, directory: str) -> None:
     """Load what `save` wrote into a model and an optimizer built from the same HF directory and options.
 
     The parallel sizes may differ from the saved ones. Raises DataError when the directory holds no checkpoint or one
@@ -47,7 +45,8 @@ def load(model: list[torch.nn.Module], optimizer: Optimizer, directory: str) -> 
     if not dist_checkpointing.check_is_distributed_checkpoint(directory):
         raise DataError(f"{directory} holds no training checkpoint")
     try:
-        state = dist_checkpointing.load(_state(model, optimizer, is_loading=True), directory)
+        # it returns a tuple only under a `strict` that asks for the keys that do not match
+        state = cast("dict[str, Any]", dist_checkpointing.load(_state(model, optimizer, is_loading=True), directory))
     except (dist_checkpointing.core.CheckpointingException, CheckpointException) as error:
         # the last line names the tensor; before it come every rank's tracebacks
         reason = str(error).strip().splitlines()[-1]
@@ -56,7 +55,7 @@ def load(model: list[torch.nn.Module], optimizer: Optimizer, directory: str) -> 
     optimizer.load_sharded_state(state["optimizer"])
 
 
-def _state(model: list[torch.nn.Module], optimizer: Optimizer, *, is_loading: bool) -> dict[str, Any]:
+def _state(model: list[DistributedDataParallel], optimizer: Optimizer, *, is_loading: bool) -> dict[str, Any]:
     # a copy each: Megatron writes the process group of the moment into it
     weights = unwrap(model).sharded_state_dict(metadata=dict(_METADATA))
     return {

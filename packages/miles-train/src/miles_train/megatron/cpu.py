@@ -67,27 +67,39 @@ def _apply() -> None:
         _shim_megatron()
 
 
+def _replace(owner: Any, **stand_ins: Any) -> None:
+    """Put stand-ins in the place of a module's or class's own; they need not have the declared types."""
+    for name, stand_in in stand_ins.items():
+        setattr(owner, name, stand_in)
+
+
 def _shim_devices() -> None:
     """Answer "the current CUDA device" with the CPU, for buffers, streams and tensor type names."""
-    torch.cuda.current_device = lambda: _CPU
-    torch.cuda.synchronize = lambda device=None: None
-    torch.cuda.Stream, torch.cuda.Event = _Stream, _Event
-    torch.cuda.current_stream = lambda device=None: _Stream()
-    torch.cuda.stream = lambda stream: contextlib.nullcontext()
-    torch.Tensor.cuda = lambda self, *args, **kwargs: self
+    _replace(
+        torch.cuda,
+        current_device=lambda: _CPU,
+        synchronize=lambda device=None: None,
+        Stream=_Stream,
+        Event=_Event,
+        current_stream=lambda device=None: _Stream(),
+        stream=lambda stream: contextlib.nullcontext(),
+    )
+    _replace(torch.Tensor, cuda=lambda self, *args, **kwargs: self)
     # `with torch.device(…)` recognises the factories it redirects by identity and caches them at its first use: let it
     # see the real ones, or transformers, which builds models on the meta device, loads garbage
     _device_constructors()
-    for name in _FACTORIES:
-        setattr(torch, name, _on_cpu(getattr(torch, name)))
-    torch.Tensor.type = _cuda_type_names(torch.Tensor.type)
+    _replace(torch, **{name: _on_cpu(getattr(torch, name)) for name in _FACTORIES})
+    _replace(torch.Tensor, type=_cuda_type_names(torch.Tensor.type))
 
 
 def _shim_random() -> None:
     """Let the CUDA generator be the CPU's, so that Megatron's RNG tracker forks a generator that exists."""
-    torch.cuda.get_rng_state = lambda device="cuda": torch.get_rng_state()
-    torch.cuda.set_rng_state = lambda new_state, device="cuda": torch.set_rng_state(new_state)
-    torch.cuda.manual_seed = torch.manual_seed
+    _replace(
+        torch.cuda,
+        get_rng_state=lambda device="cuda": torch.get_rng_state(),
+        set_rng_state=lambda new_state, device="cuda": torch.set_rng_state(new_state),
+        manual_seed=torch.manual_seed,
+    )
 
 
 def _shim_megatron() -> None:
@@ -96,13 +108,16 @@ def _shim_megatron() -> None:
     from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer  # noqa: PLC0415
     from megatron.core.tensor_parallel import random  # noqa: PLC0415
 
-    random._get_cuda_rng_state = lambda device="cuda", clone=False, graph_safe=False: torch.get_rng_state()
-    random._set_cuda_rng_state = lambda new_state, device=-1, graph_safe=False: torch.set_rng_state(new_state)
+    _replace(
+        random,
+        _get_cuda_rng_state=lambda device="cuda", clone=False, graph_safe=False: torch.get_rng_state(),
+        _set_cuda_rng_state=lambda new_state, device=-1, graph_safe=False: torch.set_rng_state(new_state),
+    )
     # it warns at each fork that the CPU generator moved, which is what forking it means here
     logging.getLogger(random.__name__).setLevel(logging.ERROR)
     # a save that is not asynchronous puts and gets in one process; Megatron starts another one for the queue, which
     # imports the main module again and takes seconds
-    filesystem_async._results_queue = queue.Queue()
+    _replace(filesystem_async, _results_queue=queue.Queue())
     _shim_sharded_load(DistributedOptimizer)
 
 
@@ -115,7 +130,7 @@ def _shim_sharded_load(distributed_optimizer: Any) -> None:
         kept = self._get_main_param_and_optimizer_states(model_param)
         original(self, model_param, {**{name: kept[name] for name in kept.keys() - tensors.keys()}, **tensors})
 
-    distributed_optimizer._set_main_param_and_optimizer_states = set_states
+    _replace(distributed_optimizer, _set_main_param_and_optimizer_states=set_states)
 
 
 def _on_cpu(factory: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:

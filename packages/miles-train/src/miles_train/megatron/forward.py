@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from .attention import Layout
-from .core import PackedSeqParams, get_forward_backward_func, parallel_state
+from .core import DistributedDataParallel, PackedSeqParams, get_forward_backward_func, parallel_state
 from .cpu import has_gpu
 from .init import device
 
@@ -25,7 +25,7 @@ LossStep = Callable[[Tensor, MicroBatch], tuple[Tensor | None, dict[str, Any]]]
 
 
 def run(
-    model: list[torch.nn.Module], micro_batches: list[MicroBatch], loss_step: LossStep, *, forward_only: bool
+    model: list[DistributedDataParallel], micro_batches: list[MicroBatch], loss_step: LossStep, *, forward_only: bool
 ) -> list[dict[str, Any]]:
     """Run the model over micro-batches, and its gradient unless `forward_only`.
 
@@ -97,7 +97,7 @@ def _pipelined(model: list[Any], micro_batches: list[MicroBatch], loss_step: Los
 def _logits(chunk: Any, micro_batch: MicroBatch) -> Tensor:
     """Run this rank's stage; the result is logits (T, V) on the last stage, hidden states (T, 1, hidden) before it."""
     packed, packing = _pack(micro_batch["tokens"], chunk.config)
-    total = int(packed["input_ids"].shape[1])
+    total = packed["input_ids"].shape[1]
     lengths_known = sum(len(tokens) for tokens in micro_batch["tokens"])
     kwargs = {} if chunk.config.params_dtype == torch.float32 else {"fp32_output": False}
     output = chunk(**packed, attention_mask=None, packed_seq_params=packing, **kwargs)
@@ -124,6 +124,6 @@ def _pack(sequences: list[Tensor], config: Any) -> tuple[dict[str, Tensor], Any]
         max_seqlen_kv=layout.longest,
     )
     if not has_gpu():
-        packing.layout = layout
+        packing.layout = layout  # pyrefly: ignore[missing-attribute]  read by `PackedAttention`, passed on by Megatron
     inputs = {"input_ids": tokens_T, "position_ids": layout.positions_T}
     return {name: value.unsqueeze(0).to(device()) for name, value in inputs.items()}, packing

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from miles_api.errors import DataError
 
-from .core import parallel_state, unwrap
+from .core import DistributedDataParallel, parallel_state, unwrap
 
 __all__ = ["export_hf", "load_hf_weights", "named_hf_tensors"]
 
@@ -106,7 +106,7 @@ def _mapped(gpt: Any) -> Iterator[tuple[_Rule, tuple[str, ...], torch.nn.Paramet
 
 
 @torch.no_grad()
-def load_hf_weights(model: list[torch.nn.Module], hf_dir: str) -> None:
+def load_hf_weights(model: list[DistributedDataParallel], hf_dir: str) -> None:
     """Copy the weights in `hf_dir`'s safetensors files into the model, cast to its dtype.
 
     Every rank reads only its own shards. Call before the optimizer is built, which copies the weights it finds. Raises
@@ -137,7 +137,7 @@ def load_hf_weights(model: list[torch.nn.Module], hf_dir: str) -> None:
 
 
 @torch.no_grad()
-def named_hf_tensors(model: list[torch.nn.Module]) -> Iterator[tuple[str, Tensor]]:
+def named_hf_tensors(model: list[DistributedDataParallel]) -> Iterator[tuple[str, Tensor]]:
     """Yield each weight of this pipeline stage under its Hugging Face name, whole and in the model's dtype.
 
     A collective when tensor parallelism is on: every rank must iterate, and every rank gets the whole tensors. A
@@ -157,7 +157,9 @@ def named_hf_tensors(model: list[torch.nn.Module]) -> Iterator[tuple[str, Tensor
             yield name, torch.cat(shards, dim=rule.shard_dim)
 
 
-def export_hf(model: list[torch.nn.Module], hf_source_dir: str, out_dir: str, *, extra_files: bool = True) -> None:
+def export_hf(
+    model: list[DistributedDataParallel], hf_source_dir: str, out_dir: str, *, extra_files: bool = True
+) -> None:
     """Write the model as a Hugging Face directory, readable by transformers and by engines.
 
     `config.json` (with the written dtype) and the weights, in `model.safetensors`, or one file per pipeline stage and

@@ -45,6 +45,7 @@ class _RMSNorm(torch.autograd.Function):
         return torch.mul(x_NH, inverse_N1).mul_(weight_H).view(x.shape)
 
     @staticmethod
+    # pyrefly: ignore[bad-override]  one gradient for each output, not any number
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
         x_NH, weight_H, inverse_N1 = ctx.saved_tensors
         grad_NH = grad.reshape(x_NH.shape)
@@ -84,6 +85,7 @@ class _SwiGLU(torch.autograd.Function):
         return activated * up
 
     @staticmethod
+    # pyrefly: ignore[bad-override]  one gradient for each output, not any number
     def backward(ctx: Any, grad: Tensor) -> Tensor:
         gate_up, activated = ctx.saved_tensors
         gate, up = gate_up.chunk(2, dim=-1)

@@ -37,7 +37,7 @@ __all__ = ["build_model"]
 
 def build_model(
     hf_dir: str, parallel: ParallelOptions, *, param_dtype: torch.dtype = torch.float32
-) -> list[torch.nn.Module]:
+) -> list[DistributedDataParallel]:
     """Build this rank's part of the model in `hf_dir` and load its weights.
 
     Called once per model (actor, reference) after `init.initialize`. Returns a list with one Megatron DDP module, the
@@ -61,12 +61,12 @@ def build_model(
         share_embeddings_and_output_weights=hf_config.tied,
         # on a CPU the core attention rotates queries and keys itself
         position_embedding_type="rope" if has_gpu() else "none",
-        rotary_base=hf_config.rope_theta,
+        rotary_base=hf_config.rope_theta,  # pyrefly: ignore[bad-argument-type]  any number will do, not only an int
     )
     if has_gpu():
         gpt.cuda(torch.cuda.current_device())
     module = gpt if param_dtype == torch.float32 else Float16Module(config, gpt)
-    model: list[torch.nn.Module] = [DistributedDataParallel(config, _ddp_config(parallel), module)]
+    model = [DistributedDataParallel(config, _ddp_config(parallel), module)]
     hf.load_hf_weights(model, hf_dir)
     return model
 
@@ -135,9 +135,9 @@ def _leave_as_is(weight: Tensor) -> Tensor:
     return weight
 
 
-def _finalize_grads(model: list[torch.nn.Module], _num_tokens: Any = None, **kwargs: Any) -> None:
+def _finalize_grads(model: list[DistributedDataParallel], _num_tokens: Any = None, **kwargs: Any) -> None:
     """Sum gradients over data-parallel ranks; drops the token count, by which Megatron would divide."""
-    finalize_model_grads(model, None, **kwargs)
+    finalize_model_grads([*model], None, **kwargs)
 
 
 def _ddp_config(parallel: ParallelOptions) -> Any:
@@ -157,11 +157,14 @@ def _gpu_spec(hf_config: HFConfig) -> Any:
 
 def _cpu_spec(hf_config: HFConfig, config: TransformerConfig) -> Any:
     layer = get_gpt_layer_local_spec(qk_layernorm=hf_config.qk_norm, normalization="RMSNorm")
-    layer.submodules.input_layernorm = layer.submodules.pre_mlp_layernorm = RMSNorm
-    layer.submodules.mlp = GatedMLP
-    attention = layer.submodules.self_attention.submodules
+    parts: Any = layer.submodules
+    parts.input_layernorm = parts.pre_mlp_layernorm = RMSNorm
+    parts.mlp = GatedMLP
+    attention = parts.self_attention.submodules
     if hf_config.qk_norm:
         attention.q_layernorm = attention.k_layernorm = RMSNorm
     rotary = Rotary(hf_config.head_dim, hf_config.rope_theta)
     attention.core_attention = partial(PackedAttention, rotary=rotary)
-    return TransformerBlockSubmodules(layer_specs=[layer] * get_num_layers_to_build(config), layer_norm=RMSNorm)
+    # Megatron builds the norm from its class, though the field is declared as a module
+    norm: Any = RMSNorm
+    return TransformerBlockSubmodules(layer_specs=[layer] * get_num_layers_to_build(config), layer_norm=norm)

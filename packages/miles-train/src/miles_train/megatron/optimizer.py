@@ -10,6 +10,7 @@ import torch
 from miles_api.errors import MilesError
 
 from .core import (
+    DistributedDataParallel,
     OptimizerConfig,
     OptimizerParamScheduler,
     clip_grad_by_total_norm_fp32,
@@ -29,7 +30,7 @@ __all__ = ["Optimizer", "build_optimizer"]
 class Optimizer:
     """Megatron's optimizer and learning-rate schedule for one model."""
 
-    def __init__(self, model: list[torch.nn.Module], inner: Any, scheduler: Any, clip_grad: float) -> None:
+    def __init__(self, model: list[DistributedDataParallel], inner: Any, scheduler: Any, clip_grad: float) -> None:
         """Use `build_optimizer`."""
         self.model = model
         self.inner = inner
@@ -114,7 +115,8 @@ class Optimizer:
     def _first_not_finite(self) -> str:
         for chunk in self.model:
             for name, parameter in chunk.named_parameters():
-                bad = int((~torch.isfinite(parameter.main_grad)).sum())
+                gradient = parameter.main_grad  # pyrefly: ignore[missing-attribute]  set by Megatron's DDP
+                bad = int((~torch.isfinite(gradient)).sum())
                 if bad:
                     plain = name.removeprefix("module.").removeprefix("module.")
                     return f"{bad} of {parameter.numel()} gradients of {plain} {tuple(parameter.shape)} are not finite"
@@ -122,17 +124,18 @@ class Optimizer:
 
 
 def build_optimizer(
-    model: list[torch.nn.Module], options: OptimizerOptions, parallel: ParallelOptions, *, total_steps: int
+    model: list[DistributedDataParallel], options: OptimizerOptions, parallel: ParallelOptions, *, total_steps: int
 ) -> Optimizer:
     """Build the optimizer of a loaded model; `total_steps` is where a learning-rate decay ends.
 
     Weight decay applies to matrices, not to norms and biases.
     """
     dtype = model[0].config.params_dtype
+    min_lr = min(options.min_lr, options.lr)
     config = OptimizerConfig(
         optimizer="adam",
         lr=options.lr,
-        min_lr=min(options.min_lr, options.lr),
+        min_lr=min_lr,
         weight_decay=options.weight_decay,
         adam_beta1=options.adam_beta1,
         adam_beta2=options.adam_beta2,
@@ -143,7 +146,7 @@ def build_optimizer(
         use_distributed_optimizer=parallel.use_distributed_optimizer,
     )
     inner = get_megatron_optimizer(
-        config, model, get_standard_config_overrides(config), use_gloo_process_groups=has_gpu()
+        config, [*model], get_standard_config_overrides(config), use_gloo_process_groups=has_gpu()
     )
     if not has_gpu():
         # one kernel per tensor instead of a dozen; same arithmetic
@@ -153,7 +156,7 @@ def build_optimizer(
         inner,
         init_lr=0.0 if options.lr_warmup_iters else options.lr,
         max_lr=options.lr,
-        min_lr=config.min_lr,
+        min_lr=min_lr,
         lr_warmup_steps=options.lr_warmup_iters,
         lr_decay_steps=max(total_steps, options.lr_warmup_iters + 1),
         lr_decay_style=options.lr_decay_style,

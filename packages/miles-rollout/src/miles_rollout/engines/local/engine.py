@@ -35,7 +35,7 @@ class Engine:
     def __init__(self, scheduler: Scheduler, on_news: Callable[[News], None]) -> None:
         self.scheduler = scheduler
         self.dead: BaseException | None = None
-        self.on_dead: Callable[[BaseException], None] = lambda _: None
+        self.on_dead: Callable[[BaseException], object] = lambda _: None
         self._on_news = on_news
         self._inbox: list[Job] = []
         self._calls: list[tuple[Callable[[], Any], Future]] = []

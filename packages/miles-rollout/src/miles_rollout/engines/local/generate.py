@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 import uuid
 from itertools import count, repeat
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 
@@ -59,33 +59,35 @@ class JobFactory:
         return jobs, batched or any(sampling.n > 1 for sampling in params)
 
     def _prompts(self, request: GenerateRequest) -> tuple[list[list[int]], bool]:
+        prompts: list[Any]
         if request.text is not None:
             many = isinstance(request.text, list)
-            texts = request.text if many else [request.text]
+            texts = request.text if isinstance(request.text, list) else [request.text]
             prompts = [self.codec.encode(text) for text in texts]
         else:
-            many = bool(request.input_ids) and isinstance(request.input_ids[0], list)
-            prompts = request.input_ids if many else [request.input_ids]
+            given = request.input_ids or []
+            many = bool(given) and isinstance(given[0], list)
+            prompts = given if many else [given]
         if not prompts:
             raise RequestError("the list of prompts is empty")
-        for ids in prompts:
-            self._check_ids(ids)
-        return prompts, many
+        return [self._checked_ids(ids) for ids in prompts], many
 
-    def _check_ids(self, ids: list[int]) -> None:
+    def _checked_ids(self, ids: Any) -> list[int]:
         if not isinstance(ids, list) or not ids:
             raise RequestError("a prompt has no tokens, or input_ids mixes numbers and lists")
         try:
             low, high = min(ids), max(ids)
+            outside = low < 0 or high >= self.vocab_size
         except TypeError:
             raise RequestError("input_ids mixes numbers and lists") from None
-        if isinstance(low, list) or low < 0 or high >= self.vocab_size:
+        if outside:
             raise RequestError(f"input_ids must be in [0, {self.vocab_size}); found {low if low < 0 else high}")
         if len(ids) >= self.max_total_len:
             raise RequestError(
                 f"the prompt has {len(ids)} tokens; the engine's longest prompt plus response is "
                 f"{self.max_total_len} (--max-total-len)"
             )
+        return ids
 
     def _job(self, ids: list[int], sampling: SamplingParams, rid: str) -> Job:
         sampling.check()

@@ -88,7 +88,8 @@ class HFModel:
             # Right padding needs no mask: no real position attends to a padded one.
             out = self._model(tokens_BL[start : start + rows], past_key_values=cache, use_cache=True, **extra)
             logits = out.logits[torch.arange(len(ends)), where if self._can_keep else ends]
-            parts.append(Prefill([x.keys for x in cache.layers], [x.values for x in cache.layers], logits.float()))
+            layers: list[Any] = cache.layers  # `_find_layout` has seen that each has keys and values
+            parts.append(Prefill([x.keys for x in layers], [x.values for x in layers], logits.float()))
         return parts[0] if len(parts) == 1 else _joined(parts)
 
     def decode(self, tokens: torch.Tensor, positions: torch.Tensor, pool: KVPool, length: int) -> torch.Tensor:

@@ -28,16 +28,17 @@ class TextCodec:
     """Encodes prompts, decodes outputs, and knows which tokens end a text."""
 
     def __init__(self, directory: Path) -> None:
-        self._slow = None
-        backend = _plain_backend(directory)
+        backend, slow = _plain_backend(directory), None
         if backend is None:
-            backend, self._slow = _through_transformers(directory)
+            backend, slow = _through_transformers(directory)
         self._backend = backend
+        self._slow: Any = slow
+        """The tokenizer of transformers; there exactly when `_backend` is not."""
         self.eos_ids = _eos_ids(directory, self)
 
     def encode(self, text: str) -> list[int]:
         """Return token ids, with the special tokens the tokenizer adds on its own."""
-        if self._slow is not None:
+        if self._backend is None:
             return self._slow.encode(text)
         return self._backend.encode(text).ids
 
@@ -53,7 +54,7 @@ class TextCodec:
 
     def decode_many(self, many: list[list[int]], skip_special_tokens: bool) -> list[str]:
         """Return the texts of several sequences, in one call of the backend."""
-        if self._slow is not None:
+        if self._backend is None:
             return [self._slow.decode(ids, skip_special_tokens=skip_special_tokens) for ids in many]
         return self._backend.decode_batch(many, skip_special_tokens=skip_special_tokens)
 
@@ -67,18 +68,18 @@ class TextStream:
 
     def __init__(self, codec: TextCodec, skip_special_tokens: bool) -> None:
         self._codec, self._skip = codec, skip_special_tokens
-        self._steps = DecodeStream(skip_special_tokens=skip_special_tokens) if codec._backend is not None else None
+        self._backend, self._steps = codec._backend, DecodeStream(skip_special_tokens=skip_special_tokens)
         self._ids: list[int] = []
         self._text = ""
 
     def push(self, ids: list[int], stop_strings: tuple[str, ...]) -> str:
         """Add tokens; return the whole text so far that no later token can take back."""
-        if self._steps is None:
+        if self._backend is None:
             self._ids += ids
             self._text = self._codec.decode(self._ids, self._skip).rstrip("\ufffd")
         else:
             for token in ids:
-                self._text += self._steps.step(self._codec._backend, token) or ""
+                self._text += self._steps.step(self._backend, token) or ""
         return self._text[: len(self._text) - _held_back(self._text, stop_strings)]
 
 
@@ -132,7 +133,7 @@ def _through_transformers(directory: Path) -> tuple[Tokenizer | None, Any]:
     from transformers import AutoTokenizer  # noqa: PLC0415
 
     try:
-        slow = AutoTokenizer.from_pretrained(directory)
+        slow: Any = AutoTokenizer.from_pretrained(directory)
     except (OSError, ValueError) as error:
         raise CheckpointError(f"the tokenizer in {directory} cannot be loaded: {error}") from error
     backend = getattr(slow, "backend_tokenizer", None)
