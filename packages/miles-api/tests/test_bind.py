@@ -7,7 +7,9 @@ import pytest
 from miles_api import Args, GenerateFnInput
 from miles_api.bind import bind
 from miles_api.errors import HookSignatureError
+from miles_api.hook_options import HookOptions
 from miles_api.hooks import REGISTRY
+from miles_api.hookset import HookSet
 
 
 def bound(name, target, args=None):
@@ -76,27 +78,82 @@ def test_a_rollout_may_be_a_class_built_from_one_input():
     class Rollout:
         def __init__(self, input): ...
 
-        def __call__(self, input): ...
+        async def __call__(self, input):
+            return input
 
     hook = bound("rollout", Rollout)
-    assert hook.form.name == "class"
-    assert isinstance(hook("input"), Rollout)
+    assert (hook.form.name, hook.constructs) == ("class", True)
+    made = hook.built("constructor input")
+    assert isinstance(made.target, Rollout)
+    assert made.is_async
 
 
-def test_a_callable_class_is_built_with_args_when_it_takes_them():
-    class WithArgs:
-        def __init__(self, args):
-            self.bonus = args.bonus
+def test_a_rollout_class_that_cannot_be_called_is_refused():
+    class Rollout:
+        def __init__(self, input): ...
 
-        def __call__(self, args, sample):
-            return self.bonus
+    with pytest.raises(HookSignatureError, match="lacks __call__"):
+        bound("rollout", Rollout)
 
-    class Without:
-        def __call__(self, args, sample):
-            return 7
 
-    assert bound("reward", WithArgs, Args({"bonus": 3}))(None, None) == 3
-    assert bound("reward", Without, Args({}))(None, None) == 7
+@pytest.mark.parametrize("takes_args", [True, False])
+def test_a_callable_class_is_built_once_with_args_when_it_takes_them(tmp_path, takes_args):
+    body = "self.bonus = args.seed" if takes_args else "self.bonus = 7"
+    (tmp_path / "cls.py").write_text(
+        f"class Score:\n    def __init__(self{', args' if takes_args else ''}):\n        {body}\n"
+        "    def __call__(self, args, sample):\n        return self.bonus\n"
+    )
+    options = dict.fromkeys(HookOptions.__struct_fields__)
+    args = Args({**options, "group_rm": False, "seed": 7, "custom_rm_path": f"{tmp_path}/cls.py:Score"})
+    assert HookSet(args, ["reward"]).need("reward")(args, None) == 7
+    assert HookSet(args, ["reward"], build=False).need("reward").constructs
+
+
+def test_a_method_named_on_its_class_is_refused_before_it_is_called():
+    class Scores:
+        def score(self, args, sample): ...
+
+    with pytest.raises(HookSignatureError, match="missing a required argument: 'sample'"):
+        bound("reward", Scores.score)
+    assert bound("reward", Scores().score)
+
+
+def test_a_partial_and_a_class_with_an_async_call_are_hooks():
+    async def weighted(weight, args, sample):
+        return weight
+
+    class Score:
+        async def __call__(self, args, sample): ...
+
+    assert bound("reward", functools.partial(weighted, 2.0)).is_async
+    assert bound("reward", Score).is_async
+
+
+def test_a_plain_wrapper_around_an_async_hook_is_awaited():
+    async def inner(args, sample):
+        return 4
+
+    def outer(args, sample):
+        return inner(args, sample)
+
+    with ThreadPoolExecutor(1) as pool:
+        assert asyncio.run(bound("reward", outer).acall(pool, None, None)) == 4
+
+
+def test_what_a_hook_writes_to_args_stays_its_own():
+    def reward(args, sample):
+        args.seed += 1
+        return args.seed
+
+    args = Args({"seed": 1})
+    hook, other = bound("reward", reward, args.fork()), bound("reward", reward, args.fork())
+    assert (hook(args, None), hook(args, None), other(args, None)) == (2, 3, 2)
+    assert args.seed == 1
+
+
+def test_a_hook_called_by_keyword_must_take_some_of_the_arguments():
+    with pytest.raises(HookSignatureError, match="takes none of the arguments"):
+        bound("importance_weights", lambda: None)
 
 
 def test_a_data_source_that_lacks_methods_is_refused_by_their_names():
@@ -104,8 +161,19 @@ def test_a_data_source_that_lacks_methods_is_refused_by_their_names():
         def __init__(self, args): ...
         def get_samples(self, num_samples): ...
 
-    with pytest.raises(HookSignatureError, match="add_samples, save, load"):
+    with pytest.raises(HookSignatureError, match="lacks add_samples, load, save"):
         bound("data_source", Half)
+
+
+def test_a_data_source_must_take_args():
+    class Source:
+        def get_samples(self, n): ...
+        def add_samples(self, samples): ...
+        def save(self, rollout_id): ...
+        def load(self, rollout_id): ...
+
+    with pytest.raises(HookSignatureError, match="too many positional arguments"):
+        bound("data_source", Source)
 
 
 def test_an_async_hook_is_refused_where_miles_calls_synchronously():

@@ -2,7 +2,7 @@ import json
 
 import pytest
 
-from miles_api.errors import ConfigError, DataError, HookResultError, ServiceError
+from miles_api.errors import ConfigError, DataError, HookResultError, MilesError, SampleError, ServiceError
 from miles_rollout.service import RolloutWorker
 
 
@@ -56,7 +56,7 @@ def test_dropped_groups_are_replaced_by_new_prompts_and_counted(worker, hook):
 
 def test_filters_that_drop_everything_end_the_run(worker, hook):
     reference = hook("def fn(args, samples):\n    return False\n")
-    with pytest.raises(ConfigError, match=r"dropped \d+ groups in one rollout of 2"):
+    with pytest.raises(MilesError, match=r"dropped \d+ groups in one rollout of 2"):
         worker(dynamic_sampling_filter_path=reference, max_filter_attempts=3).generate(0, "1")
 
 
@@ -154,18 +154,121 @@ def test_evaluation_is_greedy_and_leaves_the_training_prompts_alone(worker, fake
 
 def test_leftover_groups_of_an_oversampled_rollout_start_anew_in_the_next(worker, hook):
     running = worker(over_sampling_batch_size=4)
-    first = running.generate(0, "1")["batch"]["group_indices"]
-    second = running.generate(1, "1")["batch"]["group_indices"]
-    assert len(set(first) & set(second)) == 0
-    assert max(second) <= 3 + 2
+    first = running.generate(0, "1")["batch"]
+    second = running.generate(1, "1")["batch"]
+    assert len(set(first["group_indices"]) & set(second["group_indices"])) == 0
+    assert set(second["group_indices"]) <= {0, 1, 2, 3, 4, 5}
+    assert {tuple(tokens[-2:]) for tokens in second["tokens"]} == {(5, 1)}
+    assert all(tokens.count(1) == 1 for tokens in second["tokens"])
+    assert second["response_lengths"] == [2] * 6
+
+
+def test_an_evaluation_after_an_oversampled_rollout_is_not_told_to_hurry(worker, hook, prompt_file):
+    body = (
+        "async def fn(input):\n"
+        "    input.sample.tokens, input.sample.response_length = [1, 2], 1\n"
+        "    input.sample.reward = float(input.state.aborted)\n"
+        "    return input.sample\n"
+    )
+    running = worker(over_sampling_batch_size=4, custom_generate_function_path=hook(body), eval_prompt_data=prompt_file)
+    running.generate(0, "1")
+    assert running.evaluate(0, "1")["metrics"]["eval/prompts/reward"] == 0.0
+
+
+def test_samples_of_other_weights_than_those_sent_stop_the_run(worker):
+    with pytest.raises(ServiceError, match=r"weights \['1'\], not '2'"):
+        worker().generate(0, "2")
+
+
+def test_group_rm_without_a_hook_scores_sample_by_sample(worker):
+    batch = worker(group_rm=True, rm_type="f1").generate(0, "1")["batch"]
+    assert batch["raw_reward"] == [0.0] * 6
+
+
+def test_what_a_hook_writes_to_args_changes_nothing_else(worker, hook):
+    body = "def fn(args, sample):\n    args.rollout_batch_size = 5\n    return 1.0\n"
+    running = worker(custom_rm_path=hook(body))
+    assert [len(running.generate(i, "1")["batch"]["tokens"]) for i in range(2)] == [6, 6]
+    (reward,) = [h for h in running.report() if h["hook"] == "reward"]
+    assert reward["args_written"] == ["rollout_batch_size"]
+
+
+def test_samples_without_identity_are_numbered_by_position(worker, hook):
+    body = (
+        "from miles_api import Sample\n"
+        "def one(reward):\n    return Sample(tokens=[1, 2], response_length=1, reward=reward)\n"
+        "def fn(args, rollout_id, data_source, evaluation=False):\n"
+        "    return [[one(0.0), one(1.0)], [one(10.0), [one(11.0), one(12.0)]]]\n"
+    )
+    batch = worker(rollout_function_path=hook(body)).generate(0, "1")["batch"]
+    assert batch["group_indices"] == [0, 0, 1, 1, 1]
+    assert batch["sample_indices"] == [0, 1, 2, 3, 4]
+    assert batch["rollout_ids"] == [0, 1, 2, 3, 3]
+    assert batch["rewards"][0] < 0 < batch["rewards"][1]
+
+
+def test_a_rollout_that_numbers_only_some_samples_is_refused(worker, hook):
+    body = (
+        "from miles_api import Sample\n"
+        "def fn(args, rollout_id, data_source, evaluation=False):\n"
+        "    return [[Sample(tokens=[1, 2], response_length=1, reward=0.0, group_index=g) for g in (None, 1)]]\n"
+    )
+    with pytest.raises(HookResultError, match="1 of 2 samples without group_index"):
+        worker(rollout_function_path=hook(body)).generate(0, "1")
+
+
+def test_a_prompt_that_fills_the_context_gives_an_empty_truncated_sample(worker):
+    batch = worker(rollout_max_context_len=6).generate(0, "1")["batch"]
+    assert batch["response_lengths"] == [0] * 6
+    assert batch["truncated"] == [1] * 6
+
+
+def test_a_sample_that_names_its_own_hook_is_refused_rather_than_ignored(worker, hook):
+    body = (
+        "class Source:\n"
+        "    def __init__(self, args): ...\n"
+        "    def get_samples(self, n):\n"
+        "        from miles_api import Sample\n"
+        "        return [[Sample(index=0, group_index=g, custom_rm_path='x:y')] for g in range(n)]\n"
+        "    def add_samples(self, samples): ...\n"
+        "    def save(self, rollout_id): ...\n"
+        "    def load(self, rollout_id=None): ...\n"
+    )
+    with pytest.raises(SampleError, match="sets custom_rm_path"):
+        worker(data_source_path=hook(body, "Source")).generate(0, "1")
+
+
+def test_a_data_source_that_runs_dry_is_an_error(worker, hook):
+    body = (
+        "class Source:\n"
+        "    def __init__(self, args): ...\n"
+        "    def get_samples(self, n):\n        return []\n"
+        "    def add_samples(self, samples): ...\n"
+        "    def save(self, rollout_id): ...\n"
+        "    def load(self, rollout_id=None): ...\n"
+    )
+    with pytest.raises(DataError, match="handed out no group"):
+        worker(data_source_path=hook(body, "Source")).generate(0, "1")
+
+
+def test_a_dict_reward_without_a_key_names_the_flag_in_evaluation_too(worker, hook, prompt_file):
+    reference = hook("def fn(args, sample):\n    return {'a': 1.0}\n")
+    running = worker(custom_rm_path=reference, eval_prompt_data=prompt_file)
+    with pytest.raises(ConfigError, match="--reward-key"):
+        running.evaluate(0, "1")
+    keyed = worker(custom_rm_path=reference, eval_prompt_data=prompt_file, eval_reward_key="a")
+    assert keyed.evaluate(0, "1")["metrics"]["eval/prompts/reward"] == 1.0
 
 
 def test_every_hook_that_ran_is_reported_with_its_calls(worker, hook):
     reference = hook("def fn(args, sample):\n    return 1.0\n")
     running = worker(custom_rm_path=reference)
     running.generate(0, "1")
-    (reward,) = [h for h in running.report() if h["hook"] == "reward" and h["calls"]]
-    assert (reward["reference"], reward["calls"], reward["errors"]) == (reference, 6, 0)
+    calls = {(h["hook"], h["reference"]): h["calls"] for h in running.report()}
+    assert len(calls) == len(running.report())
+    assert calls["reward", reference] == 6
+    assert calls["generate", "default"] == 6
+    assert calls["rollout", "default"] == 1
 
 
 def test_supervised_rollouts_read_labels_and_ask_no_engine(worker, fake_engine):

@@ -89,7 +89,8 @@ def test_stock_filters_drop_equal_and_aborted_groups(args_of):
         ("so \\boxed{\\dfrac{2}{4}}.", "1/2", 1.0),
         ("1,234", "1234", 1.0),
         ("\\boxed{x^{2}+1} or 7", "x^{2}+1", 1.0),
-        ("\\boxed{1+x^{2}}", "x^{2}+1", 1.0),
+        ("\\boxed{1e30000000}", "3", 0.0),
+        ("9" * 5000, "3", 0.0),
         ("A", "A", 1.0),
         ("", "3", 0.0),
         ("1/0", "3", 0.0),
@@ -97,15 +98,8 @@ def test_stock_filters_drop_equal_and_aborted_groups(args_of):
         ("anything", None, 0.0),
     ],
 )
-def test_math_compares_text_numbers_and_expressions(response, label, score):
+def test_math_compares_text_and_rational_numbers(response, label, score):
     assert grade("math", response, label) == score
-
-
-def test_math_grades_in_a_thread():
-    from concurrent.futures import ThreadPoolExecutor
-
-    with ThreadPoolExecutor(1) as pool:
-        assert pool.submit(grade, "math", "\\boxed{2\\sqrt{3}}", "\\sqrt{12}").result() == 1.0
 
 
 def test_boxed_grades_only_what_is_in_the_box():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import TYPE_CHECKING, Any
 
 import msgspec
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
     from miles_api.args import Args
     from miles_api.spec import HookSpec
 
-__all__ = ["HookSet", "configured_hooks"]
+__all__ = ["HookSet", "close", "configured_hooks", "report_of"]
 
 
 def configured_hooks(args: Args) -> dict[str, list[str]]:
@@ -40,29 +41,27 @@ def _is_meant(spec: HookSpec, args: Args) -> bool:
 
 
 class HookSet:
-    """Resolve the named hooks; `ConfigError` lists every one that does not load or fit."""
+    """Resolve the named hooks; `ConfigError` lists every one that does not load or fit.
 
-    def __init__(self, args: Args, names: Iterable[str]) -> None:
+    Callable classes are built here, once, with their own view of `args` if they take one. With `build=False` nothing is
+    built: that is for checks, where a class may be expensive to build or need what only the run has.
+    """
+
+    def __init__(self, args: Args, names: Iterable[str], *, build: bool = True) -> None:
         self._args = args
         self._bound: dict[str, list[BoundHook]] = {}
         configured = configured_hooks(args)
         problems: list[str] = []
         for name in names:
             try:
-                self._bound[name] = [self._resolve(REGISTRY[name], ref) for ref in configured.get(name, [])]
-                if not self._bound[name] and name in entry_points("miles.defaults"):
-                    self._bound[name] = [self._default(REGISTRY[name])]
+                hooks = [resolve(REGISTRY[name], ref, args.fork()) for ref in configured.get(name, [])]
+                if not hooks and name in entry_points("miles.defaults"):
+                    hooks = [bind(REGISTRY[name], "default", provider("miles.defaults", name), args.fork())]
+                self._bound[name] = [_built(hook) if build else hook for hook in hooks]
             except HookError as error:
                 problems.append(str(error))
         if problems:
             raise ConfigError("\n".join(problems))
-
-    def _resolve(self, spec: HookSpec, reference: str) -> BoundHook:
-        return resolve(spec, reference, self._args.fork())
-
-    def _default(self, spec: HookSpec) -> BoundHook:
-        found = provider("miles.defaults", spec.name)
-        return bind(spec, "default", found, self._args.fork())
 
     def one(self, name: str) -> BoundHook | None:
         """Return the hook configured under `name`, its default, or None where there is neither."""
@@ -82,13 +81,41 @@ class HookSet:
 
     def report(self) -> list[dict[str, Any]]:
         """Say what was loaded, from where, and how it fared: one plain dict a hook, for `hooks.json`."""
-        return [
-            {
-                "hook": hook.spec.name,
-                "reference": hook.reference,
-                **msgspec.structs.asdict(hook.origin),
-                **msgspec.structs.asdict(hook.stats),
-            }
-            for hooks in self._bound.values()
-            for hook in hooks
-        ]
+        return [report_of(hook) for hooks in self._bound.values() for hook in hooks]
+
+    async def aclose(self) -> None:
+        """Call `aclose()` or `close()` of every hook that was built from a class and has one."""
+        for hook in [hook for hooks in self._bound.values() for hook in hooks if not inspect.isroutine(hook.target)]:
+            await close(hook.target)
+
+
+def report_of(hook: BoundHook) -> dict[str, Any]:
+    """Return what `hooks.json` says of one hook."""
+    return {
+        "hook": hook.spec.name,
+        "reference": hook.reference,
+        **msgspec.structs.asdict(hook.origin),
+        **msgspec.structs.asdict(hook.stats),
+        "args_written": sorted(hook.view.overlay()) if hook.view is not None else [],
+    }
+
+
+async def close(target: Any) -> None:
+    """Await `target.aclose()`, or call `target.close()`, if there is one."""
+    if isinstance(target, type):
+        return
+    if hasattr(target, "aclose"):
+        await target.aclose()
+    elif hasattr(target, "close"):
+        target.close()
+
+
+def _built(hook: BoundHook) -> BoundHook:
+    """Build a callable class. Class forms and class hooks are built by who calls them, from what they are given."""
+    if not hook.constructs or isinstance(hook.form.stub, type):
+        return hook
+    try:
+        inspect.signature(hook.target, follow_wrapped=False).bind(hook.view)
+    except TypeError:
+        return hook.built()
+    return hook.built(hook.view)

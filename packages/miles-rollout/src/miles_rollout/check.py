@@ -27,7 +27,7 @@ HOOKS = frozenset(CALLED)
 def check(config: RunConfig) -> Iterator[str]:
     """Yield what does not fit: hooks, prompt files, tokenizer, reward."""
     run, data = config.group(RunOptions), config.group(DataOptions)
-    yield from _problem(lambda: HookSet(config.args, CALLED))
+    yield from _problem(lambda: HookSet(config.args, CALLED, build=False))
     tokenizers: list[Any] = []
     if run.hf_checkpoint:
         yield from _problem(lambda: tokenizers.append(load_tokenizer(str(run.hf_checkpoint))))
@@ -45,11 +45,14 @@ def check(config: RunConfig) -> Iterator[str]:
 
 
 def _reward(config: RunConfig) -> Iterator[str]:
-    options = config.group(RewardOptions)
+    run, options = config.group(RunOptions), config.group(RewardOptions)
+    configured = set(configured_hooks(config.args))
     if options.rm_type is not None:
         yield from _problem(lambda: check_rm_type(str(options.rm_type)))
-    elif not {"reward", "group_reward", "generate", "rollout"} & set(configured_hooks(config.args)):
+    elif not {"reward", "group_reward", "generate", "rollout"} & configured:
         yield "no reward is set: pass --rm-type or --custom-rm-path"
+    elif "group_reward" in configured and run.eval_interval is not None and not options.eval_group_rm:
+        yield "--group-rm scores training alone: evaluation needs --eval-group-rm or an --rm-type"
 
 
 def _problem(call: Callable[[], Any]) -> Iterator[str]:

@@ -44,7 +44,8 @@ class RolloutDataSourceWithBuffer:
         self._shuffle = options.rollout_shuffle
         tokenizer = load_tokenizer(args.hf_checkpoint) if options.apply_chat_template else None
         self._prompts = self._short_enough(read_prompts(self._path, options, tokenizer))
-        self._buffer_filter = HookSet(args, ["buffer_filter"]).need("buffer_filter")
+        self._hooks = HookSet(args, ["buffer_filter"])
+        self._buffer_filter = self._hooks.need("buffer_filter")
         self._buffer: list[Group] = []
         self._epoch = 0
         self._position = 0
@@ -69,6 +70,10 @@ class RolloutDataSourceWithBuffer:
         if self._shuffle:
             random.Random(f"{self._args.rollout_seed}/{epoch}").shuffle(order)
         return order
+
+    def report(self) -> list[dict[str, Any]]:
+        """Say how the buffer filter fared, for `hooks.json`."""
+        return self._hooks.report()
 
     def get_buffer_length(self) -> int:
         """Return how many groups wait to be handed out again."""

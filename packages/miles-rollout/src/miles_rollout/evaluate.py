@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,7 +9,7 @@ from miles_api.errors import ConfigError
 from miles_api.options import options_from
 from miles_api.rollout_types import Group, RolloutFnEvalOutput
 from miles_api.sample import Sample, Status
-from miles_rollout.group import flatten, run_group
+from miles_rollout.group import flatten, gather, run_group
 from miles_rollout.jsonl import read_prompts
 from miles_rollout.options import DataOptions, EvalOptions
 
@@ -26,11 +25,12 @@ async def evaluate(state: State) -> RolloutFnEvalOutput:
     if options.eval_prompt_data is None:
         raise ConfigError("--eval-interval needs --eval-prompt-data")
     groups = _groups(state, options)
-    finished = await asyncio.gather(*(run_group(state, group, evaluation=True) for group in groups))
-    samples = flatten(list(finished))
-    key = state.args.eval_reward_key or state.args.reward_key
+    finished = await gather(*(run_group(state, group, evaluation=True) for group in groups))
+    samples = flatten(finished)
+    view = state.args.fork()
+    view.reward_key = state.rewards.eval_reward_key or state.rewards.reward_key
     data = {
-        "rewards": [s.reward[key] if isinstance(s.reward, dict) and key else s.reward for s in samples],
+        "rewards": [sample.get_reward_value(view) for sample in samples],
         "truncated": [s.status == Status.TRUNCATED for s in samples],
         "samples": samples,
     }

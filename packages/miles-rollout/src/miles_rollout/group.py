@@ -6,7 +6,7 @@ import asyncio
 import math
 from typing import TYPE_CHECKING, Any
 
-from miles_api.errors import HookResultError
+from miles_api.errors import HookResultError, SampleError
 from miles_api.rollout_types import GenerateFnInput, GenerateFnOutput, Group
 from miles_api.sample import Sample
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from miles_api.bind import BoundHook
     from miles_rollout.state import State
 
-__all__ = ["flatten", "run_group"]
+__all__ = ["flatten", "gather", "run_group"]
 
 
 def flatten(groups: list[Group]) -> list[Sample]:
@@ -24,13 +24,13 @@ def flatten(groups: list[Group]) -> list[Sample]:
 
 async def run_group(state: State, group: Group, *, evaluation: bool = False) -> Group:
     """Generate and score the samples of one prompt, concurrently. A hook's exception ends the rollout."""
-    results = await _all(*(_run_item(state, item, evaluation) for item in group))
+    results = await gather(*(_run_item(state, item, evaluation) for item in group))
     if _scores_groups(state, evaluation):
         await _score_group(state, flatten([results]))
     return results
 
 
-async def _all(*coroutines: Any) -> list[Any]:
+async def gather(*coroutines: Any) -> list[Any]:
     """Gather, and cancel the others when one fails, so that nothing runs on behind an error."""
     tasks = [asyncio.ensure_future(coroutine) for coroutine in coroutines]
     try:
@@ -43,12 +43,12 @@ async def _all(*coroutines: Any) -> list[Any]:
 
 
 def _scores_groups(state: State, evaluation: bool) -> bool:
-    return state.args.group_rm and not evaluation
+    return state.rewards.eval_group_rm if evaluation else state.rewards.group_rm
 
 
 async def _run_item(state: State, item: Sample | list[Sample], evaluation: bool) -> Sample | list[Sample]:
     if isinstance(item, list):
-        return list(await _all(*(_run_item(state, one, evaluation) for one in item)))
+        return list(await gather(*(_run_item(state, one, evaluation) for one in item)))
     async with state.generate_fn_semaphore:
         result = await _generate(state, item, evaluation)
     if not _scores_groups(state, evaluation):
@@ -58,6 +58,7 @@ async def _run_item(state: State, item: Sample | list[Sample], evaluation: bool)
 
 
 async def _generate(state: State, sample: Sample, evaluation: bool) -> Sample | list[Sample]:
+    _refuse_own_hooks(sample)
     hook = state.hooks.need("generate")
     params = dict(state.eval_sampling_params if evaluation else state.sampling_params)
     if hook.form.name == "input":
@@ -74,17 +75,26 @@ async def _generate(state: State, sample: Sample, evaluation: bool) -> Sample | 
     return result
 
 
+def _refuse_own_hooks(sample: Sample) -> None:
+    for field in ("generate_function_path", "custom_rm_path"):
+        if getattr(sample, field) is not None:
+            raise SampleError(f"sample {sample.index} sets {field}, which this version does not call: use the flag")
+
+
 async def _score(state: State, sample: Sample) -> None:
     if sample.reward is not None:
+        sample.reward = _checked(state.hooks.need("generate"), sample, sample.reward)
         return
     hook = state.hooks.need("reward")
     sample.reward = _checked(hook, sample, await hook.acall(state.executor, state.args, sample))
 
 
 async def _score_group(state: State, samples: list[Sample]) -> None:
-    if all(sample.reward is not None for sample in samples):
+    hook = state.hooks.one("group_reward")
+    if hook is None or all(sample.reward is not None for sample in samples):
+        for sample in samples:
+            await _score(state, sample)
         return
-    hook = state.hooks.need("group_reward")
     rewards = await hook.acall(state.executor, state.args, samples)
     if not isinstance(rewards, list | tuple) or len(rewards) != len(samples):
         raise HookResultError(

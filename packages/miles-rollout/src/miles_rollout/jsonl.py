@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import jinja2
 import msgspec
 
 from miles_api.errors import DataError, did_you_mean
@@ -63,12 +64,19 @@ def _prompt(
     if options.apply_chat_template:
         messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
         tools = row.get(options.tool_key) if options.tool_key else None
-        prompt = tokenizer.apply_chat_template(
-            messages, tools=tools, tokenize=False, add_generation_prompt=True, **options.apply_chat_template_kwargs
-        )
+        prompt = _rendered(tokenizer, messages, tools, options, where)
     elif not isinstance(prompt, str):
         raise DataError(f"{where}: {options.input_key!r} holds chat messages; set --apply-chat-template")
     return Prompt(prompt, row[options.label_key] if options.label_key else None, metadata)
+
+
+def _rendered(tokenizer: Any, messages: Any, tools: Any, options: DataOptions, where: str) -> str:
+    try:
+        return tokenizer.apply_chat_template(
+            messages, tools=tools, tokenize=False, add_generation_prompt=True, **options.apply_chat_template_kwargs
+        )
+    except (ValueError, TypeError, jinja2.TemplateError) as error:
+        raise DataError(f"{where}: --apply-chat-template: {error}") from error
 
 
 def _is_chat(prompt: Any) -> bool:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import copy
 from collections import Counter
 from typing import TYPE_CHECKING, Any
 
-from miles_api.errors import ConfigError, HookResultError
+from miles_api.errors import DataError, HookResultError, MilesError
 from miles_api.hookset import HookSet
 from miles_api.options import options_from
 from miles_api.rollout_types import (
@@ -40,6 +41,7 @@ class InferenceRollout:
         self._hooks = HookSet(args, CALLED_BY_LOOP)
         self._state = State(args, self._hooks)
         self._options: RolloutOptions = options_from(args, RolloutOptions)
+        self._target: int = args.rollout_batch_size
         self._everything: list[Group] = []
         self._dropped: Counter[str] = Counter()
 
@@ -51,11 +53,11 @@ class InferenceRollout:
         self,
         input: RolloutFnTrainInput | RolloutFnEvalInput,  # noqa: A002
     ) -> RolloutFnTrainOutput | RolloutFnEvalOutput:
+        self._state.aborted = False
         if isinstance(input, RolloutFnEvalInput):
             return await evaluate(self._state)
         self._everything, self._dropped = [], Counter()
-        self._state.aborted = False
-        kept = await self._collect(self._args.rollout_batch_size)
+        kept = await self._collect(self._target)
         kept.sort(key=lambda group: flatten([group])[0].group_index or 0)
         for hook in self._hooks.many("all_samples_process"):
             await hook.acall(self._state.executor, self._args, self._everything, self._data_source)
@@ -63,7 +65,8 @@ class InferenceRollout:
         return RolloutFnTrainOutput(samples=kept, metrics=metrics)
 
     async def aclose(self) -> None:
-        """Close connections."""
+        """Close connections, and hooks that can be closed."""
+        await self._hooks.aclose()
         await self._state.close()
 
     async def _collect(self, target: int) -> list[Group]:
@@ -73,20 +76,31 @@ class InferenceRollout:
         try:
             while len(kept) < target:
                 missing = (first if not self._everything else target) - len(kept) - len(running)
-                for group in self._data_source.get_samples(missing) if missing > 0 else []:
-                    running[asyncio.ensure_future(run_group(self._state, group))] = group
+                self._start(missing, running)
                 done, _ = await asyncio.wait(running, return_when=asyncio.FIRST_COMPLETED)
                 for task in done:
                     group = task.result()
-                    del running[task]
                     self._everything.append(group)
-                    if await self._keeps(group):
-                        kept.append(group)
+                    # What finishes beyond the target stays among the running, whose prompts go back.
+                    if len(kept) < target:
+                        del running[task]
+                        if await self._keeps(group):
+                            kept.append(group)
                 self._require_progress(target)
         finally:
             await self._put_back(running)
-        self._data_source.add_samples(kept[target:])
-        return kept[:target]
+        return kept
+
+    def _start(self, count: int, running: dict[asyncio.Task[Group], Group]) -> None:
+        """Start `count` more groups; `running` keeps their prompts as they were handed out."""
+        if count <= 0:
+            return
+        groups = self._data_source.get_samples(count)
+        if not groups and not running:
+            raise DataError("the data source handed out no group: a rollout cannot be filled")
+        for group in groups:
+            pristine = copy.deepcopy(group)
+            running[asyncio.ensure_future(run_group(self._state, group))] = pristine
 
     async def _keeps(self, group: Group) -> bool:
         samples = flatten([group])
@@ -105,20 +119,20 @@ class InferenceRollout:
     def _require_progress(self, target: int) -> None:
         if sum(self._dropped.values()) >= self._options.max_filter_attempts * target:
             counts = ", ".join(f"{reason}: {n}" for reason, n in self._dropped.most_common())
-            raise ConfigError(
+            raise MilesError(
                 f"--dynamic-sampling-filter-path dropped {sum(self._dropped.values())} groups in one rollout of "
                 f"{target} ({counts}); --max-filter-attempts {self._options.max_filter_attempts} ends the run here"
             )
 
     async def _put_back(self, running: dict[asyncio.Task[Group], Group]) -> None:
-        """Cancel what is not needed any more; its prompts start anew in the next rollout."""
+        """Cancel what is not needed any more; its prompts start anew in the next rollout.
+
+        What goes back are copies taken before generation: a hook's thread may still write to the samples it was given.
+        """
         if not running:
             return
         self._state.aborted = True
         for task in running:
             task.cancel()
         await asyncio.gather(*running, return_exceptions=True)
-        for group in running.values():
-            for sample in flatten([group]):
-                sample.reset_for_retry()
         self._data_source.add_samples(list(running.values()))

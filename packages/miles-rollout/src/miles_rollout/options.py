@@ -77,6 +77,8 @@ class RewardOptions(Options, frozen=True, kw_only=True):
     """Which entry of a dict reward is reported in evaluation; default: --reward-key."""
     group_rm: bool = False
     """Call the reward hook once per group, with all its samples."""
+    eval_group_rm: bool = False
+    """Call the group reward in evaluation too; without it, evaluation scores sample by sample with --rm-type."""
     rewards_normalization: bool = True
     """Centre rewards within each group."""
     grpo_std_normalization: bool = True
@@ -87,7 +89,7 @@ class EngineFleetOptions(Options, frozen=True, kw_only=True):
     """Which inference engine runs, and how many."""
 
     rollout_engine: Literal["local"] = "local"
-    """`local`: our own server for small models, on CPU or one GPU."""
+    """`local`: our own server for small models, on CPU."""
     rollout_num_engines: _Positive = 1
     """Engines behind the router."""
 

@@ -12,8 +12,8 @@ import uvloop
 
 from miles_api.args import Args
 from miles_api.batch import check_columns
-from miles_api.errors import HookResultError
-from miles_api.hookset import HookSet
+from miles_api.errors import HookResultError, ServiceError
+from miles_api.hookset import HookSet, close, report_of
 from miles_api.rollout_types import (
     Group,
     RolloutFnConstructorInput,
@@ -22,13 +22,16 @@ from miles_api.rollout_types import (
     RolloutFnTrainInput,
     RolloutFnTrainOutput,
 )
+from miles_api.run_options import RunOptions
 from miles_api.sample import Sample
 from miles_rollout.evaluate import eval_metrics
 from miles_rollout.group import flatten
-from miles_rollout.hook_names import CALLED
+from miles_rollout.hook_names import CALLED_BY_SERVICE
+from miles_rollout.identity import require_identity
 from miles_rollout.metrics import rollout_metrics
 
 if TYPE_CHECKING:
+    from miles_api.bind import BoundHook
     from miles_api.config import RunConfig
 
 __all__ = ["RolloutWorker", "create"]
@@ -44,47 +47,55 @@ class RolloutWorker:
 
     def __init__(self, config: RunConfig) -> None:
         self._config = config
+        self._shown = config.group(RunOptions).report_samples
         self._runner = asyncio.Runner(loop_factory=uvloop.new_event_loop)
 
     def start(self, router_url: str) -> None:
         """Resolve hooks, read the prompts, build the rollout hook. `router_url` is empty when no engine runs."""
-        args = self._config.args
         address = urlsplit(router_url)
-        args.sglang_router_ip, args.sglang_router_port = address.hostname or "", address.port or 0
-        self._args = _with_router(args)
-        self._hooks = HookSet(self._args, CALLED)
-        self._data_source = self._hooks.need("data_source")(self._args)
-        self._rollout = self._built("rollout")
+        where = {"sglang_router_ip": address.hostname or "", "sglang_router_port": address.port or 0}
+        self._args = Args({**self._config.flat(), **where})
+        self._hooks = HookSet(self._args, CALLED_BY_SERVICE)
+        self._source_args = self._args.fork()
+        self._data_source = self._hooks.need("data_source").target(self._source_args)
+        self._rollout = self._ready(self._hooks.need("rollout"))
         eval_hook = self._hooks.one("eval_rollout")
-        self._eval = self._built("eval_rollout") if eval_hook is not None else self._rollout
+        same = eval_hook is None or eval_hook.reference == self._rollout.reference
+        self._eval = self._rollout if same else self._ready(eval_hook)
 
-    def _built(self, name: str) -> Any:
-        """Return what to call for a rollout: the class form is built once, here."""
-        hook = self._hooks.need(name)
-        if hook.form.name != "class":
+    def _ready(self, hook: BoundHook) -> BoundHook:
+        """Build the class form, once."""
+        if not hook.constructs:
             return hook
-        return hook(RolloutFnConstructorInput(args=self._args, data_source=self._data_source))
+        return hook.built(RolloutFnConstructorInput(args=hook.view or self._args, data_source=self._data_source))
 
-    def _call(self, name: str, function: Any, request: RolloutFnTrainInput | RolloutFnEvalInput) -> Any:
-        hook = self._hooks.one(name) or self._hooks.need("rollout")
-        if hook.form.name == "class":
-            result = function(request)
+    def _call(self, hook: BoundHook, request: RolloutFnTrainInput | RolloutFnEvalInput) -> Any:
+        if isinstance(hook.form.stub, type):
+            arguments: tuple[Any, ...] = (request,)
         else:
-            result = function(self._args, request.rollout_id, self._data_source, request.evaluation)
+            arguments = (self._args, request.rollout_id, self._data_source, request.evaluation)
+        return self._run(hook, *arguments)
+
+    def _run(self, hook: BoundHook, *arguments: Any) -> Any:
+        """Call a hook of either colour and wait for it."""
+        if hook.is_async:
+            return self._runner.run(hook.acall(None, *arguments))
+        result = hook(*arguments)
         return self._runner.run(_awaited(result)) if inspect.isawaitable(result) else result
 
     def generate(self, rollout_id: int, weight_version: str) -> dict[str, Any]:
         """Produce one rollout and its columns."""
         started = time.perf_counter()
         request = RolloutFnTrainInput(rollout_id=rollout_id, weight_version=weight_version)
-        output = self._call("rollout", self._rollout, request)
+        output = self._call(self._rollout, request)
         if isinstance(output, list):
             output = RolloutFnTrainOutput(samples=output)
         self._require_groups(output)
         generated = time.perf_counter()
         for hook in self._hooks.many("sample_filter"):
-            self._run(hook, output.samples)
+            self._run(hook, self._args, output.samples)
         samples = sorted(flatten(output.samples), key=lambda s: (s.group_index or 0, s.index or 0))
+        _require_version(samples, weight_version)
         batch = self._columns(samples)
         metrics = {**rollout_metrics(self._args, samples), **output.metrics}
         seconds = {"generate": generated - started, "convert": time.perf_counter() - generated}
@@ -95,21 +106,18 @@ class RolloutWorker:
         return {
             "batch": batch,
             "metrics": {} if any(value is True for value in suppressed) else metrics,
-            "samples": _shown(output.samples, self._args.report_samples),
+            "samples": _shown(output.samples, self._shown),
             "seconds": seconds,
+            "hooks": self.report(),
         }
 
-    def _run(self, hook: Any, groups: list[Group]) -> None:
-        result = hook(self._args, groups)
-        if inspect.isawaitable(result):
-            self._runner.run(_awaited(result))
-
     def _require_groups(self, output: Any) -> None:
-        name = self._hooks.need("rollout").reference
+        name = self._rollout.reference
         if not isinstance(output, RolloutFnTrainOutput):
             raise HookResultError(f"rollout hook {name} returned {type(output).__name__}, not RolloutFnTrainOutput")
         if not output.samples or not all(isinstance(s, Sample) for s in flatten(output.samples)):
             raise HookResultError(f"rollout hook {name} returned {len(output.samples)} groups that are not of Samples")
+        require_identity(output.samples, f"rollout hook {name}")
 
     def _columns(self, samples: list[Sample]) -> dict[str, Any]:
         raw, rewards = self._hooks.need("reward_post_process")(self._args, samples)
@@ -125,45 +133,57 @@ class RolloutWorker:
     def evaluate(self, rollout_id: int, weight_version: str) -> dict[str, Any]:
         """Run the evaluation hook and return its metrics."""
         request = RolloutFnEvalInput(rollout_id=rollout_id, weight_version=weight_version)
-        output = self._call("eval_rollout", self._eval, request)
+        output = self._call(self._eval, request)
         if isinstance(output, dict):
             output = RolloutFnEvalOutput(data=output)
+        if not isinstance(output, RolloutFnEvalOutput):
+            raise HookResultError(
+                f"eval_rollout hook {self._eval.reference} returned {type(output).__name__}, not RolloutFnEvalOutput"
+            )
         log = self._hooks.one("eval_rollout_log")
         silent = log is not None and log(rollout_id, self._args, output.data, output.metrics) is True
         samples = [s for part in output.data.values() for s in part["samples"]]
         metrics = {} if silent else {**eval_metrics(output.data), **output.metrics}
-        return {"metrics": metrics, "samples": _shown([[s] for s in samples], self._args.report_samples)}
+        return {"metrics": metrics, "samples": _shown([[s] for s in samples], self._shown)}
 
     def save(self, rollout_id: int, directory: str) -> None:
         """Write the data source's state to a staging directory."""
-        self._args.save = directory
+        self._source_args.save = directory
         self._data_source.save(rollout_id)
 
     def load(self, rollout_id: int, directory: str) -> None:
         """Restore the data source's state."""
-        self._args.load = directory
+        self._source_args.load = directory
         self._data_source.load(rollout_id)
 
     def report(self) -> list[dict[str, Any]]:
-        """Say which hooks ran, for `hooks.json`."""
-        own = getattr(self._rollout, "report", list)()
-        return [*self._hooks.report(), *own] if own else self._hooks.report()
+        """Say which hooks this process has and how they fared, for `hooks.json`."""
+        built = {hook.spec.name: hook for hook in (self._eval, self._rollout)}
+        own = [report_of(built[hook["hook"]]) if hook["hook"] in built else hook for hook in self._hooks.report()]
+        # The default rollout and data source call hooks of their own.
+        inner = [getattr(part, "report", list)() for part in (self._data_source, self._rollout.target)]
+        return [*own, *inner[0], *inner[1]]
 
     def stop(self) -> None:
-        """Close what the rollout hook holds open."""
-        close = getattr(self._rollout, "aclose", None)
-        if close is not None:
-            self._runner.run(close())
+        """Close the rollout hook and every other hook that can be closed."""
+        for target in (self._rollout.target, self._eval.target)[: 1 if self._eval is self._rollout else 2]:
+            self._runner.run(close(target))
+        self._runner.run(self._hooks.aclose())
         self._runner.close()
-
-
-def _with_router(args: Args) -> Args:
-    """Fold the router's address into the options, so that every hook's own view shows it."""
-    return Args({name: getattr(args, name) for name in args})
 
 
 async def _awaited(result: Any) -> Any:
     return await result
+
+
+def _require_version(samples: list[Sample], weight_version: str) -> None:
+    """Refuse samples of other weights than those that were sent: the engines and the trainer would disagree."""
+    for sample in samples:
+        if any(version != weight_version for version in sample.weight_versions):
+            raise ServiceError(
+                f"sample {sample.index} was generated by weights {sample.weight_versions}, not {weight_version!r}: "
+                "an engine did not take the last update"
+            )
 
 
 def _shown(groups: list[Group], count: int) -> list[dict[str, Any]]:

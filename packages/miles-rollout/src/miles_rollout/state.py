@@ -12,7 +12,7 @@ import msgspec
 
 from miles_api.errors import ServiceError
 from miles_api.options import options_from
-from miles_rollout.options import EngineFleetOptions, EvalOptions, RolloutOptions
+from miles_rollout.options import EngineFleetOptions, EvalOptions, RewardOptions, RolloutOptions
 from miles_rollout.tokenizers import load_tokenizer
 
 if TYPE_CHECKING:
@@ -34,6 +34,7 @@ class State:
         self.tokenizer = load_tokenizer(args.hf_checkpoint)
         self.processor = None
         self.aborted = False
+        self.rewards: RewardOptions = options_from(args, RewardOptions)
         self.options: RolloutOptions = options_from(args, RolloutOptions)
         fleet: EngineFleetOptions = options_from(args, EngineFleetOptions)
         self.concurrency = self.options.sglang_server_concurrency * fleet.rollout_num_engines

@@ -12,9 +12,10 @@ from miles_rollout.tokenizers import encode
 __all__ = ["generate", "sampling_seed"]
 
 
-def sampling_seed(rollout_seed: int, sample_index: int | None, turn: int) -> int:
-    """Derive the seed of one generation, so that it depends on nothing but these three numbers."""
-    digest = hashlib.blake2b(f"{rollout_seed}/{sample_index}/{turn}".encode(), digest_size=4).digest()
+def sampling_seed(rollout_seed: int, sample_index: int | None, turn: int, *, evaluation: bool = False) -> int:
+    """Derive the seed of one generation, so that it depends on nothing but these numbers."""
+    use = "eval" if evaluation else "train"
+    digest = hashlib.blake2b(f"{use}/{rollout_seed}/{sample_index}/{turn}".encode(), digest_size=4).digest()
     return int.from_bytes(digest) >> 1
 
 
@@ -26,9 +27,11 @@ async def generate(input: GenerateFnInput) -> GenerateFnOutput:  # noqa: A002
     params = dict(input.sampling_params)
     params["max_new_tokens"] = _room(args.rollout_max_context_len, sample, params["max_new_tokens"])
     if params["max_new_tokens"] == 0:
+        sample.append_response_tokens([], log_probs=[])
         sample.status = Status.TRUNCATED
         return GenerateFnOutput(samples=sample)
-    params.setdefault("sampling_seed", sampling_seed(args.rollout_seed, sample.index, 0))
+    seed = sampling_seed(args.rollout_seed, sample.index, 0, evaluation=input.evaluation)
+    params.setdefault("sampling_seed", seed)
     reply = await state.post(
         "/generate", {"input_ids": sample.tokens, "sampling_params": params, "return_logprob": True}
     )

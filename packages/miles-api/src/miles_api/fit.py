@@ -1,0 +1,148 @@
+"""Does a loaded object fit the stub of a hook: its form, its parameters, whether it is async."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from typing import Any
+
+import msgspec
+
+from miles_api.errors import HookSignatureError
+from miles_api.spec import Form, HookSpec
+
+__all__ = ["Fit", "fit", "is_async"]
+
+_P = inspect.Parameter
+_VARIADIC = (_P.VAR_POSITIONAL, _P.VAR_KEYWORD)
+
+
+class Fit(msgspec.Struct, frozen=True):
+    """How Miles will call a hook."""
+
+    form: Form
+    keywords: frozenset[str] | None
+    """Which keyword-only arguments it takes; None takes all."""
+    constructs: bool
+    """True for a class that is built first, and then called or used."""
+
+
+def fit(spec: HookSpec, reference: str, found: Any) -> Fit:
+    """Choose the form that `found` fits; raise `HookSignatureError` showing both sides when none or two fit.
+
+    Nothing is called or built. The outer callable counts: a decorator's own signature, not that of what it wraps.
+    """
+    if spec.kind == "value":
+        return Fit(spec.forms[0], None, False)
+    if not callable(found):
+        raise _refuse(spec, reference, f"is a {type(found).__name__}, not something to call")
+    class_forms = [form for form in spec.forms if isinstance(form.stub, type)]
+    if spec.kind == "class" and not isinstance(found, type):
+        raise _refuse(spec, reference, f"is not a class; a {spec.name} is one")
+    if isinstance(found, type) and class_forms:
+        _require_methods(spec, reference, found, class_forms[0])
+        form, keywords = _require_fit(spec, reference, found, [(class_forms[0], _signature(found))])
+        return Fit(form, keywords, True)
+    constructs = isinstance(found, type)
+    signature = _without_self(found) if constructs else _signature(found)
+    forms = [(form, signature) for form in spec.forms if not isinstance(form.stub, type)]
+    form, keywords = _require_fit(spec, reference, found, forms)
+    _require_color(spec, reference, form, is_async(found))
+    return Fit(form, keywords, constructs)
+
+
+def is_async(found: Any) -> bool:
+    """Say whether calling `found` (or an instance of it) gives something to await."""
+    if isinstance(found, type):
+        return inspect.iscoroutinefunction(found.__call__)
+    if inspect.isroutine(found) or isinstance(found, functools.partial):
+        return inspect.iscoroutinefunction(found)
+    return inspect.iscoroutinefunction(type(found).__call__)
+
+
+def _refuse(spec: HookSpec, reference: str, problem: str) -> HookSignatureError:
+    return HookSignatureError(f"{spec.flag or spec.name} {reference} {problem}")
+
+
+def _signature(found: Any) -> inspect.Signature | None:
+    try:
+        return inspect.signature(found, follow_wrapped=False)
+    except (ValueError, TypeError):
+        return None
+
+
+def _without_self(cls: type) -> inspect.Signature | None:
+    signature = _signature(cls.__call__)
+    if signature is None:
+        return None
+    return signature.replace(parameters=list(signature.parameters.values())[1:])
+
+
+def _require_fit(
+    spec: HookSpec, reference: str, found: Any, candidates: list[tuple[Form, inspect.Signature | None]]
+) -> tuple[Form, frozenset[str] | None]:
+    fits: list[tuple[Form, frozenset[str] | None]] = []
+    problems: list[str] = []
+    for form, signature in candidates:
+        if signature is None:
+            return form, None
+        try:
+            fits.append((form, _bind(spec, form, signature)))
+        except TypeError as error:
+            problems.append(str(error))
+    if len(fits) > 1 and _catches_all(candidates[0][1]):
+        fits = fits[:1]
+    if len(fits) == 1:
+        return fits[0]
+    name = getattr(found, "__qualname__", type(found).__name__)
+    calls = "\n           or: ".join(f"{spec.name}{_shown(form)}" for form, _ in candidates)
+    problem = " / ".join(problems) if not fits else f"it fits {len(fits)} forms; give its parameters the stub's count"
+    raise _refuse(
+        spec,
+        reference,
+        f"does not fit\n  miles calls: {calls}\n  it declares: {name}{candidates[0][1]}\n  problem:     {problem}",
+    )
+
+
+def _bind(spec: HookSpec, form: Form, theirs: inspect.Signature) -> frozenset[str] | None:
+    """Bind the call that Miles makes; return the keyword-only arguments to pass, None for all."""
+    ours = [p for p in form.signature.parameters.values() if p.name != "self" and p.kind not in _VARIADIC]
+    takes_any_keyword = any(p.kind is _P.VAR_KEYWORD for p in theirs.parameters.values())
+    by_name = ours if spec.by_keyword else [p for p in ours if p.kind is _P.KEYWORD_ONLY]
+    positional = [None for p in ours if p not in by_name]
+    accepted = {p.name for p in by_name if takes_any_keyword or _takes_name(theirs, p.name)}
+    if spec.by_keyword and not accepted:
+        raise TypeError("takes none of the arguments")
+    theirs.bind(*positional, **dict.fromkeys(accepted))
+    return None if takes_any_keyword else frozenset(accepted)
+
+
+def _takes_name(signature: inspect.Signature, name: str) -> bool:
+    parameter = signature.parameters.get(name)
+    return parameter is not None and parameter.kind in (_P.POSITIONAL_OR_KEYWORD, _P.KEYWORD_ONLY)
+
+
+def _catches_all(signature: inspect.Signature | None) -> bool:
+    return signature is not None and any(p.kind is _P.VAR_POSITIONAL for p in signature.parameters.values())
+
+
+def _shown(form: Form) -> str:
+    parameters = [p.replace(annotation=_P.empty) for p in form.signature.parameters.values() if p.name != "self"]
+    return str(inspect.Signature(parameters))
+
+
+def _require_methods(spec: HookSpec, reference: str, found: type, form: Form) -> None:
+    """Require every method of the stub; `__call__` must be the class's own, since every class can be called."""
+    stubs = [base for base in form.stub.__mro__ if base.__module__.startswith("miles_api.")]
+    wanted = {name for base in stubs for name, value in vars(base).items() if inspect.isfunction(value)}
+    wanted = {name for name in wanted if name == "__call__" or not name.startswith("_")}
+    has = {name for base in found.__mro__ if base is not object for name in vars(base)}
+    if wanted - has:
+        raise _refuse(spec, reference, f"lacks {', '.join(sorted(wanted - has))}; the {spec.name} class has them")
+
+
+def _require_color(spec: HookSpec, reference: str, form: Form, awaits: bool) -> None:
+    """Refuse `async def` where Miles calls synchronously, and `def` where it awaits."""
+    if not spec.either_color and form.is_async != awaits:
+        wanted, got = ("async def", "def") if form.is_async else ("def", "async def")
+        raise _refuse(spec, reference, f"must be `{wanted}`, it is `{got}`")
