@@ -8,6 +8,9 @@ import pytest
 import ray
 
 from miles_api.cli import main
+from miles_api.parse import parse_run
+from miles_train.driver import command
+from miles_train.driver.check import derive
 
 
 @pytest.fixture
@@ -39,6 +42,11 @@ def test_an_unknown_flag_names_the_nearest(refused):
         ({"tensor_model_parallel_size": 2}, "does not divide the 1 trainer ranks"),
         ({"rm_type": "mth"}, "--rm-type 'mth' is none of math"),
         ({"entropy_coef": 0.1}, "--skip-zero-advantage leaves samples out that --entropy-coef would train"),
+        ({"load": "/no/such"}, "--load /no/such holds no checkpoint"),
+        ({"context_parallel_size": 2}, "--context-parallel-size 2: this version trains with 1"),
+        ({"actor_num_gpus_per_node": 3, "tensor_model_parallel_size": 3}, "num_attention_heads = 4 cannot be divided"),
+        ({"actor_num_gpus_per_node": 64}, "--global-batch-size 8 is less than the 64 DP ranks"),
+        ({"rollout_max_response_len": 100}, "--rollout-max-response-len 100 leaves no room for a prompt"),
         ({"loss_type": "value_loss"}, "--loss-type value_loss is not trained by this version"),
         ({"custom_rm_path": "nowhere.py:fn"}, "there is no file"),
         ({"custom_rm_path": "json:dmps"}, "did you mean 'dumps'?"),
@@ -105,6 +113,22 @@ def test_a_checkpoint_is_not_overwritten_by_the_run_that_continues_it(refused, t
     (tmp_path / "run" / "checkpoints").mkdir(parents=True)
     (tmp_path / "run" / "summary.json").write_text("{}")
     assert "which would be overwritten" in refused("--overwrite", load=tmp_path / "run" / "checkpoints")
+
+
+def test_a_tokenizer_without_a_chat_template_is_named(refused):
+    assert "--apply-chat-template: " in refused("--apply-chat-template")
+
+
+def test_another_runs_checkpoints_are_not_replaced(refused, tmp_path):
+    (tmp_path / "kept").mkdir()
+    (tmp_path / "kept" / "latest.json").write_text("{}")
+    assert "holds another run's checkpoints" in refused(save=tmp_path / "kept")
+
+
+def test_a_hook_that_a_run_will_not_call_is_marked_in_the_plan(small_run):
+    words = small_run(loss_type="sft_loss")
+    lines = command.plan(derive(parse_run(words)))
+    assert any("reward:" in line and "(not called: supervised" in line for line in lines)
 
 
 def test_an_unknown_command_suggests_the_nearest(capsys):

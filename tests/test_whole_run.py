@@ -73,14 +73,14 @@ def test_held_out_prompts_are_evaluated_before_during_and_after(finished):
 def test_the_resolved_config_says_where_values_came_from_and_runs_again(finished):
     text = (finished[0] / "config.toml").read_text()
     assert "num_rollout = 3  # command line" in text
-    assert "global_batch_size = 8  # derived" in text
+    assert "# global_batch_size = 8 follows from the others" in text
     assert "eps_clip_high = 0.28  # run.toml" in text
     assert tomllib.loads(text)["run"]["rollout_batch_size"] == 4
 
 
 def test_the_hooks_that_ran_are_listed_with_file_hash_and_calls(finished):
     hooks = json.loads((finished[0] / "hooks.json").read_text())
-    (reward,) = [hook for hook in hooks if hook["hook"] == "reward" and hook["calls"]]
+    (reward,) = [hook for hook in hooks if hook["hook"] == "reward"]
     assert reward["file"].endswith("examples/quickstart/reward.py")
     assert len(reward["sha256"]) == 64
     assert reward["calls"] == 3 * 16 + 3 * 128
@@ -89,8 +89,8 @@ def test_the_hooks_that_ran_are_listed_with_file_hash_and_calls(finished):
 def test_the_last_checkpoint_continues_where_the_run_ended(finished, quickstart_data, tmp_path):
     folder, _ = finished
     again = miles(
-        "train", folder / "config.toml", "--load", folder / "checkpoints", "--run-dir", tmp_path / "more", "--save",
-        tmp_path / "saved", "--num-rollout", 4, "--save-hf", tmp_path / "hf",
+        "train", folder / "config.toml", "--load", folder / "checkpoints", "--run-dir", tmp_path / "more",
+        "--num-rollout", 4, "--save-hf", tmp_path / "hf",
     )  # fmt: skip
     assert again.returncode == 0, again.stdout + again.stderr
     (row,) = rows(tmp_path / "more", "rollout")
@@ -98,6 +98,8 @@ def test_the_last_checkpoint_continues_where_the_run_ended(finished, quickstart_
     assert row["metrics"]["train/logprob_gap_max"] < 1e-4
     first = json.loads((tmp_path / "more" / "samples.jsonl").read_text().splitlines()[1])["samples"][0]
     assert first["group_index"] == 12
+    assert json.loads((folder / "checkpoints" / "latest.json").read_text()) == {"directory": "rollout_000002"}
+    assert (tmp_path / "more" / "checkpoints" / "rollout_000003").is_dir()
 
 
 def test_the_exported_weights_are_what_transformers_loads(finished):
@@ -117,10 +119,10 @@ def test_no_generation_reaches_an_engine_except_through_the_router(small_run):
         fleet.start([Placement()])
         router.register(fleet.endpoints()[0])
         worker.start(url)
-        assert len(worker.generate(0, "0")["batch"]["tokens"]) == 16
+        assert len(worker.generate(0, "default")["batch"]["tokens"]) == 16
         router.stop()
         with pytest.raises(ServiceError):
-            worker.generate(1, "0")
+            worker.generate(1, "default")
     finally:
         worker.stop()
         router.stop()

@@ -85,14 +85,14 @@ def test_a_name_that_is_no_file_stays_a_name_of_a_model_hub(run_file):
 
 
 def test_lists_booleans_and_tables_read_from_the_command_line():
-    words = ["--toy-names", "a", "b", "--toy-on", "--toy-extra", '{"x": 1}']
+    words = ["--toy-names", "a", "--toy-names", "b", "--toy-on", "--toy-extra", '{"x": 1}']
     toy = parse.parse_run(words).group(ToyOptions)
     assert (toy.toy_names, toy.toy_on, toy.toy_extra) == (["a", "b"], True, {"x": 1})
     assert parse.parse_run(["--no-toy-on"]).group(ToyOptions).toy_on is False
 
 
 def test_the_resolved_config_reads_back_as_itself(run_file, tmp_path):
-    first = parse.parse_run(["--toy-extra", '{"x y": 1}', "--toy-names", 'quo"te', "ü", "--seed", "5"])
+    first = parse.parse_run(["--toy-extra", '{"x y": 1}', "--toy-names", 'quo"te', "--toy-names", "ü", "--seed", "5"])
     text = first.to_toml()
     assert 'toy_names = ["quo\\"te", "ü"]  # command line' in text
     tomllib.loads(text)
@@ -129,7 +129,28 @@ def test_several_references_are_a_list_and_one_stays_a_string():
 
 def test_a_run_file_that_is_not_toml_or_not_there_is_named(run_file):
     assert "is not TOML" in problems([run_file("a = \n")])
-    assert "there is no run file nowhere.toml" in problems(["nowhere.toml"])
+    text = problems(["--toy-sise", "3", "nowhere.toml"])
+    assert "did you mean '--toy-size'" in text
+    assert "there is no run file" in text
+
+
+def test_a_list_flag_takes_one_word_and_leaves_the_run_file_alone(run_file):
+    config = parse.parse_run(["--toy-names", "a", run_file("[run]\nseed = 9\n")])
+    assert (config.args.toy_names, config.args.seed) == (["a"], 9)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [("[hooks]\ndynamic_sampling_filter_path = [1]", "Expected `str`"), ("[toy]\ntoy_on = 1", "Expected `bool`")],
+)
+def test_a_value_of_the_wrong_kind_in_a_file_is_named(run_file, text, expected):
+    assert expected in problems([run_file(text)])
+
+
+def test_a_derived_value_is_written_as_a_comment(run_file):
+    config = parse.parse_run(["--seed", "5"]).replace(rollout_batch_size=4)
+    assert "# rollout_batch_size = 4 follows from the others" in config.to_toml()
+    assert parse.parse_run([run_file(config.to_toml())]).args.rollout_batch_size is None
 
 
 def test_field_docs_become_help():

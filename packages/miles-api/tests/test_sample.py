@@ -129,3 +129,29 @@ def test_meta_info_sets_status_and_appends_each_new_weight_version_once():
 def test_an_unknown_finish_reason_is_an_error():
     with pytest.raises(SampleError, match="finish_reason"):
         finished().update_from_meta_info({"finish_reason": None})
+
+
+def test_an_update_in_the_middle_of_a_request_keeps_both_versions_oldest_first():
+    sample = finished()
+    spans = [{"version": "1", "start": 0, "end": 4}, {"version": "2", "start": 4, "end": 9}]
+    sample.update_from_meta_info({"finish_reason": {"type": "stop"}, "weight_version": "2", "weight_versions": spans})
+    assert sample.weight_versions == ["1", "2"]
+    assert sample.oldest_weight_version == "1"
+
+
+def test_generated_tokens_have_log_probs_all_or_none():
+    without = Sample(index=1, tokens=[1])
+    without.append_response_tokens([2])
+    with pytest.raises(SampleError, match="missing for the 1 tokens generated before"):
+        without.append_response_tokens([3], log_probs=[-1.0])
+    having = Sample(index=1, tokens=[1])
+    having.append_response_tokens([2], log_probs=[-1.0])
+    with pytest.raises(SampleError, match="gets no entries for 1 generated tokens"):
+        having.append_response_tokens([3])
+
+
+def test_a_response_that_begins_with_tool_output_can_be_generated_on():
+    sample = Sample(tokens=[1])
+    sample.append_response_tokens([2], trainable=False)
+    sample.append_response_tokens([3], log_probs=[-1.0])
+    assert (sample.loss_mask, sample.rollout_log_probs) == ([0, 1], [0.0, -1.0])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 
+from miles_api.batch import TrainBatch
 from miles_api.sample import Sample
 from miles_api.spec import REGISTRY, Form, HookSpec
 
@@ -14,8 +15,19 @@ ABI = (1, 0)
 
 
 def golden_facts() -> list[str]:
-    """Return one sorted line for each hook form, batch column and Sample field. Import `miles_api.hooks` first."""
+    """Return one sorted line for each hook form, hook method, batch column and Sample field.
+
+    Import `miles_api.hooks` first: that fills the table.
+    """
     facts = [_hook_fact(spec, form) for spec in REGISTRY.values() for form in spec.forms]
+    facts += [
+        f"method {spec.name}.{name}{inspect.signature(method)}"
+        for spec in REGISTRY.values()
+        for name, method in vars(spec.forms[0].stub).items()
+        if spec.kind == "class" and inspect.isfunction(method) and not name.startswith("_")
+    ]
+    required = TrainBatch.__required_keys__
+    facts += [f"column {name}: {'required' if name in required else 'optional'}" for name in TrainBatch.__annotations__]
     facts += [f"sample {name}: {Sample.__annotations__[name]}" for name in Sample.__struct_fields__]
     return sorted(facts)
 

@@ -14,7 +14,10 @@ from miles_api.errors import ConfigError
 from miles_api.load import entry_points
 from miles_api.options import Options, option_kind
 
-__all__ = ["RunConfig", "option_groups"]
+__all__ = ["DERIVED", "RunConfig", "option_groups"]
+
+DERIVED = "derived"
+"""The source of a value that follows from other options."""
 
 Group = TypeVar("Group", bound=msgspec.Struct)
 
@@ -73,7 +76,7 @@ class RunConfig(msgspec.Struct, frozen=True):
         structs = [*self.groups.values(), *self.extra.values()]
         return {key: value for options in structs for key, value in _public(options).items()}
 
-    def replace(self, source: str = "derived", **changes: Any) -> RunConfig:
+    def replace(self, source: str = DERIVED, **changes: Any) -> RunConfig:
         """Return a config with other values, recorded as coming from `source`."""
         groups = dict(self.groups)
         for name, options in self.groups.items():
@@ -101,8 +104,13 @@ def _public(options: msgspec.Struct) -> dict[str, Any]:
 def _assignments(values: Mapping[str, Any], sources: Mapping[str, str]) -> list[str]:
     lines = []
     for key, value in values.items():
-        remark = f"  # {sources[key]}" if key in sources else ""
-        lines.append(f"# {key} is not set" if value is None else f"{key} = {_toml(value)}{remark}")
+        if value is None:
+            lines.append(f"# {key} is not set")
+        elif sources.get(key) == DERIVED:
+            # A comment, so that the file still follows when one of the values it derives from is changed.
+            lines.append(f"# {key} = {_toml(value)} follows from the others")
+        else:
+            lines.append(f"{key} = {_toml(value)}" + (f"  # {sources[key]}" if key in sources else ""))
     return lines
 
 

@@ -87,7 +87,8 @@ def _argparse_settings(kind: OptionKind, default: Any, docs: dict[str, str], fie
         return {**settings, "action": argparse.BooleanOptionalAction}
     settings["metavar"] = "{" + ",".join(map(str, kind.base)) + "}" if isinstance(kind.base, tuple) else field.upper()
     if kind.base is list:
-        settings["nargs"] = "*"
+        settings["action"] = "append"
+        settings["help"] += " (repeat the flag for each)"
     return settings
 
 
@@ -103,7 +104,8 @@ def _read_toml(path: str | None, problems: list[str]) -> tuple[dict[str, Any], P
         return {}, None
     file = Path(path)
     if not file.is_file():
-        raise ConfigError(f"there is no run file {path}")
+        problems.append(f"there is no run file {path}")
+        return {}, None
     try:
         return tomllib.loads(file.read_text(encoding="utf-8")), file.resolve()
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
@@ -136,8 +138,9 @@ def _table(tables: dict[str, Any], name: str) -> dict[str, Any]:
 
 
 def _references(value: Any) -> list[str]:
-    parts = value if isinstance(value, list) else str(value).split(",") if value else []
-    return [part.strip() for part in parts if part.strip()]
+    """Split references; what is no text at all is refused where values are converted."""
+    parts = value if isinstance(value, list) else [value]
+    return [piece.strip() for part in parts if isinstance(part, str) for piece in part.split(",") if piece.strip()]
 
 
 def _locate(reference: str, folder: Path | None) -> str:
@@ -213,6 +216,9 @@ def _convert(kind: type[msgspec.Struct], found: dict[str, _Found], problems: lis
 
 
 def _hook_value(item: _Found, many: bool) -> Any:
+    parts = item.value if isinstance(item.value, list) else [item.value]
+    if not all(isinstance(part, str) for part in parts):
+        raise ValueError("Expected `str`, the name of a hook")
     located = [_locate(reference, item.folder) for reference in _references(item.value)]
     if len(located) > 1 and not many:
         raise ValueError("takes one reference")
@@ -225,6 +231,8 @@ def _raw(item: _Found, shape: OptionKind) -> Any:
     # Numbers and booleans in a TOML file are typed already: a quoted one is a mistake worth naming.
     if item.source != _COMMAND_LINE and isinstance(item.value, str) and shape.base in (int, float, bool):
         raise ValueError(f"Expected `{shape.base.__name__}`, got a quoted string")
+    if shape.base is bool and not isinstance(item.value, bool):
+        raise ValueError(f"Expected `bool`, got `{type(item.value).__name__}`")
     return item.value
 
 

@@ -149,6 +149,11 @@ class Sample(msgspec.Struct, kw_only=True, dict=True, eq=True):
         """
         if log_probs is not None and len(log_probs) != len(tokens):
             self._fail("rollout_log_probs", f"gets {len(log_probs)} entries for {len(tokens)} tokens")
+        generated = self.effective_response_length
+        if log_probs is not None and self.rollout_log_probs is None and generated:
+            self._fail("rollout_log_probs", f"is missing for the {generated} tokens generated before these")
+        if log_probs is None and self.rollout_log_probs is not None and trainable and tokens:
+            self._fail("rollout_log_probs", f"gets no entries for {len(tokens)} generated tokens")
         if self.loss_mask is None and (self.response_length == 0 or not trainable):
             self.loss_mask = [1] * self.response_length
         if log_probs is not None and self.rollout_log_probs is None:
@@ -162,7 +167,10 @@ class Sample(msgspec.Struct, kw_only=True, dict=True, eq=True):
             self.rollout_log_probs = self.rollout_log_probs + list(log_probs or [0.0] * len(tokens))
 
     def strip_last_output_tokens(self, count: int, tokenizer: Any) -> None:
-        """Remove the last `count` response tokens and decode the response anew."""
+        """Remove the last `count` response tokens and decode the response anew.
+
+        Routed experts are dropped: a blob cannot be cut here.
+        """
         if not 0 <= count <= self.response_length:
             self._fail("response_length", f"is {self.response_length}: cannot strip {count}")
         if count == 0:
@@ -172,6 +180,7 @@ class Sample(msgspec.Struct, kw_only=True, dict=True, eq=True):
         for field in ("loss_mask", "rollout_log_probs", "teacher_log_probs"):
             if getattr(self, field) is not None:
                 setattr(self, field, getattr(self, field)[:-count])
+        self.rollout_routed_experts = None
         self.response = tokenizer.decode(self.tokens[len(self.tokens) - self.response_length :])
 
     def reset_for_retry(self) -> None:
@@ -193,9 +202,11 @@ class Sample(msgspec.Struct, kw_only=True, dict=True, eq=True):
         if status is None:
             self._fail("status", f"cannot follow from finish_reason {meta_info.get('finish_reason')!r}")
         self.status = status
-        version = meta_info.get("weight_version")
-        if version is not None and (not self.weight_versions or self.weight_versions[-1] != str(version)):
-            self.weight_versions = [*self.weight_versions, str(version)]
+        # After an update in the middle of a request, `weight_versions` lists every version with its token range.
+        spans = [span["version"] for span in meta_info.get("weight_versions") or ()]
+        for version in spans or [meta_info.get("weight_version")]:
+            if version is not None and self.weight_versions[-1:] != [str(version)]:
+                self.weight_versions = [*self.weight_versions, str(version)]
         self.prefix_cache_info.cached_tokens += meta_info.get("cached_tokens", 0)
         self.prefix_cache_info.total_prompt_tokens += meta_info.get("prompt_tokens", 0)
 

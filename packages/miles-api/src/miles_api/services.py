@@ -88,11 +88,14 @@ class RolloutService(Protocol):
     def start(self, router_url: str) -> None: ...
 
     def generate(self, rollout_id: int, weight_version: str) -> dict[str, Any]:
-        """Produce one rollout: `{"batch": TrainBatch, "metrics": dict, "samples": list[dict], "seconds": dict}`."""
+        """Produce one rollout: `{"batch": TrainBatch, "metrics", "samples", "seconds", "hooks"}`.
+
+        `samples` are a few, as plain dicts, to be shown; `hooks` says which hooks this process has and how they fared.
+        """
         ...
 
     def evaluate(self, rollout_id: int, weight_version: str) -> dict[str, Any]:
-        """Run the evaluation sets: `{"metrics": dict, "samples": list[dict]}`."""
+        """Run the evaluation sets: `{"metrics", "samples", "hooks"}`."""
         ...
 
     def save(self, rollout_id: int, directory: str) -> None:

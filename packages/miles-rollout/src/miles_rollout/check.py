@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import msgspec
 
 from miles_api.errors import MilesError
 from miles_api.hookset import HookSet, configured_hooks
 from miles_api.run_options import RunOptions
-from miles_rollout.hook_names import CALLED
+from miles_rollout.engines.local.options import LocalEngineOptions
+from miles_rollout.hook_names import CALLED, CALLED_BY_LOOP
 from miles_rollout.jsonl import read_prompts
-from miles_rollout.options import DataOptions, EvalOptions, RewardOptions
+from miles_rollout.options import DataOptions, EvalOptions, RewardOptions, RolloutOptions
 from miles_rollout.rewards.dispatch import check_rm_type
 from miles_rollout.tokenizers import load_tokenizer
 
@@ -18,10 +22,22 @@ if TYPE_CHECKING:
 
     from miles_api.config import RunConfig
 
-__all__ = ["HOOKS", "check"]
+__all__ = ["HOOKS", "check", "idle"]
 
 HOOKS = frozenset(CALLED)
 """The hooks that this package calls."""
+
+
+def idle(config: RunConfig) -> dict[str, str]:
+    """Return the hooks of this package that a run does not call, by name, with the reason."""
+    reasons: dict[str, str] = {}
+    if config.group(RunOptions).loss_type == "sft_loss":
+        reasons = dict.fromkeys((*CALLED_BY_LOOP, "eval_rollout", "eval_rollout_log"), "supervised, nothing is sampled")
+    elif "rollout" in configured_hooks(config.args):
+        reasons = dict.fromkeys(CALLED_BY_LOOP, "unless the rollout hook calls it")
+    if "data_source" in configured_hooks(config.args):
+        reasons["buffer_filter"] = "unless the data source calls it"
+    return reasons
 
 
 def check(config: RunConfig) -> Iterator[str]:
@@ -42,6 +58,7 @@ def check(config: RunConfig) -> Iterator[str]:
             yield from _problem(lambda path=path: read_prompts(path, data, tokenizers[0] if tokenizers else None))
     if run.loss_type != "sft_loss":
         yield from _reward(config)
+        yield from _lengths(config)
 
 
 def _reward(config: RunConfig) -> Iterator[str]:
@@ -53,6 +70,21 @@ def _reward(config: RunConfig) -> Iterator[str]:
         yield "no reward is set: pass --rm-type or --custom-rm-path"
     elif "group_reward" in configured and run.eval_interval is not None and not options.eval_group_rm:
         yield "--group-rm scores training alone: evaluation needs --eval-group-rm or an --rm-type"
+
+
+def _lengths(config: RunConfig) -> Iterator[str]:
+    """Check that a response of full length leaves room for a prompt in what an engine can hold."""
+    run, engine = config.group(RunOptions), config.group(LocalEngineOptions)
+    file = Path(str(run.hf_checkpoint), "config.json")
+    room = engine.engine_max_total_len or (
+        msgspec.json.decode(file.read_bytes()).get("max_position_embeddings") if file.is_file() else None
+    )
+    wanted = config.group(RolloutOptions).rollout_max_response_len
+    if room is not None and wanted >= room:
+        yield (
+            f"--rollout-max-response-len {wanted} leaves no room for a prompt: the engine holds {room} tokens "
+            "(--engine-max-total-len, or the model's max_position_embeddings)"
+        )
 
 
 def _problem(call: Callable[[], Any]) -> Iterator[str]:

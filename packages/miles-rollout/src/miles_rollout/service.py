@@ -144,7 +144,8 @@ class RolloutWorker:
         silent = log is not None and log(rollout_id, self._args, output.data, output.metrics) is True
         samples = [s for part in output.data.values() for s in part["samples"]]
         metrics = {} if silent else {**eval_metrics(output.data), **output.metrics}
-        return {"metrics": metrics, "samples": _shown([[s] for s in samples], self._shown)}
+        shown = _shown([[s] for s in samples], self._shown)
+        return {"metrics": metrics, "samples": shown, "hooks": self.report()}
 
     def save(self, rollout_id: int, directory: str) -> None:
         """Write the data source's state to a staging directory."""

@@ -13,10 +13,15 @@ if TYPE_CHECKING:
 
     from miles_api.config import RunConfig
 
-__all__ = ["HOOKS", "check"]
+__all__ = ["HOOKS", "check", "idle"]
 
 HOOKS: frozenset[str] = frozenset()
 """The hooks that this package calls."""
+
+
+def idle(_config: RunConfig) -> dict[str, str]:
+    """Return the hooks of this package that a run does not call, by name, with the reason."""
+    return {}
 
 
 def check(config: RunConfig) -> Iterator[str]:

@@ -1,4 +1,6 @@
 import json
+import os
+import shutil
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -13,6 +15,7 @@ from miles_api.run_options import RunOptions
 from miles_api.services import Endpoint
 from miles_train.driver import checkpoint
 from miles_train.driver.check import derive
+from miles_train.weight_sync import disk
 from miles_train.weight_sync.disk import DiskWeightSync
 
 KNOBS = ("rollout_batch_size", "n_samples_per_prompt", "global_batch_size", "num_steps_per_rollout")
@@ -87,14 +90,19 @@ def test_a_directory_without_a_checkpoint_is_an_error(tmp_path):
 
 @pytest.fixture
 def engine():
-    """Answers weight updates with what the test puts in `answer`; keeps the requests."""
-    state = {"answer": (200, {"success": True}), "seen": []}
+    """Answers weight updates with what the test puts in `answer`; serves the version it was told, or `stuck_at`."""
+    state = {"answer": (200, {"success": True}), "seen": [], "stuck_at": None}
 
     class Handler(BaseHTTPRequestHandler):
         def do_POST(self):
             state["seen"].append((self.path, json.loads(self.rfile.read(int(self.headers["Content-Length"])))))
-            status, reply = state["answer"]
-            body = json.dumps(reply).encode()
+            self.reply(*state["answer"])
+
+        def do_GET(self):
+            self.reply(200, {"weight_version": state["stuck_at"] or state["seen"][-1][1]["weight_version"]})
+
+        def reply(self, status, content):
+            body = json.dumps(content).encode()
             self.send_response(status)
             self.send_header("Content-Length", str(len(body)))
             self.end_headers()
@@ -110,27 +118,58 @@ def engine():
     server.server_close()
 
 
-def test_every_engine_is_told_directory_and_version(engine, tmp_path):
-    exported = []
-    sync = DiskWeightSync(exported.append, [engine["endpoint"]] * 2, tmp_path)
-    sync.push("7")
-    assert engine["seen"] == [("/update_weights_from_disk", {"model_path": exported[0], "weight_version": "7"})] * 2
-    assert Path(exported[0]).is_relative_to(tmp_path)
+@pytest.fixture
+def synchronise(engine, tmp_path):
+    folder = tmp_path / "weights"
+    folder.mkdir()
+    sync = DiskWeightSync(lambda target: Path(target, "model.safetensors").touch(), [engine["endpoint"]] * 2, folder)
+    yield sync
     sync.close()
-    assert not Path(exported[0]).exists()
+    assert not folder.exists()
+
+
+def test_every_engine_is_told_directory_and_version(engine, synchronise, tmp_path):
+    synchronise.push("7")
+    body = {"model_path": str(tmp_path / "weights"), "weight_version": "7"}
+    assert engine["seen"] == [("/update_weights_from_disk", body)] * 2
 
 
 @pytest.mark.parametrize("answer", [(400, {"success": False, "message": "shape"}), (200, {"success": False})])
-def test_an_engine_that_does_not_take_the_weights_stops_the_run(engine, tmp_path, answer):
+def test_an_engine_that_does_not_take_the_weights_stops_the_run(engine, synchronise, answer):
     engine["answer"] = answer
-    sync = DiskWeightSync(lambda folder: None, [engine["endpoint"]], tmp_path)
     with pytest.raises(ServiceError, match=r"refused /update_weights_from_disk"):
-        sync.push("1")
-    sync.close()
+        synchronise.push("1")
+
+
+def test_an_engine_that_still_serves_the_old_weights_stops_the_run(engine, synchronise):
+    engine["stuck_at"] = "0"
+    with pytest.raises(ServiceError, match="took weights '1' but says it serves '0'"):
+        synchronise.push("1")
 
 
 def test_an_engine_that_is_gone_is_named(tmp_path):
-    sync = DiskWeightSync(lambda folder: None, [Endpoint(url="http://127.0.0.1:9")], tmp_path)
+    sync = DiskWeightSync(lambda folder: None, [Endpoint(url="http://127.0.0.1:9")], tmp_path / "none")
     with pytest.raises(ServiceError, match=r"http://127\.0\.0\.1:9 did not answer"):
         sync.push("1")
     sync.close()
+
+
+def test_weights_travel_in_memory_only_where_they_fit(tmp_path, monkeypatch):
+    memory = tmp_path / "shm"
+    memory.mkdir()
+    monkeypatch.setattr(disk, "_SHARED_MEMORY", memory)
+    free = shutil.disk_usage(memory).free
+    assert disk.make_folder(1, None, fallback=tmp_path).parent == memory
+    assert disk.make_folder(free, None, fallback=tmp_path).parent == tmp_path
+    assert disk.make_folder(1, tmp_path, fallback=memory).parent == tmp_path
+
+
+def test_what_a_killed_run_left_in_memory_is_removed(tmp_path, monkeypatch):
+    monkeypatch.setattr(disk, "_SHARED_MEMORY", tmp_path)
+    dead = tmp_path / "miles-weights-999999999-abc"
+    alive = tmp_path / f"miles-weights-{os.getpid()}-abc"
+    dead.mkdir()
+    alive.mkdir()
+    disk.make_folder(1, None, fallback=tmp_path)
+    assert not dead.exists()
+    assert alive.exists()

@@ -5,12 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from miles_api.config import DERIVED
 from miles_api.errors import ConfigError, MilesError
 from miles_api.hooks import REGISTRY
 from miles_api.hookset import configured_hooks
 from miles_api.load import entry_points, provider
 from miles_api.run_options import RunOptions
-from miles_train.megatron.hf_config import read_hf_config
+from miles_train.driver import checkpoint
+from miles_train.megatron.hf_config import check_sizes, read_hf_config
 from miles_train.options import LoggingOptions, ObjectiveOptions, ParallelOptions
 from miles_train.view.sinks import check_sinks
 
@@ -19,7 +21,7 @@ if TYPE_CHECKING:
 
     from miles_api.config import RunConfig
 
-__all__ = ["HOOKS", "check", "check_all", "derive"]
+__all__ = ["HOOKS", "check", "check_all", "derive", "idle", "idle_hooks"]
 
 HOOKS: frozenset[str] = frozenset()
 """The hooks that this package calls."""
@@ -37,9 +39,7 @@ def derive(config: RunConfig) -> RunConfig:
     changes: dict[str, Any] = _batch_knobs(run)
     if run.loss_type == "sft_loss" and not config.flat()["rollout_function_path"]:
         changes["rollout_function_path"] = "sft"
-    if run.save is None:
-        changes["save"] = str(Path(run.run_dir, "checkpoints"))
-    return config.replace("derived", **changes)
+    return config.replace(DERIVED, **changes)
 
 
 def _batch_knobs(run: RunOptions) -> dict[str, int]:
@@ -74,15 +74,36 @@ def _fourth(knob: str, given: dict[str, Any]) -> int:
     return product // given[other]
 
 
+def idle(_config: RunConfig) -> dict[str, str]:
+    """Return the hooks of this package that a run does not call, by name, with the reason."""
+    return {}
+
+
 def check(config: RunConfig) -> Iterator[str]:
-    """Yield what this package finds wrong: model directory, parallel sizes, run directory."""
+    """Yield what this package finds wrong: model directory, sizes, objective, sinks, directories."""
     run, parallel = config.group(RunOptions), config.group(ParallelOptions)
+    yield from _parallel(parallel)
     if run.hf_checkpoint is None:
         yield "--hf-checkpoint is not set: name a Hugging Face model directory"
     else:
-        yield from _problem(lambda: read_hf_config(str(run.hf_checkpoint)))
+        yield from _problem(
+            lambda: check_sizes(read_hf_config(str(run.hf_checkpoint)), parallel, str(run.hf_checkpoint))
+        )
         if not any(Path(run.hf_checkpoint).glob("*.safetensors")):
             yield f"--hf-checkpoint {run.hf_checkpoint} holds no weights (*.safetensors)"
+    if (run.global_batch_size or 0) < parallel.data_parallel_size:
+        yield f"--global-batch-size {run.global_batch_size} is less than the {parallel.data_parallel_size} DP ranks"
+    objective = config.group(ObjectiveOptions)
+    if objective.skip_zero_advantage and objective.entropy_coef:
+        yield "--skip-zero-advantage leaves samples out that --entropy-coef would train: set one of them"
+    if run.loss_type not in ("policy_loss", "sft_loss"):
+        yield f"--loss-type {run.loss_type} is not trained by this version; choose policy_loss or sft_loss"
+    yield from _problem(lambda: check_sinks(config.group(LoggingOptions)))
+    yield from _run_dir(run)
+    yield from _checkpoints(run)
+
+
+def _parallel(parallel: ParallelOptions) -> Iterator[str]:
     product = (
         parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size * parallel.context_parallel_size
     )
@@ -92,13 +113,21 @@ def check(config: RunConfig) -> Iterator[str]:
             f"{parallel.context_parallel_size} = {product} does not divide the {parallel.world_size} trainer ranks "
             "(--actor-num-nodes × --actor-num-gpus-per-node)"
         )
-    objective = config.group(ObjectiveOptions)
-    if objective.skip_zero_advantage and objective.entropy_coef:
-        yield "--skip-zero-advantage leaves samples out that --entropy-coef would train: set one of them"
-    if run.loss_type not in ("policy_loss", "sft_loss"):
-        yield f"--loss-type {run.loss_type} is not trained by this version; choose policy_loss or sft_loss"
-    yield from _problem(lambda: check_sinks(config.group(LoggingOptions)))
-    yield from _run_dir(run)
+    if parallel.context_parallel_size > 1:
+        yield f"--context-parallel-size {parallel.context_parallel_size}: this version trains with 1"
+
+
+def _checkpoints(run: RunOptions) -> Iterator[str]:
+    """Check what is loaded, and that saving replaces neither another run's checkpoints nor the source model."""
+    if run.load:
+        yield from _problem(lambda: checkpoint.find(Path(str(run.load))))
+    save = checkpoint.folder_of(run)
+    own = run.overwrite and save.resolve().is_relative_to(Path(run.run_dir).resolve())
+    continued = run.load is not None and Path(run.load).resolve() == save.resolve()
+    if (save / checkpoint.LATEST).exists() and not own and not continued:
+        yield f"--save {save} holds another run's checkpoints: choose another, or continue them with --load"
+    if run.save_hf and run.hf_checkpoint and Path(run.save_hf).resolve() == Path(run.hf_checkpoint).resolve():
+        yield f"--save-hf {run.save_hf} is --hf-checkpoint itself: choose another directory"
 
 
 def _run_dir(run: RunOptions) -> Iterator[str]:
@@ -111,7 +140,7 @@ def _run_dir(run: RunOptions) -> Iterator[str]:
     elif not (folder / "summary.json").is_file():
         yield f"--run-dir {run.run_dir} is not empty and not a run directory: --overwrite does not delete it"
     for flag, path in (("--load", run.load), ("--hf-checkpoint", run.hf_checkpoint)):
-        if path and Path(path).resolve().is_relative_to(folder.resolve()):
+        if run.overwrite and path and Path(path).resolve().is_relative_to(folder.resolve()):
             yield f"{flag} {path} lies in --run-dir {run.run_dir}, which would be overwritten: choose another --run-dir"
 
 
@@ -122,9 +151,19 @@ def _problem(call: Callable[[], Any]) -> Iterator[str]:
         yield str(error)
 
 
+def _checks() -> list[Any]:
+    """Return every package's check module: `HOOKS`, the hooks it can call, `idle` and `check`."""
+    return [provider("miles.checks", name) for name in sorted(entry_points("miles.checks"))]
+
+
+def idle_hooks(config: RunConfig) -> dict[str, str]:
+    """Return the hooks that this very run does not call by itself, with the reason."""
+    return {hook: reason for module in _checks() for hook, reason in module.idle(config).items()}
+
+
 def check_all(config: RunConfig) -> None:
     """Run the checks of every installed package; `ConfigError` lists all problems."""
-    checks = [provider("miles.checks", name) for name in sorted(entry_points("miles.checks"))]
+    checks = _checks()
     called = frozenset().union(*(module.HOOKS for module in checks))
     problems = [problem for module in checks for problem in module.check(config)]
     problems += [

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import msgspec
@@ -12,11 +13,13 @@ from miles_api.errors import DataError
 
 if TYPE_CHECKING:
     from collections.abc import Callable
-    from pathlib import Path
 
-__all__ = ["Progress", "find", "write"]
+    from miles_api.run_options import RunOptions
 
-_LATEST = "latest.json"
+__all__ = ["LATEST", "Progress", "find", "folder_of", "write"]
+
+LATEST = "latest.json"
+"""Names the newest checkpoint of a folder."""
 _STATE = "state.json"
 
 
@@ -26,6 +29,11 @@ class Progress(msgspec.Struct, frozen=True):
     rollout_id: int
     """The last rollout whose training the checkpoint holds."""
     weight_version: int
+
+
+def folder_of(run: RunOptions) -> Path:
+    """Return where a run saves: `--save`, else a folder of its own run directory."""
+    return Path(run.save) if run.save else Path(run.run_dir, "checkpoints")
 
 
 def write(folder: Path, progress: Progress, parts: dict[str, Callable[[str], None]]) -> Path:
@@ -39,16 +47,16 @@ def write(folder: Path, progress: Progress, parts: dict[str, Callable[[str], Non
     (staging / _STATE).write_bytes(msgspec.json.encode(progress))
     shutil.rmtree(target, ignore_errors=True)
     staging.rename(target)
-    pointer = folder / f".{_LATEST}"
+    pointer = folder / f".{LATEST}"
     pointer.write_text(json.dumps({"directory": target.name}), encoding="utf-8")
-    pointer.rename(folder / _LATEST)
+    pointer.rename(folder / LATEST)
     return target
 
 
 def find(folder: Path) -> tuple[Path, Progress]:
     """Return the latest checkpoint below `folder` (or `folder` itself if it is one) and how far it came."""
-    pointer = folder / _LATEST
+    pointer = folder / LATEST
     target = folder / json.loads(pointer.read_text(encoding="utf-8"))["directory"] if pointer.is_file() else folder
     if not (target / _STATE).is_file():
-        raise DataError(f"--load {folder} holds no checkpoint: neither {_LATEST} nor {_STATE}")
+        raise DataError(f"--load {folder} holds no checkpoint: neither {LATEST} nor {_STATE}")
     return target, msgspec.json.decode((target / _STATE).read_bytes(), type=Progress)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import ray
 from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from miles_api.errors import MilesError, ServiceError
 from miles_api.load import provider
@@ -100,21 +101,32 @@ class Cluster:
             "include_dashboard": False,
         }
         terminate = signal.getsignal(signal.SIGTERM)
-        ray.init(address=address, logging_level=logging.ERROR, **({} if address else own))
+        # "local": without --ray-address the run never joins a cluster that happens to be there (RAY_ADDRESS).
+        ray.init(address=address or "local", logging_level=logging.ERROR, **({} if address else own))
         # Ray takes SIGTERM for itself and aborts; a terminated run must still stop its engines and write its report.
         signal.signal(signal.SIGTERM, terminate)
-        self._gpus = int(ray.cluster_resources().get("GPU", 0))
+        resources = ray.cluster_resources()
+        self._gpus = int(resources.get("GPU", 0))
+        world = self._parallel.world_size
+        if resources.get("CPU", 0) < world + 1 or 0 < self._gpus < world:
+            ray.shutdown()
+            raise ServiceError(
+                f"the Ray cluster has {resources.get('CPU', 0):g} CPUs and {self._gpus} GPUs; {world} trainer ranks "
+                "and the rollout process need one CPU each, and one GPU a rank where there are GPUs"
+            )
 
     def rollout(self) -> Remote:
         """Start the one rollout process."""
-        remote = self._start("rollout", 1, gpus=0)
+        # Router and engines listen on this node's loopback address.
+        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+        remote = self._start("rollout", 1, scheduling_strategy=here)
         remote.build([{}])
         return remote
 
     def trainers(self) -> Remote:
         """Start one process for each trainer rank; on GPUs where the cluster has them."""
         parallel = self._parallel
-        remote = self._start("train", parallel.world_size, gpus=1 if self._gpus else 0)
+        remote = self._start("train", parallel.world_size, num_gpus=1 if self._gpus else 0)
         host, port = remote.address()
         remote.build(
             [
@@ -131,8 +143,8 @@ class Cluster:
         )
         return remote
 
-    def _start(self, service: str, count: int, gpus: int) -> Remote:
-        host = ray.remote(num_cpus=1, num_gpus=gpus, max_restarts=0)(_Host)
+    def _start(self, service: str, count: int, **where: Any) -> Remote:
+        host = ray.remote(num_cpus=1, max_restarts=0, **where)(_Host)
         return Remote(service, self._config, [host.remote() for _ in range(count)])
 
     def stop(self) -> None:

@@ -15,7 +15,7 @@ from miles_api.hookset import configured_hooks
 from miles_api.options import options_from
 from miles_api.parse import add_option_flags, parse_run
 from miles_api.run_options import RunOptions
-from miles_train.driver.check import check_all, derive
+from miles_train.driver.check import check_all, derive, idle_hooks
 from miles_train.driver.run_dir import RunDir
 from miles_train.driver.services import running
 from miles_train.driver.train_loop import TrainLoop
@@ -25,7 +25,7 @@ from miles_train.view.progress import Progress
 if TYPE_CHECKING:
     from types import FrameType
 
-__all__ = ["command"]
+__all__ = ["command", "plan"]
 
 
 class _TrainCommand:
@@ -37,7 +37,7 @@ class _TrainCommand:
             return _help()
         config = derive(parse_run(argv))
         check_all(config)
-        for line in _plan(config):
+        for line in plan(config):
             print(line, flush=True)
         return _train(config)
 
@@ -50,7 +50,7 @@ def _help() -> int:
     return 0
 
 
-def _plan(config: RunConfig) -> list[str]:
+def plan(config: RunConfig) -> list[str]:
     """Say what will run: the numbers that multiply to a step, and every hook that is not a default."""
     run = config.group(RunOptions)
     lines = [
@@ -58,7 +58,10 @@ def _plan(config: RunConfig) -> list[str]:
         f"{run.num_steps_per_rollout} optimizer steps of {run.global_batch_size} each; {run.loss_type}",
         f"      model {run.hf_checkpoint}, run directory {run.run_dir}",
     ]
-    lines += [f"      {hook}: {', '.join(refs)}" for hook, refs in configured_hooks(config.args).items()]
+    idle = idle_hooks(config)
+    for hook, references in configured_hooks(config.args).items():
+        remark = f"  (not called: {idle[hook]})" if hook in idle else ""
+        lines.append(f"      {hook}: {', '.join(references)}{remark}")
     return lines + [f"      {note}" for note in _notes(config)]
 
 

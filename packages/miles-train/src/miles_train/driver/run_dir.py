@@ -30,6 +30,7 @@ class RunDir:
             shutil.rmtree(self.path)
         self.path.mkdir(parents=True, exist_ok=True)
         (self.path / "config.toml").write_text(config.to_toml(), encoding="utf-8")
+        self._hooks: dict[str, list[dict[str, Any]]] = {}
         self._metrics = MetricsWriter(self.path / "metrics.jsonl")
         self._samples = (self.path / "samples.jsonl").open("ab")
         self._sinks = make_sinks(config.group(LoggingOptions), self.path, config.public())
@@ -54,9 +55,11 @@ class RunDir:
         self._samples.write(line + b"\n")
         self._samples.flush()
 
-    def hooks(self, reports: list[dict[str, Any]]) -> None:
-        """Write which hooks ran, from where, and how they fared."""
-        (self.path / "hooks.json").write_text(json.dumps(reports, indent=2), encoding="utf-8")
+    def hooks(self, process: str, reports: list[dict[str, Any]]) -> None:
+        """Write which hooks a process has, from where, and how they fared so far."""
+        self._hooks[process] = [{"process": process, **report} for report in reports]
+        lines = [hook for hooks in self._hooks.values() for hook in hooks]
+        (self.path / "hooks.json").write_text(json.dumps(lines, indent=2), encoding="utf-8")
 
     def close(self, status: str, error: str | None = None) -> Path:
         """Close the files, write the outcome and the report; return the report's path."""

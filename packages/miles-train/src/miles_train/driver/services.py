@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,7 +13,7 @@ from miles_api.run_options import RunOptions
 from miles_api.services import Endpoint, EngineFleet, Placement, RouterService
 from miles_train.driver.cluster import Cluster, Remote
 from miles_train.options import ClusterOptions
-from miles_train.weight_sync.disk import DiskWeightSync
+from miles_train.weight_sync.disk import DiskWeightSync, make_folder
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -49,35 +49,65 @@ class _Clock:
 
 @contextmanager
 def running(config: RunConfig, say: Callable[[str], None]) -> Iterator[Services]:
-    """Start router, engines, Ray, the rollout process and the trainer ranks; stop them all on the way out."""
+    """Start router, engines, Ray, the rollout process and the trainer ranks; stop them all on the way out.
+
+    Engines load while Ray starts, and the trainer loads while the rollout process does; the first failure of any of
+    them ends the start.
+    """
     run = config.group(RunOptions)
     clock = _Clock(say)
     with ExitStack() as stack:
-        pool = stack.enter_context(ThreadPoolExecutor(2, thread_name_prefix="start"))
-        serving: Future[tuple[str, list[Endpoint]]] | None = None
-        if run.loss_type != "sft_loss":
-            fleet: EngineFleet = provider("miles.services", "engines")(config)
-            router: RouterService = provider("miles.services", "router")(config)
-            stack.callback(fleet.stop)
-            stack.callback(router.stop)
-            serving = pool.submit(_serve, clock, config, fleet, router)
+        pool = ThreadPoolExecutor(3, thread_name_prefix="start")
+        stack.callback(pool.shutdown)
+        serving = _start_serving(config, clock, pool, stack) if run.loss_type != "sft_loss" else None
         cluster = clock.timed("ray", lambda: Cluster(config))
         stack.callback(cluster.stop)
         trainers = clock.timed("trainer processes", cluster.trainers)
         loading = pool.submit(clock.timed, "trainer", lambda: trainers.call("start"))
         rollout = clock.timed("rollout process", cluster.rollout)
+        _first_failure([loading, *([serving] if serving else [])])
         url, endpoints = serving.result() if serving else ("", [])
         clock.timed("rollout", lambda: rollout.call("start", url))
-        loading.result()
-        sync = None
-        if endpoints:
-            shared = Path(run.run_dir) if config.group(ClusterOptions).ray_address else None
-            sync = DiskWeightSync(lambda folder: _export(trainers, folder), endpoints, shared)
+        sync = _weight_sync(config, trainers, endpoints) if endpoints else None
+        if sync:
             stack.callback(sync.close)
         yield Services(rollout, trainers, sync, clock.seconds)
         # Only after success: a process that failed or hangs would not answer, and ends with the cluster.
         rollout.call("stop")
         trainers.call("stop")
+
+
+def _start_serving(
+    config: RunConfig, clock: _Clock, pool: ThreadPoolExecutor, stack: ExitStack
+) -> Future[tuple[str, list[Endpoint]]]:
+    fleet: EngineFleet = provider("miles.services", "engines")(config)
+    router: RouterService = provider("miles.services", "router")(config)
+    serving = pool.submit(_serve, clock, config, fleet, router)
+
+    def stop() -> None:
+        # Stopping makes a start that still goes on fail, and only when it has ended is nothing started any more.
+        for _ in range(2):
+            fleet.stop()
+            router.stop()
+            wait([serving])
+
+    stack.callback(stop)
+    return serving
+
+
+def _first_failure(futures: list[Future[Any]]) -> None:
+    """Wait for all, or raise the first exception as soon as there is one."""
+    done, _ = wait(futures, return_when=FIRST_EXCEPTION)
+    for future in done:
+        future.result()
+
+
+def _weight_sync(config: RunConfig, trainers: Remote, endpoints: list[Endpoint]) -> DiskWeightSync:
+    run = config.group(RunOptions)
+    shared = Path(run.run_dir) if config.group(ClusterOptions).ray_address else None
+    size = sum(file.stat().st_size for file in Path(str(run.hf_checkpoint)).glob("*.safetensors"))
+    folder = make_folder(size, shared, fallback=Path(run.run_dir))
+    return DiskWeightSync(lambda target: _export(trainers, target), endpoints, folder)
 
 
 def _serve(clock: _Clock, config: RunConfig, fleet: EngineFleet, router: RouterService) -> tuple[str, list[Endpoint]]:

@@ -35,7 +35,7 @@ class TrainLoop:
     def run(self) -> None:
         """Train every rollout, from the beginning or from `--load`; the last state is saved."""
         self._load()
-        self._report_hooks()
+        self._run_dir.hooks("rollout", self._services.rollout.call("report")[0])
         self._push_weights()
         if self._evaluates:
             self._evaluate(self._first - 1)
@@ -64,6 +64,7 @@ class TrainLoop:
         metrics = {**rollout["metrics"], **report.metrics}
         self._run_dir.log("rollout", rollout_id, metrics, seconds)
         self._run_dir.samples("train", rollout_id, rollout["samples"])
+        self._run_dir.hooks("rollout", rollout["hooks"])
         self._progress.rollout(rollout_id, metrics, seconds)
         if self._evaluates and (last or self._is_due(rollout_id, self._run.eval_interval)):
             self._evaluate(rollout_id)
@@ -84,6 +85,7 @@ class TrainLoop:
         result = self._services.rollout.call("evaluate", rollout_id, str(self._version))[0]
         self._run_dir.log("eval", rollout_id, result["metrics"], {"eval": time.perf_counter() - started})
         self._run_dir.samples("eval", rollout_id, result["samples"])
+        self._run_dir.hooks("rollout", result["hooks"])
         self._progress.eval(result["metrics"])
 
     def _save(self, rollout_id: int) -> None:
@@ -93,11 +95,7 @@ class TrainLoop:
             "rollout": lambda folder: self._services.rollout.call("save", rollout_id, folder),
             "hf": lambda folder: self._services.trainers.call("export", folder),
         }
-        checkpoint.write(Path(str(self._run.save)), checkpoint.Progress(rollout_id, self._version), parts)
-        self._report_hooks()
-
-    def _report_hooks(self) -> None:
-        self._run_dir.hooks([{"process": "rollout", **hook} for hook in self._services.rollout.call("report")[0]])
+        checkpoint.write(checkpoint.folder_of(self._run), checkpoint.Progress(rollout_id, self._version), parts)
 
     def _export(self) -> None:
         if self._run.save_hf:

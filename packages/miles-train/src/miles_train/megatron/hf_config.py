@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 
 from miles_api.errors import ConfigError, DataError, did_you_mean
 
-__all__ = ["HFConfig", "read_hf_config"]
+if TYPE_CHECKING:
+    from miles_train.options import ParallelOptions
+
+__all__ = ["HFConfig", "check_sizes", "read_hf_config"]
 
 _ARCHITECTURES = ("LlamaForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
 _NOT_SUPPORTED: dict[str, tuple[Any, ...]] = {
@@ -122,3 +125,19 @@ def _parse(architecture: str, raw: dict[str, Any], rope_theta: float) -> HFConfi
         qk_norm=architecture == "Qwen3ForCausalLM",
         qkv_bias=architecture == "Qwen2ForCausalLM",
     )
+
+
+def check_sizes(hf_config: HFConfig, parallel: ParallelOptions, hf_dir: str) -> None:
+    """Raise ConfigError, naming field and flag, unless the model can be divided over TP and PP ranks."""
+    tensor, pipeline = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
+    divided = {"num_attention_heads": (hf_config.num_heads, tensor), "vocab_size": (hf_config.vocab_size, tensor),
+               "num_key_value_heads": (hf_config.num_kv_heads, tensor),
+               "intermediate_size": (hf_config.ffn_hidden_size, tensor),
+               "num_hidden_layers": (hf_config.num_layers, pipeline)}  # fmt: skip
+    for field, (size, ranks) in divided.items():
+        if size % ranks:
+            kind = "pipeline" if field == "num_hidden_layers" else "tensor"
+            raise ConfigError(
+                f"{hf_dir}/config.json: {field} = {size} cannot be divided over "
+                f"--{kind}-model-parallel-size {ranks} ranks"
+            )

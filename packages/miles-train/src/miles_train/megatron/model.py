@@ -8,8 +8,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from miles_api.errors import ConfigError
-
 from . import hf
 from .attention import PackedAttention, Rotary
 from .core import (
@@ -26,7 +24,7 @@ from .core import (
     parallel_state,
 )
 from .cpu import has_gpu
-from .hf_config import HFConfig, read_hf_config
+from .hf_config import HFConfig, check_sizes, read_hf_config
 from .layers import GatedMLP, RMSNorm
 
 if TYPE_CHECKING:
@@ -49,7 +47,7 @@ def build_model(
     layer spec with the CPU's and has not been run by the CPU test suite.
     """
     hf_config = read_hf_config(hf_dir)
-    _check_sizes(hf_config, parallel, hf_dir)
+    check_sizes(hf_config, parallel, hf_dir)
     config = _transformer_config(hf_config, parallel, param_dtype)
     gpt = GPTModel(
         config=config,
@@ -69,21 +67,6 @@ def build_model(
     model = [DistributedDataParallel(config, _ddp_config(parallel), module)]
     hf.load_hf_weights(model, hf_dir)
     return model
-
-
-def _check_sizes(hf_config: HFConfig, parallel: ParallelOptions, hf_dir: str) -> None:
-    tensor, pipeline = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
-    divided = {"num_attention_heads": (hf_config.num_heads, tensor), "vocab_size": (hf_config.vocab_size, tensor),
-               "num_key_value_heads": (hf_config.num_kv_heads, tensor),
-               "intermediate_size": (hf_config.ffn_hidden_size, tensor),
-               "num_hidden_layers": (hf_config.num_layers, pipeline)}  # fmt: skip
-    for field, (size, ranks) in divided.items():
-        if size % ranks:
-            kind = "pipeline" if field == "num_hidden_layers" else "tensor"
-            raise ConfigError(
-                f"{hf_dir}/config.json: {field} = {size} cannot be divided over "
-                f"--{kind}-model-parallel-size {ranks} ranks"
-            )
 
 
 def _transformer_config(hf_config: HFConfig, parallel: ParallelOptions, param_dtype: torch.dtype) -> TransformerConfig:
