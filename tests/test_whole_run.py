@@ -1,7 +1,6 @@
 """One small run of the whole stack, and what it leaves behind."""
 
 import json
-import os
 import subprocess
 import sys
 import time
@@ -149,18 +148,12 @@ def test_a_terminated_run_ends_in_seconds_with_a_report_and_no_process_left(smal
         assert time.monotonic() < deadline
         assert run.poll() is None
         time.sleep(0.2)
+    started = psutil.Process(run.pid).children(recursive=True)
+    assert {"miles_rollout.engines.local", "miles_router"} <= {word for p in started for word in p.cmdline()}
     run.terminate()
     run.communicate(timeout=30)
     assert run.returncode == 1
     assert json.loads((tmp_path / "run" / "summary.json").read_text())["error"] == "interrupted"
     assert (tmp_path / "run" / "report.html").exists()
-    left = [p for p in psutil.process_iter() if _session(p) == run.pid and p.status() != psutil.STATUS_ZOMBIE]
-    psutil.wait_procs(left, timeout=20)
-    assert not [p for p in left if p.is_running()]
-
-
-def _session(process):
-    try:
-        return os.getsid(process.pid)
-    except ProcessLookupError:
-        return None
+    _, left = psutil.wait_procs(started, timeout=20)
+    assert [p.cmdline() for p in left if p.status() != psutil.STATUS_ZOMBIE] == []

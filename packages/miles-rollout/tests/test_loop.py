@@ -3,7 +3,9 @@ import json
 import pytest
 
 from miles_api.errors import ConfigError, DataError, HookResultError, MilesError, SampleError, ServiceError
+from miles_api.hookset import HookSet
 from miles_rollout.service import RolloutWorker
+from miles_rollout.state import State
 
 
 @pytest.fixture
@@ -292,3 +294,9 @@ def test_a_sample_index_alone_decides_the_sampling_seed():
 
     assert sampling_seed(1, 2, 0) == sampling_seed(1, 2, 0)
     assert len({sampling_seed(a, b, c) for a in range(3) for b in range(3) for c in range(3)}) == 27
+
+
+def test_a_router_token_goes_along_with_every_request(configure):
+    args = configure(router_token="sesame").args
+    args.sglang_router_ip, args.sglang_router_port = "127.0.0.1", 1
+    assert State(args, HookSet(args, [])).headers["Authorization"] == "Bearer sesame"

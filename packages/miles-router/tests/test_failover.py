@@ -148,7 +148,7 @@ def test_an_idle_connection_that_the_engine_closed_costs_no_request(listen, rout
     async def main():
         async with listen(one_answer_each) as url, routed(url) as r:
             for _ in range(3):
-                assert (await r.client.get("/x")).text == "ok"
+                assert (await r.client.get("/v1/models")).text == "ok"
             assert (await r.workers())[0]["healthy"]
         assert connections == 3
 

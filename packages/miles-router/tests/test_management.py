@@ -100,32 +100,74 @@ def test_health_says_which_kind_of_healthy_it_is(serve, routed, engine):
     asyncio.run(main())
 
 
-def test_with_a_token_management_needs_it_and_generation_does_not(serve, routed, engine):
+def test_with_a_token_everything_but_health_needs_it(serve, routed, engine):
     async def main():
-        async with serve(engine()) as url, routed(url, router_token="s3cret") as r:
+        target = engine()
+        async with serve(target) as url, routed(url, router_token="s3cret") as r:
             calls = [
                 ("GET", "/workers"),
                 ("POST", f"/add_worker?url={A}"),
                 ("POST", f"/remove_worker?url={url}"),
                 ("DELETE", "/workers/worker-0"),
+                ("POST", "/generate"),
+                ("POST", "/v1/chat/completions"),
+                ("GET", "/v1/models"),
+                ("GET", "/nothing"),
             ]
             for method, path in calls:
                 for headers in ({}, {"authorization": "Bearer wrong"}, {"authorization": "s3cret"}):
                     assert (await r.client.request(method, path, headers=headers)).status_code == 401
+            assert target.requests == []
             good = {"authorization": "Bearer s3cret"}
             assert (await r.client.get("/list_workers", headers=good)).json() == {"urls": [url]}
-            assert (await r.post()).status_code == 200
+            assert (await r.post(headers=good)).status_code == 200
             assert (await r.client.get("/health")).status_code == 200
 
     asyncio.run(main())
 
 
-def test_a_web_page_cannot_register_an_engine(routed):
+def test_the_routers_token_stays_with_the_router(serve, routed, engine):
     async def main():
-        async with routed() as r:
-            answer = await r.client.post(f"/add_worker?url={A}", headers={"origin": "http://evil.example"})
-            assert answer.status_code == 403
-            assert await r.workers() == []
+        target = engine()
+        async with serve(target) as url:
+            for options in ({"router_token": "s3cret"}, {}):
+                async with routed(url, **options) as r:
+                    await r.post(headers={"authorization": "Bearer s3cret"})
+        ours, the_engines = (dict(scope["headers"]) for scope, _ in target.requests)
+        assert b"authorization" not in ours
+        assert the_engines[b"authorization"] == b"Bearer s3cret"
+
+    asyncio.run(main())
+
+
+def test_a_web_page_can_neither_register_an_engine_nor_use_one(serve, routed, engine):
+    async def main():
+        target = engine()
+        async with serve(target) as url, routed(url) as r:
+            for path in (f"/add_worker?url={A}", "/generate", "/v1/completions"):
+                for origin in ("http://evil.example", "null"):
+                    assert (await r.post(path, headers={"origin": origin})).status_code == 403
+            assert [row["url"] for row in await r.workers()] == [url]
+        assert target.requests == []
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize("size", [11, 100_000])
+@pytest.mark.parametrize("path", ["/generate", "/workers"])
+def test_a_body_over_the_limit_is_refused_and_the_next_request_served(serve, routed, engine, path, size):
+    async def parts():
+        for start in range(0, size, 10_000):
+            yield b"x" * min(10_000, size - start)
+
+    async def main():
+        target = engine()
+        async with serve(target) as url, routed(url, router_max_body_bytes=10) as r:
+            for content in (b"x" * size, parts()):
+                answer = await r.post(path, content=content)
+                assert (answer.status_code, "--router-max-body-bytes 10" in answer.text) == (413, True)
+            assert target.requests == []
+            assert (await r.post(content=b"x" * 10)).status_code == 200
 
     asyncio.run(main())
 
@@ -135,7 +177,9 @@ def test_an_absolute_request_target_does_not_choose_the_destination(serve, route
         registered, stranger = engine(b"registered"), engine(b"stranger")
         async with serve(registered) as a, serve(stranger) as b, routed(a) as r:
             reader, writer = await asyncio.open_connection("127.0.0.1", r.port)
-            writer.write(b"GET %s/x HTTP/1.1\r\nhost: %s\r\nconnection: close\r\n\r\n" % (b.encode(), b[7:].encode()))
+            writer.write(
+                b"GET %s/v1/x HTTP/1.1\r\nhost: %s\r\nconnection: close\r\n\r\n" % (b.encode(), b[7:].encode())
+            )
             assert (await reader.read()).endswith(b"registered")
             writer.close()
         assert stranger.requests == []

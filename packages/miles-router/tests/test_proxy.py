@@ -41,6 +41,59 @@ def test_a_request_reaches_the_engine_byte_for_byte(serve, routed, engine):
     asyncio.run(main())
 
 
+@pytest.mark.parametrize("method", ["GET", "POST"])
+@pytest.mark.parametrize(
+    "path",
+    [
+        "/update_weights_from_disk",
+        "/pause_generation",
+        "/abort_request",
+        "/flush_cache",
+        "/release_memory_occupation",
+        "/init_weights_update_group",
+        "/weights_checker",
+        "/of_tomorrow",
+        "/generate/",
+        "/v1",
+        "/v1/../flush_cache",
+        "/v1/%2e%2e/flush_cache",
+        "/v1%2f..%2fflush_cache",
+    ],
+)
+def test_what_is_no_inference_never_reaches_an_engine(serve, routed, engine, method, path):
+    async def main():
+        target = engine()
+        async with serve(target) as url, routed(url) as r:
+            request = f"{method} {path} HTTP/1.1\r\nhost: h\r\ncontent-length: 0\r\nconnection: close\r\n\r\n"
+            reader, writer = await _raw(r.port, request.encode())  # unlike httpx, this does not resolve dots
+            answer = await reader.read()
+            writer.close()
+        assert answer.startswith(b"HTTP/1.1 404 ")
+        assert b"called on the engines directly" in answer
+        assert target.requests == []
+
+    asyncio.run(main())
+
+
+def test_inference_and_information_reach_the_engine_by_their_own_methods_only(serve, routed, engine):
+    posts = ["/generate", "/encode", "/classify", "/rerank", "/tokenize", "/detokenize"]
+    gets = ["/get_model_info", "/server_info", "/get_server_info", "/health_generate"]
+    v1 = ["/v1/models", "/v1/chat/completions"]
+
+    async def main():
+        target = engine()
+        async with serve(target) as url, routed(url) as r:
+            for method, good, bad in (("POST", posts, gets), ("GET", gets, posts), ("PUT", [], posts + gets + v1)):
+                for path in good + v1 if method != "PUT" else []:
+                    assert (await r.client.request(method, path)).status_code == 200
+                for path in bad:
+                    assert (await r.client.request(method, path)).status_code == 405
+            assert (await r.client.get("/model_info")).json()["model_path"] == "m"
+        assert len(target.requests) == len(posts) + len(gets) + 2 * len(v1)
+
+    asyncio.run(main())
+
+
 def test_an_escaped_path_is_not_decoded_on_the_way(serve, routed, engine):
     async def main():
         target = engine()
@@ -69,7 +122,7 @@ def test_large_binary_bodies_pass_both_ways(serve, routed, engine):
         up, down = os.urandom(3_000_001), os.urandom(5_000_003)
         target = engine(down)
         async with serve(target) as url, routed(url) as r:
-            answer = await r.post("/update_weights_from_tensor", content=up)
+            answer = await r.post("/v1/embeddings", content=up)
         assert target.requests[0][1] == up
         assert answer.content == down
 
@@ -90,7 +143,7 @@ def test_a_client_that_reads_slowly_holds_the_engine_back_and_still_gets_everyth
 
     async def main():
         async with listen(big) as url, routed(url) as r:
-            reader, writer = await _raw(r.port, b"GET /big HTTP/1.1\r\nhost: h\r\n\r\n")
+            reader, writer = await _raw(r.port, b"GET /v1/big HTTP/1.1\r\nhost: h\r\n\r\n")
             await reader.readuntil(b"\r\n\r\n")
             await asyncio.sleep(0.5)
             held = sent

@@ -9,6 +9,7 @@ import os
 import socket
 import subprocess
 import sys
+import threading
 import time
 from importlib import metadata
 from pathlib import Path
@@ -53,11 +54,11 @@ def test_the_service_starts_routes_and_leaves_no_process(serve, engine):
             async with serve(engine(b"hello")) as backend:
                 endpoint = Endpoint(url=backend, weight_version="3")
                 await asyncio.to_thread(router.register, endpoint)
-                assert await asyncio.to_thread(_get, url, "/anything") == (200, b"hello")
+                assert await asyncio.to_thread(_get, url, "/v1/anything") == (200, b"hello")
                 assert b'"weight_version":"3"' in (await asyncio.to_thread(_get, url, "/workers"))[1]
                 for _ in range(2):  # an engine that is unknown by now is no error
                     await asyncio.to_thread(router.unregister, endpoint)
-                assert (await asyncio.to_thread(_get, url, "/anything"))[0] == 503
+                assert (await asyncio.to_thread(_get, url, "/v1/anything"))[0] == 503
         finally:
             await asyncio.to_thread(router.stop)
         router.stop()
@@ -103,8 +104,56 @@ def test_a_router_that_died_says_so_when_called():
     with pytest.raises(ServiceError, match="ended with status -9"):
         router.register(Endpoint(url="http://127.0.0.1:1"))
     router.stop()
-    with pytest.raises(ServiceError, match="not started"):
+    with pytest.raises(ServiceError, match="was stopped"):
         router.register(Endpoint(url="http://127.0.0.1:1"))
+
+
+def test_a_router_that_was_never_started_says_so_when_called():
+    with pytest.raises(ServiceError, match="not started"):
+        Router(RouterOptions()).register(Endpoint(url="http://127.0.0.1:1"))
+
+
+def _stop_while_starting(router, monkeypatch):
+    """Call `stop` as soon as the child exists; return what `start` raised and the child's process id."""
+    pids, raised = [], []
+
+    def popen(*args, **kwargs):
+        # a child that would never be ready
+        process = start_child([sys.executable, "-c", "import time; time.sleep(600)"], **kwargs)
+        pids.append(process.pid)
+        return process
+
+    def start():
+        with pytest.raises(ServiceError) as caught:
+            router.start()
+        raised.append(str(caught.value))
+
+    start_child = subprocess.Popen
+    monkeypatch.setattr(subprocess, "Popen", popen)
+    thread = threading.Thread(target=start, daemon=True)
+    thread.start()
+    while not pids:
+        time.sleep(0.001)
+    router.stop()
+    thread.join(20)
+    assert not thread.is_alive()
+    return raised[0], pids
+
+
+def test_stop_ends_a_start_that_is_under_way(monkeypatch):
+    router = Router(RouterOptions())
+    raised, pids = _stop_while_starting(router, monkeypatch)
+    assert raised == "the router was stopped"
+    assert not any(map(_alive, pids))
+    assert len(pids) == 1
+
+
+def test_stop_is_final_so_that_a_late_start_leaves_no_child():
+    router = Router(RouterOptions())
+    router.stop()
+    with pytest.raises(ServiceError, match="was stopped"):
+        router.start()
+    assert router._process is None
 
 
 def test_the_token_reaches_the_child_but_not_its_command_line():

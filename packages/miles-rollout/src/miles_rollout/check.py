@@ -10,7 +10,7 @@ import msgspec
 from miles_api.errors import MilesError
 from miles_api.hookset import HookSet, configured_hooks
 from miles_api.run_options import RunOptions
-from miles_rollout.engines.local.options import LocalEngineOptions
+from miles_rollout.engines.local.options import LocalEngineOptions, check_loopback
 from miles_rollout.hook_names import CALLED, CALLED_BY_LOOP
 from miles_rollout.jsonl import read_prompts
 from miles_rollout.options import DataOptions, EvalOptions, RewardOptions, RolloutOptions
@@ -59,6 +59,7 @@ def check(config: RunConfig) -> Iterator[str]:
     if run.loss_type != "sft_loss":
         yield from _reward(config)
         yield from _lengths(config)
+        yield from _problem(lambda: check_loopback(config.group(LocalEngineOptions).engine_host))
 
 
 def _reward(config: RunConfig) -> Iterator[str]:

@@ -42,6 +42,10 @@ class State:
         self.sampling_params = _sampling_params(self.options, args.rollout_temperature)
         self.eval_sampling_params = _eval_params(self.sampling_params, options_from(args, EvalOptions))
         self._base_url = f"http://{args.sglang_router_ip}:{args.sglang_router_port}"
+        self.headers = {"Content-Type": "application/json"}
+        # The option belongs to miles-router; another router may stand in its place.
+        if "router_token" in args and args.router_token:
+            self.headers["Authorization"] = f"Bearer {args.router_token}"
         self._encode = msgspec.json.Encoder().encode
         self._decode = msgspec.json.Decoder().decode
 
@@ -60,7 +64,7 @@ class State:
         """POST JSON to the router; raise `ServiceError` with status and body when it is refused."""
         url = self._base_url + path
         try:
-            async with self._session.post(url, data=self._encode(payload), headers=_JSON) as reply:
+            async with self._session.post(url, data=self._encode(payload), headers=self.headers) as reply:
                 body = await reply.read()
         except TimeoutError as error:
             raise ServiceError(
@@ -77,9 +81,6 @@ class State:
         if "_session" in self.__dict__:
             await self._session.close()
         self.executor.shutdown(wait=False, cancel_futures=True)
-
-
-_JSON = {"Content-Type": "application/json"}
 
 
 def _sampling_params(options: RolloutOptions, temperature: float) -> dict[str, Any]:

@@ -7,14 +7,17 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
+from functools import partial
 
 import aiohttp
 import httpx
 import pytest
 
-from miles_api.errors import ServiceError
+from miles_api.errors import ConfigError, ServiceError
 from miles_api.services import EngineFleet, Placement
+from miles_rollout.engines.local.__main__ import main as serve_engine
 from miles_rollout.engines.local.fleet import LocalFleet
 from miles_rollout.engines.local.options import LocalEngineOptions
 
@@ -212,9 +215,126 @@ def test_a_port_in_use_is_said_so_before_the_model_loads(kit):
         done = subprocess.run([*command, "--port", str(port)], check=False, capture_output=True, text=True, timeout=60)
     assert done.returncode != 0
     assert f"cannot listen on 127.0.0.1:{port}" in done.stderr
-    outside = subprocess.run([*command, "--host", "0.0.0.0"], check=False, capture_output=True, text=True, timeout=60)
-    assert outside.returncode != 0
-    assert "MILES_ENGINE_API_KEY" in outside.stderr
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", "::", "", "192.0.2.1", "engine.example"])
+def test_a_fleet_that_others_could_reach_is_refused(host):
+    with pytest.raises(ConfigError, match=f"--engine-host {host or repr(host)} is not loopback"):
+        LocalFleet(LocalEngineOptions(engine_host=host), "model", seed=0)
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "127.8.8.8", "::1", "localhost"])
+def test_a_fleet_on_loopback_is_accepted(host):
+    LocalFleet(LocalEngineOptions(engine_host=host), "model", seed=0)
+
+
+@pytest.mark.parametrize("inherited", [False, True])
+def test_an_engine_refuses_a_socket_that_others_could_reach(inherited, capfd):
+    with socket.create_server(("0.0.0.0", 0)) as sock:
+        how = ["--fd", str(os.dup(sock.fileno()))] if inherited else ["--host", "0.0.0.0", "--port", "0"]
+        assert serve_engine(["--model-path", "model", *how]) == 2
+    assert "--engine-host 0.0.0.0 is not loopback" in capfd.readouterr().err
+
+
+@pytest.fixture
+def stand_in(monkeypatch):
+    """Replace engines by a Python script; the list returned fills with their process ids."""
+    start_child = subprocess.Popen
+
+    def install(script):
+        def popen(command, **kwargs):
+            descriptor = command[command.index("--fd") + 1]
+            process = start_child([sys.executable, "-S", "-c", script, descriptor], **kwargs)
+            pids.append(process.pid)
+            return process
+
+        pids = []
+        monkeypatch.setattr(subprocess, "Popen", popen)
+        return pids
+
+    return install
+
+
+SILENT = "import time; time.sleep(600)"
+HEALTHY = """
+import socket, sys
+server = socket.socket(fileno=int(sys.argv[1]))
+while True:
+    connection, _ = server.accept()
+    asked = connection.recv(4096)
+    connection.sendall(b"HTTP/1.1 200 OK\\r\\ncontent-length: 2\\r\\n\\r\\n{}")
+    connection.close()
+    if b"/continue_generation" in asked:
+        sys.stderr.write("first\\nKeyError: 'cache'\\n")
+        sys.exit(3)
+"""
+
+
+def gone(pid):
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return True
+    return False
+
+
+@pytest.mark.parametrize("restarted", [False, True])
+def test_stop_ends_a_start_that_is_under_way(stand_in, restarted):
+    fleet = LocalFleet(LocalEngineOptions(), "model", seed=0)
+    if restarted:
+        stand_in(HEALTHY)
+        fleet.start([Placement(), Placement()])
+    pids, raised = stand_in(SILENT), []
+
+    def start():
+        begin = partial(fleet.restart, 1) if restarted else partial(fleet.start, [Placement(), Placement()])
+        with pytest.raises(ServiceError) as caught:
+            begin()
+        raised.append(str(caught.value))
+
+    thread = threading.Thread(target=start, daemon=True)
+    thread.start()
+    while not pids:
+        time.sleep(0.001)
+    fleet.stop()
+    thread.join(20)  # the start itself would wait for 300 s
+    assert raised == ["the engines were stopped"]
+    assert all(map(gone, pids))
+    assert fleet.endpoints() == []
+
+
+def test_stop_is_final_so_that_a_late_start_leaves_no_engine(stand_in):
+    pids = stand_in(SILENT)
+    fleet = LocalFleet(LocalEngineOptions(), "model", seed=0)
+    fleet.stop()
+    for call in (lambda: fleet.start([Placement()]), lambda: fleet.restart(0)):
+        with pytest.raises(ServiceError, match="were stopped"):
+            call()
+    assert pids == []
+
+
+def test_an_engine_that_dies_says_why_and_one_that_is_stopped_or_replaced_says_nothing(stand_in, capfd):
+    pids = stand_in(HEALTHY)
+    fleet = LocalFleet(LocalEngineOptions(), "model", seed=0)
+    fleet.start([Placement()])
+    try:
+        fleet.restart(0)
+        assert fleet.why_dead() == []
+        fleet.resume()
+        shown = ""
+        deadline = time.monotonic() + 10
+        while "KeyError" not in shown and time.monotonic() < deadline:
+            time.sleep(0.01)
+            shown += capfd.readouterr().err
+        text = f"engine 0 (pid {pids[1]}) died with exit code 3: first"
+        assert shown == f"{text}\nKeyError: 'cache'\n"
+        assert fleet.why_dead() == [f"{text} | KeyError: 'cache'"]
+        fleet.restart(0)
+        assert fleet.why_dead() == []
+    finally:
+        fleet.stop()
+    assert fleet.why_dead() == []
+    assert capfd.readouterr().err == ""
 
 
 def test_an_engine_dies_with_its_parent(kit, tmp_path):

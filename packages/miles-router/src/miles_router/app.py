@@ -1,4 +1,4 @@
-"""The router as a plain ASGI application: a handful of management endpoints, everything else is proxied.
+"""The router as a plain ASGI application: a handful of management endpoints, inference is proxied, the rest is 404.
 
 The endpoints answer to the names of both generations of SGLang's router (`/add_worker?url=`, `/workers`), so that
 launch scripts written for either keep working.
@@ -7,8 +7,7 @@ launch scripts written for either keep working.
 from __future__ import annotations
 
 import asyncio
-import hmac
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, NamedTuple
 from urllib.parse import parse_qs, unquote
 
@@ -16,9 +15,10 @@ import msgspec
 
 from miles_api.errors import ConfigError
 
+from .access import allowed_methods, bears, comes_from_a_web_page
 from .health import HealthProber
 from .policies import make_policy
-from .proxy import RETRY_AFTER_S, Proxy, Receive, Scope, Send, read_body, send_json
+from .proxy import RETRY_AFTER_S, BodyTooLargeError, Proxy, Receive, Scope, Send, read_body, send_json
 from .workers import WorkerRegistry
 
 if TYPE_CHECKING:
@@ -49,8 +49,15 @@ class RouterApp:
     def __init__(self, options: RouterOptions) -> None:
         self._prober = HealthProber(options.router_health_interval)
         self.registry = WorkerRegistry(lambda worker: self._prober.watch(self.registry, worker))
-        self._proxy = Proxy(self.registry, make_policy(options.router_policy), options.router_request_timeout)
-        self._token = options.router_token
+        self._token = None if options.router_token is None else options.router_token.encode()
+        self._max_body = options.router_max_body_bytes
+        self._proxy = Proxy(
+            self.registry,
+            make_policy(options.router_policy),
+            options.router_request_timeout,
+            max_body=self._max_body,
+            keep_authorization=self._token is None,
+        )
         self._background: asyncio.Task[None] | None = None
         self._routes: dict[str, dict[str, _Handler]] = {
             "/add_worker": {"POST": self._add_by_query},
@@ -75,31 +82,40 @@ class RouterApp:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer one HTTP request, or forward it."""
         path = scope["path"]
-        methods = self._routes.get(path)
-        if methods is None and path.startswith("/workers/"):
-            methods = self._delete_route
-        if methods is not None:
-            await self._manage(methods, scope, receive, send)
-        elif path == "/health":
+        if path == "/health":
             await self._health(send)
+            return
+        headers = scope["headers"]
+        if self._token is not None and not bears(headers, self._token):
+            await _refuse(send, 401, "the router needs `Authorization: Bearer <--router-token>`")
+        elif comes_from_a_web_page(headers):
+            await _refuse(send, 403, "the router is not for browsers")
         else:
+            try:
+                await self._admit(path, scope, receive, send)
+            except BodyTooLargeError:
+                await _refuse(send, 413, f"the body is longer than --router-max-body-bytes {self._max_body}")
+
+    async def _admit(self, path: str, scope: Scope, receive: Receive, send: Send) -> None:
+        allowed = allowed_methods(path)
+        if scope["method"] in allowed:
             await self._proxy(scope, receive, send)
+        elif allowed:
+            await _refuse_method(send, path, allowed)
+        elif (routes := self._routes.get(path)) is not None:
+            await self._manage(routes, scope, receive, send)
+        elif path.startswith("/workers/"):
+            await self._manage(self._delete_route, scope, receive, send)
+        else:
+            text = f"the router does not forward {path}: control endpoints are called on the engines directly"
+            await _refuse(send, 404, text)
 
     async def _manage(self, methods: dict[str, _Handler], scope: Scope, receive: Receive, send: Send) -> None:
-        headers = dict(scope["headers"])
-        if self._token is not None and not _bears(headers.get(b"authorization", b""), self._token):
-            await _refuse(send, 401, "this endpoint needs `Authorization: Bearer <--router-token>`")
-            return
-        if b"origin" in headers:
-            # a web page could otherwise make a browser on this machine register an engine of the page's choice
-            await _refuse(send, 403, "this endpoint is not for browsers")
-            return
         handler = methods.get(scope["method"])
         if handler is None:
-            allow = (b"allow", ", ".join(methods).encode())
-            await _refuse(send, 405, f"{scope['path']} takes {', '.join(methods)}", allow)
+            await _refuse_method(send, scope["path"], methods)
             return
-        body = await read_body(receive)
+        body = await read_body(receive, self._max_body)
         if body is None:
             return
         try:
@@ -149,11 +165,6 @@ class RouterApp:
         return 200, {"workers": [worker.describe() for worker in self.registry]}
 
 
-def _bears(authorization: bytes, token: str) -> bool:
-    scheme, _, given = authorization.partition(b" ")
-    return scheme.lower() == b"bearer" and hmac.compare_digest(given.strip(), token.encode())
-
-
 def _query_url(call: _Call) -> str:
     urls = parse_qs(call.query.decode("latin-1")).get("url", [])
     if len(urls) != 1:
@@ -163,3 +174,8 @@ def _query_url(call: _Call) -> str:
 
 async def _refuse(send: Send, status: int, message: str, *extra: tuple[bytes, bytes]) -> None:
     await send_json(send, status, {"error": {"message": message, "type": "refused", "code": status}}, *extra)
+
+
+async def _refuse_method(send: Send, path: str, methods: Iterable[str]) -> None:
+    taken = ", ".join(methods)
+    await _refuse(send, 405, f"{path} takes {taken}", (b"allow", taken.encode()))

@@ -36,6 +36,7 @@ class RouterCommand:
         add("--policy", "--router-policy", "router_policy", choices=policies)
         add("--health-interval", "--router-health-interval", "router_health_interval", type=float, metavar="SECONDS")
         add("--request-timeout", "--router-request-timeout", "router_request_timeout", type=float, metavar="SECONDS")
+        add("--max-body-bytes", "--router-max-body-bytes", "router_max_body_bytes", type=int, metavar="BYTES")
         add("--token", "--router-token", "router_token", metavar="TOKEN")
         parser.add_argument(
             "--worker", action="append", default=[], metavar="URL", help="an engine to start with (repeatable)"

@@ -31,8 +31,10 @@ class RouterOptions(Options, frozen=True, kw_only=True):
     """Longest wait, in seconds, between two probes of an unhealthy engine; the first comes after a tenth of it."""
     router_request_timeout: Annotated[float, msgspec.Meta(gt=0)] = 1800.0
     """Seconds an engine may stay silent during one request before the client gets a 504."""
+    router_max_body_bytes: Annotated[int, msgspec.Meta(ge=1)] = 64 << 20
+    """Longest request body, in bytes, that the router accepts; it holds each one in memory until it is answered."""
     router_token: Annotated[str, msgspec.Meta(min_length=1, extra={"secret": True})] | None = None
-    """Bearer token that registering, removing and listing engines then needs; generation itself never needs it."""
+    """Bearer token that every request then needs, generation included; only `/health` answers without it."""
 
 
 def is_loopback(host: str) -> bool:
@@ -53,5 +55,5 @@ def check_binding(options: RouterOptions) -> None:
     if options.router_token is None and not is_loopback(options.sglang_router_ip):
         raise ConfigError(
             f"--sglang-router-ip {options.sglang_router_ip} can be reached from other machines, where anyone could "
-            "register an engine: set --router-token, or listen on 127.0.0.1"
+            "use and register engines: set --router-token, or listen on 127.0.0.1"
         )

@@ -1,4 +1,4 @@
-"""Every request that is not ours goes to one engine, and its answer comes back as it arrives.
+"""A request for inference goes to one engine, and its answer comes back as it arrives.
 
 An attempt ends in one of four ways. The engine answers: status, headers and body pass through. It cannot be
 connected: it is quarantined and any other engine is tried. It hangs up before answering: one other engine is tried,
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from .policies import Policy
     from .workers import Worker, WorkerRegistry
 
-__all__ = ["Message", "Proxy", "Receive", "Scope", "Send", "read_body", "send_json"]
+__all__ = ["BodyTooLargeError", "Message", "Proxy", "Receive", "Scope", "Send", "read_body", "send_json"]
 
 Scope = MutableMapping[str, Any]
 Message = MutableMapping[str, Any]
@@ -45,17 +45,25 @@ _BLAME: dict[type[UpstreamError], tuple[int, str]] = {
 RETRY_AFTER_S = 1
 
 
-async def read_body(receive: Receive) -> bytes | None:
-    """Return the whole request body, or None if the client left before sending all of it."""
-    message = await receive()
-    if message["type"] == "http.request" and not message.get("more_body", False):
-        return message.get("body", b"")
-    parts = []
-    while message["type"] == "http.request":
-        parts.append(message.get("body", b""))
+class BodyTooLargeError(Exception):
+    """A request body exceeds the limit; nothing was sent to any engine, nor back."""
+
+
+async def read_body(receive: Receive, limit: int) -> bytes | None:
+    """Return the whole request body, or None if the client left before sending all of it.
+
+    Raises `BodyTooLargeError` as soon as there are more than `limit` bytes.
+    """
+    parts: list[bytes] = []
+    size = 0
+    while (message := await receive())["type"] == "http.request":
+        part = message.get("body", b"")
+        size += len(part)
+        if size > limit:
+            raise BodyTooLargeError
         if not message.get("more_body", False):
-            return b"".join(parts)
-        message = await receive()
+            return b"".join((*parts, part)) if parts else part
+        parts.append(part)
     return None
 
 
@@ -69,17 +77,24 @@ async def send_json(send: Send, status: int, value: object, *extra: tuple[bytes,
 
 
 class Proxy:
-    """Forward requests to the healthy workers of `registry`; a silent engine is given up after `timeout` seconds."""
+    """Forward requests to the healthy workers of `registry`; a silent engine is given up after `timeout` seconds.
 
-    def __init__(self, registry: WorkerRegistry, policy: Policy, timeout: float) -> None:
+    Bodies of more than `max_body` bytes are refused. `keep_authorization` is False where that header is our own token.
+    """
+
+    def __init__(
+        self, registry: WorkerRegistry, policy: Policy, timeout: float, *, max_body: int, keep_authorization: bool
+    ) -> None:
         self._registry = registry
         self._policy = policy
         self._timeout = timeout
+        self._max_body = max_body
+        self._not_forwarded = _NOT_FORWARDED if keep_authorization else _NOT_FORWARDED | {b"authorization"}
         self._active: set[UpstreamConnection] = set()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Forward one HTTP request."""
-        body = await read_body(receive)
+        """Forward one HTTP request. Raises `BodyTooLargeError`."""
+        body = await read_body(receive, self._max_body)
         if body is None:
             return
         failed: dict[Worker, UpstreamError] = {}
@@ -118,7 +133,7 @@ class Proxy:
 
     async def _attempt(self, worker: Worker, scope: Scope, body: bytes, receive: Receive, send: Send) -> None:
         """Get one answer from `worker` to the client. Raises an `UpstreamError` while nothing was sent back."""
-        head = _request_head(scope, worker.host, len(body))
+        head = _request_head(scope, worker.host, len(body), self._not_forwarded)
         head_only = scope["method"] == "HEAD"
         connection = worker.pool.take_idle()
         if connection is not None:
@@ -187,13 +202,13 @@ def _nominated(headers: list[tuple[bytes, bytes]]) -> frozenset[bytes]:
     return frozenset(names) - {b"host", b"content-length"}
 
 
-def _request_head(scope: Scope, host: bytes, length: int) -> bytes:
+def _request_head(scope: Scope, host: bytes, length: int, not_forwarded: frozenset[bytes]) -> bytes:
     headers: list[tuple[bytes, bytes]] = scope["headers"]
     parts = [scope["method"].encode(), b" ", scope["raw_path"]]
     if scope["query_string"]:
         parts += (b"?", scope["query_string"])
     parts.append(b" HTTP/1.1\r\n")
-    dropped = _NOT_FORWARDED | _nominated(headers)
+    dropped = not_forwarded | _nominated(headers)
     framed = length > 0
     hosted = False
     for name, value in headers:

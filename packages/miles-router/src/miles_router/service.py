@@ -33,6 +33,7 @@ _CALL_TIMEOUT_S = 10.0
 _POLL_S = 0.02
 _OK = 200
 _NOT_FOUND = 404
+_STOPPED = "the router was stopped"
 
 
 def create(config: RunConfig) -> Router:
@@ -47,6 +48,8 @@ class Router:
         """Check the options. Raises `ConfigError`."""
         check_binding(options)
         self._options = options
+        self._lock = threading.Lock()  # `stop` may come from another thread while `start` waits
+        self._stopped = False
         self._process: subprocess.Popen[str] | None = None
         self._url = ""
         self._errors: collections.deque[str] = collections.deque(maxlen=30)
@@ -55,31 +58,14 @@ class Router:
     def start(self) -> str:
         """Start the child and return its base URL once it answers.
 
-        Raises `ServiceError` with the child's last words if it dies, or if it says nothing until the deadline.
+        Raises `ServiceError` with the child's last words if it dies, if it says nothing until the deadline, or if
+        `stop` is called before or meanwhile.
         """
-        if self._process is not None:
-            raise ServiceError("the router is already started")
-        self._url = ""
-        self._errors.clear()
-        # a session of its own: Ctrl-C is for the driver, which still needs the router while it shuts down
-        self._process = subprocess.Popen(
-            self._command_line(),
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            errors="replace",
-            env=self._environment(),
-            start_new_session=True,
-        )
-        self._readers = [
-            self._read(self._process.stdout, self._on_line),
-            self._read(self._process.stderr, self._on_error),
-        ]
+        process = self._spawn()
         try:
-            self._wait_ready(self._process)
+            self._wait_ready(process)
         except BaseException:
-            self.stop()
+            self._end()
             raise
         return self._url
 
@@ -96,8 +82,39 @@ class Router:
         self._call("POST", f"/remove_worker?url={quote(endpoint.url, safe='')}", missing_ok=True)
 
     def stop(self) -> None:
-        """End the child; safe to call twice, or before `start`."""
-        process, self._process = self._process, None
+        """End the child, for good; safe to call twice, before `start`, or while another thread is in it."""
+        with self._lock:
+            self._stopped = True
+        self._end()
+
+    def _spawn(self) -> subprocess.Popen[str]:
+        with self._lock:
+            if self._stopped:
+                raise ServiceError(_STOPPED)
+            if self._process is not None:
+                raise ServiceError("the router is already started")
+            self._url = ""
+            self._errors.clear()
+            # a session of its own: Ctrl-C is for the driver, which still needs the router while it shuts down
+            self._process = process = subprocess.Popen(
+                self._command_line(),
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+                errors="replace",
+                env=self._environment(),
+                start_new_session=True,
+            )
+            self._readers = [
+                self._read(process.stdout, self._on_line),
+                self._read(process.stderr, self._on_error),
+            ]
+            return process
+
+    def _end(self) -> None:
+        with self._lock:
+            process, self._process = self._process, None
         if process is None:
             return
         process.terminate()
@@ -117,6 +134,7 @@ class Router:
             "--policy": options.router_policy,
             "--health-interval": options.router_health_interval,
             "--request-timeout": options.router_request_timeout,
+            "--max-body-bytes": options.router_max_body_bytes,
             "--parent-pid": os.getpid(),
         }
         return [sys.executable, "-P", "-m", "miles_router", *(f"{flag}={value}" for flag, value in flags.items())]
@@ -151,7 +169,10 @@ class Router:
     def _wait_ready(self, process: subprocess.Popen[str]) -> None:
         deadline = time.monotonic() + _START_DEADLINE_S
         while not self._url:
-            if process.poll() is not None:
+            ended = process.poll() is not None  # asked first: `stop` says so before it ends the child
+            if self._stopped:
+                raise ServiceError(_STOPPED)
+            if ended:
                 for reader in self._readers:
                     reader.join()
                 said = "\n  ".join(self._errors) or "(nothing on stderr)"
@@ -165,7 +186,7 @@ class Router:
     def _call(self, method: str, path: str, body: object = None, *, missing_ok: bool = False) -> None:
         process = self._process
         if process is None:
-            raise ServiceError("the router is not started")
+            raise ServiceError(_STOPPED if self._stopped else "the router is not started")
         parts = urlsplit(self._url)
         headers = {"content-type": "application/json"}
         if self._options.router_token is not None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import asyncio
 import gc
-import ipaddress
 import os
 import socket
 import sys
@@ -18,11 +17,13 @@ import torch
 import uvicorn
 import uvloop
 
+from miles_api.errors import ConfigError
 from miles_rollout.engines.local.control import Control
 from miles_rollout.engines.local.engine import Engine
 from miles_rollout.engines.local.errors import CheckpointError, UnsupportedModelError
 from miles_rollout.engines.local.generate import JobFactory
 from miles_rollout.engines.local.model import load_model
+from miles_rollout.engines.local.options import check_loopback
 from miles_rollout.engines.local.scheduler import Limits, Scheduler
 from miles_rollout.engines.local.server import App
 from miles_rollout.engines.local.tokenizer import TextCodec
@@ -33,14 +34,16 @@ if TYPE_CHECKING:
 
 __all__ = ["main"]
 
-_KEY_VARIABLE = "MILES_ENGINE_API_KEY"
-
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m miles_rollout.engines.local", description=__doc__)
     add = parser.add_argument
     add("--model-path", required=True, help="Hugging Face directory: config.json, tokenizer, safetensors")
-    add("--host", default="127.0.0.1", help=f"off loopback an API key in ${_KEY_VARIABLE} is required")
+    add(
+        "--host",
+        default="127.0.0.1",
+        help="--engine-host of a run: a loopback address, as nobody is asked for a key",
+    )
     add("--port", type=int, default=30000, help="0 takes a free one, named on stdout")
     add("--fd", type=int, default=None, help="a listening socket inherited from the parent, instead of host and port")
     add("--max-running-requests", type=int, default=256)
@@ -53,28 +56,23 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _socket(args: argparse.Namespace, api_key: str) -> socket.socket:
+def _socket(args: argparse.Namespace) -> socket.socket:
+    """Open or inherit the listening socket; whoever bound it, its address must be loopback."""
     if args.fd is not None:
-        return socket.socket(fileno=args.fd)
-    if not api_key and not _is_loopback(args.host):
-        raise SystemExit(f"engine: --host {args.host} is reachable from outside; set an API key in ${_KEY_VARIABLE}")
+        sock = socket.socket(fileno=args.fd)
+        check_loopback(sock.getsockname()[0])
+        return sock
     family = socket.AF_INET6 if ":" in args.host else socket.AF_INET
     sock = socket.socket(family, socket.SOCK_STREAM)
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         sock.bind((args.host, args.port))
+        check_loopback(sock.getsockname()[0])
         # Without this a second engine could bind the same port while the first one still loads its model.
         sock.listen(2048)
     except OSError as error:
         raise SystemExit(f"engine: cannot listen on {args.host}:{args.port}: {error.strerror or error}") from None
     return sock
-
-
-def _is_loopback(host: str) -> bool:
-    try:
-        return host == "localhost" or ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
 
 
 def _free_memory() -> int:
@@ -92,7 +90,7 @@ def _watch_parent(pid: int) -> None:
     threading.Thread(target=watch, name="parent-watch", daemon=True).start()
 
 
-async def _serve(args: argparse.Namespace, scheduler: Scheduler, sock: socket.socket, api_key: str) -> int:
+async def _serve(args: argparse.Namespace, scheduler: Scheduler, sock: socket.socket) -> int:
     loop = asyncio.get_running_loop()
     model = scheduler.model
 
@@ -109,7 +107,7 @@ async def _serve(args: argparse.Namespace, scheduler: Scheduler, sock: socket.so
         "pid": os.getpid(),
     }
     factory = JobFactory(scheduler.codec, model.vocab_size, model.max_positions, args.seed)
-    app = App(Control(engine, info), engine, factory, api_key)
+    app = App(Control(engine, info), engine, factory)
     config = uvicorn.Config(
         app,
         loop="none",
@@ -143,17 +141,16 @@ async def _serve(args: argparse.Namespace, scheduler: Scheduler, sock: socket.so
 def main(argv: list[str] | None = None) -> int:
     """Load the model, then serve until told to stop; return the exit status."""
     args = _parser().parse_args(argv)
-    api_key = os.environ.get(_KEY_VARIABLE, "")
     torch.set_num_threads(1)
     if args.parent_pid is not None:
         _watch_parent(args.parent_pid)
-    sock = _socket(args, api_key)
     try:
+        sock = _socket(args)
         directory = check_model_dir(args.model_path)
         codec = TextCodec(Path(directory))
         with torch.inference_mode():
             model = load_model(directory, args.impl, args.max_total_len)
-    except (CheckpointError, UnsupportedModelError) as error:
+    except (CheckpointError, ConfigError, UnsupportedModelError) as error:
         print(f"engine: {error}", file=sys.stderr, flush=True)
         return 2
     kv_bytes = int(args.kv_gib * 2**30) if args.kv_gib is not None else _free_memory() // 2
@@ -169,7 +166,7 @@ def main(argv: list[str] | None = None) -> int:
     host, port = sock.getsockname()[:2]
     print(f"engine: {model.impl} forward of {args.model_path} on http://{host}:{port}", flush=True)
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        return runner.run(_serve(args, scheduler, sock, api_key))
+        return runner.run(_serve(args, scheduler, sock))
 
 
 if __name__ == "__main__":

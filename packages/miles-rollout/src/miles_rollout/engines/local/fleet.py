@@ -5,68 +5,64 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import signal
 import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
-import urllib.error
 import urllib.request
-from dataclasses import dataclass
-from typing import IO, TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any
 
 from miles_api.errors import ServiceError
 from miles_api.services import Endpoint, Placement
+from miles_rollout.engines.local.child import Child
+from miles_rollout.engines.local.options import check_loopback
 
 if TYPE_CHECKING:
     from miles_rollout.engines.local.options import LocalEngineOptions
 
 __all__ = ["LocalFleet"]
 
-_STOP_GRACE, _REQUEST_TIMEOUT, _POLL = 5.0, 30.0, 0.05
-_TAIL_LINES = 20
-_KEY_VARIABLE = "MILES_ENGINE_API_KEY"
-
-
-@dataclass
-class _Child:
-    process: subprocess.Popen
-    endpoint: Endpoint
-    errors: IO[bytes]
-    """Its stderr, a deleted temporary file."""
-
-    def last_lines(self) -> str:
-        """Return the end of what it wrote on stderr."""
-        self.errors.flush()
-        self.errors.seek(0)
-        return "\n".join(self.errors.read().decode(errors="replace").splitlines()[-_TAIL_LINES:])
+_REQUEST_TIMEOUT, _POLL = 30.0, 0.05
 
 
 class LocalFleet:
-    """An `EngineFleet` of CPU engines on this machine."""
+    """An `EngineFleet` of CPU engines on this machine, for one start and one stop.
+
+    An engine that dies by itself, once it has answered, is reported on stderr with its last words.
+    """
 
     def __init__(self, options: LocalEngineOptions, model_path: str, seed: int) -> None:
+        """Check the address; nothing starts yet. Raises `ConfigError` unless `--engine-host` is loopback."""
+        check_loopback(options.engine_host)
         self._options, self._model_path, self._seed = options, model_path, seed
         self._placements: list[Placement] = []
-        self._children: list[_Child] = []
+        self._children: list[Child] = []
+        self._stopped = threading.Event()
+        # held while an engine is added: `stop`, which may come from another thread, finds all or prevents it
+        self._lock = threading.Lock()
 
     def start(self, placements: list[Placement]) -> None:
         """Start one engine for each placement and wait until all answer.
 
         Raises:
-            ServiceError: a placement has GPUs, or an engine died (with the end of its stderr) or took too long.
+            ServiceError: a placement has GPUs, an engine died (with the end of its stderr) or took too long, or
+                `stop` was called before or meanwhile.
         """
         if any(placement.gpu_ids for placement in placements):
             raise ServiceError("the local engine runs on CPU threads; it cannot be placed on GPUs")
+        if self._children:
+            raise ServiceError("the engines are already started")
         self._placements = list(placements)
         try:
-            self._children.extend(self._launch(index) for index in range(len(placements)))
+            children = [self._launch(index) for index in range(len(placements))]
             deadline = time.monotonic() + self._options.engine_start_timeout
-            for index, child in enumerate(self._children):
-                self._await_health(index, child, deadline)
+            for child in children:
+                self._await_health(child, deadline)
+            self._refuse_if_stopped()
         except BaseException:
-            self.stop()
+            self._end_all()
             raise
 
     def endpoints(self) -> list[Endpoint]:
@@ -85,23 +81,46 @@ class LocalFleet:
         """Replace engine `index`; the new one keeps requests waiting until its weights are updated or it is resumed.
 
         Raises:
-            ServiceError: it does not start.
+            ServiceError: it does not start, or `stop` was called before or meanwhile.
         """
-        _end(self._children[index])
-        self._children[index] = child = self._launch(index, "--await-weights")
-        self._await_health(index, child, time.monotonic() + self._options.engine_start_timeout)
+        with self._lock:
+            self._refuse_if_stopped()
+            old = self._children[index]
+        old.end()
+        child = self._launch(index, "--await-weights")
+        self._await_health(child, time.monotonic() + self._options.engine_start_timeout)
         return child.endpoint
 
-    def stop(self) -> None:
-        """End every engine; may be called twice."""
-        for child in self._children:
-            with contextlib.suppress(ProcessLookupError):
-                child.process.send_signal(signal.SIGTERM)
-        for child in self._children:
-            _end(child)
-        self._children.clear()
+    def why_dead(self) -> list[str]:
+        """Return one line for each engine that died by itself: its index, exit code and last words."""
+        return [text.replace("\n", " | ") for child in list(self._children) if (text := child.why_dead())]
 
-    def _launch(self, index: int, *extra: str) -> _Child:
+    def stop(self) -> None:
+        """End every engine, for good; may be called twice, before `start`, or while another thread is in it."""
+        self._stopped.set()
+        self._end_all()
+
+    def _end_all(self) -> None:
+        with self._lock:
+            children, self._children = self._children, []
+        for child in children:
+            child.tell_to_end()
+        for child in children:
+            child.end()
+
+    def _refuse_if_stopped(self) -> None:
+        if self._stopped.is_set():
+            raise ServiceError("the engines were stopped")
+
+    def _launch(self, index: int, *extra: str) -> Child:
+        """Start an engine at place `index`."""
+        with self._lock:
+            self._refuse_if_stopped()
+            child = self._spawn(index, *extra)
+            self._children[index : index + 1] = [child]
+        return child
+
+    def _spawn(self, index: int, *extra: str) -> Child:
         options = self._options
         sock = self._listen(index)
         host, port = sock.getsockname()[:2]
@@ -122,10 +141,12 @@ class LocalFleet:
                 stderr=errors,
                 env=environment,
                 pass_fds=(sock.fileno(),),
+                # Ctrl-C is for the driver, which then stops its engines; they are not to die on their own first
+                start_new_session=True,
             )
         shown = f"[{host}]" if ":" in host else host
         endpoint = Endpoint(url=f"http://{shown}:{port}", node=self._placements[index].node)
-        return _Child(process, endpoint, errors)
+        return Child(index, process, endpoint, errors)
 
     def _listen(self, index: int) -> socket.socket:
         """Open the engine's socket here, so that no other process can take the port before it listens."""
@@ -141,23 +162,27 @@ class LocalFleet:
             raise ServiceError(f"engine {index} cannot listen on {options.engine_host}:{port}: {error}") from None
         return sock
 
-    def _await_health(self, index: int, child: _Child, deadline: float) -> None:
+    def _await_health(self, child: Child, deadline: float) -> None:
+        """Wait until `child` answers, and watch it from then on."""
         while True:
-            status = child.process.poll()
+            status = child.process.poll()  # asked first: `stop` says so before it ends a child
+            self._refuse_if_stopped()
             if status is not None:
-                raise ServiceError(f"engine {index} ended with status {status} at start:\n{child.last_lines()}")
+                raise ServiceError(f"engine {child.index} ended with status {status} at start:\n{child.last_lines()}")
             left = deadline - time.monotonic()
             if left <= 0:
                 raise ServiceError(
-                    f"engine {index} did not answer within {self._options.engine_start_timeout:g} s "
+                    f"engine {child.index} did not answer within {self._options.engine_start_timeout:g} s "
                     f"(--engine-start-timeout):\n{child.last_lines()}"
                 )
             try:
                 # The socket listens from the start, so this waits in its queue while the model loads.
                 _request(child.endpoint.url + "/health", None, min(1.0, left))
-                return
             except OSError:
-                time.sleep(_POLL)
+                self._stopped.wait(_POLL)
+            else:
+                child.watch()
+                return
 
     def _post_all(self, path: str, body: dict[str, Any]) -> None:
         for index, child in enumerate(self._children):
@@ -170,27 +195,15 @@ class LocalFleet:
 def _request(url: str, body: dict[str, Any] | None, timeout: float) -> dict[str, Any]:
     data = None if body is None else json.dumps(body).encode()
     request = urllib.request.Request(url, data, {"content-type": "application/json"})
-    if key := os.environ.get(_KEY_VARIABLE):
-        request.add_header("authorization", f"Bearer {key}")
     with urllib.request.urlopen(request, timeout=timeout) as reply:
         return json.loads(reply.read())
 
 
-def _with_version(child: _Child) -> Endpoint:
+def _with_version(child: Child) -> Endpoint:
     endpoint = child.endpoint
     version = ""
     if child.process.poll() is None:
-        with contextlib.suppress(urllib.error.URLError, TimeoutError):
+        with contextlib.suppress(OSError):
             version = _request(endpoint.url + "/model_info", None, _REQUEST_TIMEOUT)["weight_version"]
     # SGLang's name for weights that were never synchronised.
     return Endpoint(url=endpoint.url, node=endpoint.node, weight_version="" if version == "default" else version)
-
-
-def _end(child: _Child) -> None:
-    child.process.terminate()
-    try:
-        child.process.wait(_STOP_GRACE)
-    except subprocess.TimeoutExpired:
-        child.process.kill()
-        child.process.wait()
-    child.errors.close()

@@ -32,9 +32,8 @@ Send = Callable[[dict[str, Any]], Awaitable[None]]
 class App:
     """The ASGI application of one engine."""
 
-    def __init__(self, control: Control, engine: Engine, factory: JobFactory, api_key: str = "") -> None:
+    def __init__(self, control: Control, engine: Engine, factory: JobFactory) -> None:
         self.control, self.engine, self.factory = control, engine, factory
-        self._api_key = f"Bearer {api_key}".encode() if api_key else b""
         self._routes = control.routes()
 
     def deliver(self, news: News) -> None:
@@ -55,9 +54,7 @@ class App:
         """Serve one request."""
         path = scope["path"]
         try:
-            if self._api_key and path != "/health" and dict(scope["headers"]).get(b"authorization") != self._api_key:
-                await _reply(send, 401, b'{"error":{"message":"missing or wrong API key"}}')
-            elif path == "/generate" and scope["method"] in ("POST", "PUT"):
+            if path == "/generate" and scope["method"] in ("POST", "PUT"):
                 await self._generate(receive, send)
             elif (route := self._routes.get(path)) is None:
                 await _reply(send, 404, _encode({"error": {"message": f"no such endpoint: {path}"}}))
