@@ -60,8 +60,10 @@ class RolloutWorker:
         self._data_source = self._hooks.need("data_source").target(self._source_args)
         self._rollout = self._ready(self._hooks.need("rollout"))
         eval_hook = self._hooks.one("eval_rollout")
-        same = eval_hook is None or eval_hook.reference == self._rollout.reference
-        self._eval = self._rollout if same else self._ready(eval_hook)
+        if eval_hook is None or eval_hook.reference == self._rollout.reference:
+            self._eval = self._rollout
+        else:
+            self._eval = self._ready(eval_hook)
 
     def _ready(self, hook: BoundHook) -> BoundHook:
         """Build the class form, once."""
