@@ -1,6 +1,6 @@
 """The quickstart's job on Miles and as a plain transformers script, one after the other: ratios of seconds per rollout.
 
-Run `hatch run prepare` and `hatch run warmup` first. Start-up is reported apart. The machine should be idle.
+Run `hatch run prepare` first. Start-up is reported apart. The machine should be idle.
 """
 
 import argparse

@@ -14,7 +14,9 @@ QUICKSTART = ROOT / "examples" / "quickstart"
 def quickstart_data(tmp_path_factory):
     """The quickstart's model (without the warm-up) and prompts."""
     folder = tmp_path_factory.mktemp("quickstart")
-    subprocess.run([sys.executable, str(QUICKSTART / "prepare.py"), "--out", str(folder)], check=True, timeout=120)
+    subprocess.run(
+        [sys.executable, str(QUICKSTART / "prepare.py"), "--out", str(folder), "--no-warm-up"], check=True, timeout=120
+    )
     return folder
 
 

@@ -1,9 +1,15 @@
-"""Make the quickstart's model and prompts below data/: a random Qwen3 of 0.3 M parameters, a character tokenizer,
-training and held-out prompts that share no digit sequence, and warm-up lines that show the format only."""
+"""Make the quickstart's prompts and model below data/.
+
+A random Qwen3 of 0.3 M parameters with a character tokenizer, training and held-out prompts that share no digit
+sequence, and a supervised warm-up by `miles train` on answers in random order: it teaches which characters to write and
+when to stop, not to sort.
+"""
 
 import argparse
 import json
 import random
+import subprocess
+import sys
 from pathlib import Path
 
 import torch
@@ -50,10 +56,25 @@ def write_lines(file: Path, rows: list[tuple[str, str]]) -> None:
     print(f"{file}: {len(rows)} lines")
 
 
+def warm_up(folder: Path, seed: int) -> None:
+    """Train data/model on data/warmup.jsonl for 150 steps; the result is data/warm, where the run starts."""
+    options = {
+        "loss-type": "sft_loss", "hf-checkpoint": folder / "model", "prompt-data": folder / "warmup.jsonl",
+        "num-rollout": 150, "rollout-batch-size": 64, "n-samples-per-prompt": 1, "num-steps-per-rollout": 1,
+        "lr": 3e-3, "lr-decay-style": "cosine", "lr-warmup-iters": 10, "adam-beta2": 0.98, "seed": seed,
+        "run-dir": folder / "warmup-run", "save-hf": folder / "warm",
+    }  # fmt: skip
+    flags = [word for name, value in options.items() for word in (f"--{name}", str(value))]
+    run_file = Path(__file__).parent / "run.toml"
+    command = [sys.executable, "-m", "miles_api.cli", "train", str(run_file), *flags, "--overwrite"]
+    subprocess.run(command, check=True)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "data")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--warm-up", action=argparse.BooleanOptionalAction, default=True)
     options = parser.parse_args()
     rng = random.Random(options.seed)
     held_out: set[str] = set()
@@ -68,8 +89,9 @@ def main() -> None:
     make_model(options.out / "model", options.seed)
     write_lines(options.out / "train.jsonl", [(s, "".join(sorted(s))) for s in training(4000)])
     write_lines(options.out / "heldout.jsonl", [(s, "".join(sorted(s))) for s in sorted(held_out)])
-    # The warm-up's answers are random orders: it teaches which characters to write and when to stop, not to sort.
     write_lines(options.out / "warmup.jsonl", [(s, "".join(rng.sample(s, len(s)))) for s in training(9600)])
+    if options.warm_up:
+        warm_up(options.out, options.seed)
 
 
 if __name__ == "__main__":

@@ -98,8 +98,10 @@ class InferenceRollout:
         groups = self._data_source.get_samples(count)
         if not groups and not running:
             raise DataError("the data source handed out no group: a rollout cannot be filled")
+        # Without filters and oversampling a group is left over only when the run fails: then no copy is worth its time.
+        may_return = bool(self._hooks.many("dynamic_filter")) or self._options.over_sampling_batch_size is not None
         for group in groups:
-            pristine = copy.deepcopy(group)
+            pristine = copy.deepcopy(group) if may_return else group
             running[asyncio.ensure_future(run_group(self._state, group))] = pristine
 
     async def _keeps(self, group: Group) -> bool:
