@@ -31,7 +31,7 @@ def learn(seed: int, folder: Path) -> dict[str, float]:
         "last 10": statistics.mean(rewards[-10:]),
         "held out before": held_out[0],
         "held out after": held_out[-1],
-        "largest gap": max(row["train/logprob_gap_max"] for row in rollouts),
+        "largest gap": max(row.get("train/logprob_gap_max", 0.0) for row in rollouts),
     }
 
 

@@ -221,6 +221,16 @@ def test_the_engines_log_probs_are_compared_with_the_trainers_at_the_sampling_te
         assert metrics["train/logprob_gap_mean"] == pytest.approx(0.5 / unmasked, abs=1e-5)
 
 
+def test_log_probs_are_compared_in_the_first_step_that_trains_anything(hf_dir, tmp_path):
+    batch = make_batch(dead_groups=(0, 1))
+    batch["rollout_log_probs"] = hf_log_probs(hf_dir, batch, 1.0)
+    batch["rollout_log_probs"][9][0] += 0.5
+    options = ObjectiveOptions(use_rollout_logprobs=True, skip_zero_advantage=True)
+    _, metrics = train_once(make_config(hf_dir, options), tmp_path, batch)
+    assert metrics["train/skipped_steps"] == 1
+    assert metrics["train/logprob_gap_max"] == pytest.approx(0.5, abs=1e-5)
+
+
 def test_reusing_the_engines_log_probs_gives_the_same_weights_where_the_two_agree(hf_dir, tmp_path):
     batch = make_batch()
     batch["rollout_log_probs"] = hf_log_probs(hf_dir, batch)

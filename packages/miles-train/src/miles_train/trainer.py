@@ -119,9 +119,10 @@ class Trainer:
                 positions = [i for step in plan.steps[1:] for i in step.positions]
                 later = data | self._old_log_probs(data, positions, metrics, where)
         trained = self._num_steps - plan.steps_skipped
-        for step in plan.steps:
-            if step.positions:
-                self._train_step(step, later if step.number else data, metrics, clock, 1.0 / trained, where)
+        for step in [step for step in plan.steps if step.positions]:
+            # Steps that train nothing leave the weights as they were: what matters is the first that trains.
+            fresh = not any(earlier.positions for earlier in plan.steps[: step.number])
+            self._train_step(step, later if step.number else data, metrics, clock, 1.0 / trained, where, fresh)
         with clock.phase("metrics"):
             numbers = metrics.gather(contribute=self._contributes(), device=init.device())
             numbers |= {"samples_skipped": plan.samples_skipped, "skipped_steps": plan.steps_skipped}
@@ -196,9 +197,19 @@ class Trainer:
         check_finite("advantages", values_R, data["response_lengths"], data["sample_indices"], where)
 
     def _train_step(
-        self, step: Step, data: dict[str, Any], metrics: Metrics, clock: PhaseClock, weight: float, where: str
+        self,
+        step: Step,
+        data: dict[str, Any],
+        metrics: Metrics,
+        clock: PhaseClock,
+        weight: float,
+        where: str,
+        fresh: bool,
     ) -> None:
-        """Take one optimizer step; its metrics count with `weight`, so that they average over the rollout's steps."""
+        """Take one optimizer step; its metrics count with `weight`, so that they average over the rollout's steps.
+
+        `fresh` says that the weights are still those that generated the samples.
+        """
         where = f"{where}, step {step.number}"
         seen: list[Seen] = []
         with clock.phase("forward_backward"):
@@ -206,7 +217,7 @@ class Trainer:
             results = forward.run(self._model, batches, self._loss_step(step, seen), forward_only=False)
         with clock.phase("guards"):
             check_seen(seen, where)
-            if step.number == 0 and not (self._recompute and "log_probs" in data):
+            if fresh and not (self._recompute and "log_probs" in data):
                 # These samples' only pass on the weights that generated them.
                 for one in seen:
                     metrics.add_all(logprob_gap(one.log_probs_R, one.batch))
