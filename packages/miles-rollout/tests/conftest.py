@@ -55,6 +55,10 @@ def args_of(configure):
     return build
 
 
+class QuietServer(ThreadingHTTPServer):
+    def handle_error(self, request, client_address): ...  # clients that cancel hang up in the middle of an answer
+
+
 class FakeEngine:
     """Answers /generate like an engine, from a function of the request; for unit tests of the loop alone."""
 
@@ -78,7 +82,7 @@ class FakeEngine:
 
             def log_message(self, *args): ...
 
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self._server = QuietServer(("127.0.0.1", 0), Handler)
         self.url = f"http://127.0.0.1:{self._server.server_port}"
         threading.Thread(target=self._server.serve_forever, daemon=True).start()
 

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import gc
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -87,6 +88,9 @@ class Trainer:
         self._optimizer = build_optimizer(
             self._model, self._optimization, self._parallel, total_steps=self._run.num_rollout * self._num_steps
         )
+        # The loaded modules stay: the collector need not look at them again in every step.
+        gc.collect()
+        gc.freeze()
 
     def train(self, rollout_id: int, batch: dict[str, Any]) -> TrainStepReport:
         """Train on one rollout; `batch` holds the whole rollout's columns, of which this rank takes its share.
