@@ -41,6 +41,7 @@ def test_an_unknown_flag_names_the_nearest(refused):
         ({"num_steps_per_rollout": 3}, "--global-batch-size cannot be derived"),
         ({"tensor_model_parallel_size": 2}, "does not divide the 1 trainer ranks"),
         ({"rm_type": "mth"}, "--rm-type 'mth' is none of math"),
+        ({"rm_type": "math"}, "--rm-type math and --custom-rm-path are both set"),
         ({"entropy_coef": 0.1}, "--skip-zero-advantage leaves samples out that --entropy-coef would train"),
         ({"load": "/no/such"}, "--load /no/such holds no checkpoint"),
         ({"context_parallel_size": 2}, "--context-parallel-size 2: this version trains with 1"),

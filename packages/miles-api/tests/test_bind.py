@@ -4,7 +4,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from miles_api import Args, GenerateFnInput
+from miles_api import Args, GenerateFnInput, Sample
 from miles_api.bind import bind
 from miles_api.errors import HookSignatureError
 from miles_api.hook_options import HookOptions
@@ -200,6 +200,10 @@ def test_errors_of_a_hook_are_its_own_and_are_counted():
         raise KeyError("label")
 
     hook = bound("reward", reward)
-    with pytest.raises(KeyError):
-        hook(None, None)
+    with pytest.raises(KeyError) as error:
+        hook(None, Sample(index=3, prompt="2+2", label="4"))
     assert (hook.stats.calls, hook.stats.errors) == (1, 1)
+    assert error.value.__notes__ == [
+        "raised by the reward hook mine",
+        "on sample 3: prompt '2+2', response '', label '4'",
+    ]

@@ -13,6 +13,7 @@ import msgspec
 from miles_api.args import Args
 from miles_api.fit import Fit, fit, is_async
 from miles_api.load import Origin, import_reference, origin_of
+from miles_api.sample import Sample
 
 if TYPE_CHECKING:
     from concurrent.futures import Executor
@@ -73,14 +74,26 @@ class BoundHook:
     def _own(self, value: Any) -> Any:
         return self.view if isinstance(value, Args) and self.view is not None else value
 
+    def _note(self, error: BaseException, args: tuple[Any, ...]) -> None:
+        """Count an error, and say under the traceback which hook it was and on which sample."""
+        self.stats.errors += 1
+        if not isinstance(error, Exception):
+            return
+        error.add_note(f"raised by the {self.spec.name} hook {self.reference}")
+        for sample in [value for value in args if isinstance(value, Sample)]:
+            error.add_note(
+                f"on sample {sample.index}: prompt {sample.prompt!r:.200}, response {sample.response!r:.200}, "
+                f"label {sample.label!r:.200}"
+            )
+
     def __call__(self, *args: Any, **keywords: Any) -> Any:
         """Call a `def` hook in this thread. Exceptions are the hook's own and are not wrapped."""
         started = time.perf_counter()
         self.stats.calls += 1
         try:
             return self._mine(args, keywords)()
-        except BaseException:
-            self.stats.errors += 1
+        except BaseException as error:
+            self._note(error, args)
             raise
         finally:
             self.stats.seconds += time.perf_counter() - started
@@ -94,8 +107,8 @@ class BoundHook:
             result = call() if self.is_async else await asyncio.get_running_loop().run_in_executor(executor, call)
             # A plain function may hand back an awaitable: a decorator around an `async def`, say.
             return await result if inspect.isawaitable(result) else result
-        except BaseException:
-            self.stats.errors += 1
+        except BaseException as error:
+            self._note(error, args)
             raise
         finally:
             self.stats.seconds += time.perf_counter() - started

@@ -65,6 +65,8 @@ def check(config: RunConfig) -> Iterator[str]:
 def _reward(config: RunConfig) -> Iterator[str]:
     run, options = config.group(RunOptions), config.group(RewardOptions)
     configured = set(configured_hooks(config.args))
+    if options.rm_type is not None and "reward" in configured:
+        yield f"--rm-type {options.rm_type} and --custom-rm-path are both set, and only one reward can be: drop one"
     if options.rm_type is not None:
         yield from _problem(lambda: check_rm_type(str(options.rm_type)))
     elif not {"reward", "group_reward", "generate", "rollout"} & configured:

@@ -243,12 +243,13 @@ def attention(run: RunDirectory, hooks: Sequence[HookRow]) -> list[str]:
         found.append(f"the log-prob gap was above 1e-4 in {_rollouts(above)}")
     skipped = sum(_values(run, "train/skipped_steps"))
     if skipped:
-        found.append(f"{skipped:,.0f} optimizer steps were skipped")
+        found.append(f"{skipped:,.0f} optimizer steps were skipped: no sample in them had an advantage")
     found += [f"hook {row.hook} ({row.reference}) raised {row.errors:,} errors" for row in hooks if row.errors]
     found += [
         f"hook {row.hook} ({row.reference}) was loaded and never called"
         for row in hooks
-        if not row.calls and row.reference != DEFAULT
+        # Counts are written after each rollout: before the first one is done they say nothing.
+        if run.rollouts and not row.calls and row.reference != DEFAULT
     ]
     references = {(row.hook, row.reference) for row in hooks}
     if len(references) < len(hooks):
