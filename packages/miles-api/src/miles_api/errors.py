@@ -6,7 +6,8 @@ import difflib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Callable, Iterable, Iterator
+from typing import Any
 
 __all__ = [
     "ConfigError",
@@ -19,6 +20,7 @@ __all__ = [
     "SampleError",
     "ServiceError",
     "did_you_mean",
+    "problem_of",
 ]
 
 
@@ -62,3 +64,11 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
     """Return `; did you mean 'x'?` for the nearest of `known`, or an empty string."""
     near = difflib.get_close_matches(name, list(known), n=1, cutoff=0.65)
     return f"; did you mean {near[0]!r}?" if near else ""
+
+
+def problem_of(call: Callable[[], Any]) -> Iterator[str]:
+    """Yield the text of the `MilesError` that `call` raises, or nothing: how checks collect all problems."""
+    try:
+        call()
+    except MilesError as error:
+        yield str(error)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from miles_api.errors import MilesError
+from miles_api.errors import problem_of
 from miles_api.hookset import HookSet, configured_hooks
 from miles_api.run_options import RunOptions
 from miles_rollout.engines.local.options import LocalEngineOptions, check_loopback
@@ -18,7 +18,7 @@ from miles_rollout.rewards.dispatch import check_rm_type
 from miles_rollout.tokenizers import load_tokenizer
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Iterator
 
     from miles_api.config import RunConfig
 
@@ -43,10 +43,10 @@ def idle(config: RunConfig) -> dict[str, str]:
 def check(config: RunConfig) -> Iterator[str]:
     """Yield what does not fit: hooks, prompt files, tokenizer, reward."""
     run, data = config.group(RunOptions), config.group(DataOptions)
-    yield from _problem(lambda: HookSet(config.args, CALLED, build=False))
+    yield from problem_of(lambda: HookSet(config.args, CALLED, build=False))
     tokenizers: list[Any] = []
     if run.hf_checkpoint:
-        yield from _problem(lambda: tokenizers.append(load_tokenizer(str(run.hf_checkpoint))))
+        yield from problem_of(lambda: tokenizers.append(load_tokenizer(str(run.hf_checkpoint))))
     own_data = "data_source" in configured_hooks(config.args)
     paths = {"--prompt-data": None if own_data else data.prompt_data}
     if run.eval_interval is not None:
@@ -55,11 +55,11 @@ def check(config: RunConfig) -> Iterator[str]:
         if path is None and not (own_data and flag == "--prompt-data"):
             yield f"{flag} is not set: name a JSONL file of prompts"
         elif path and (tokenizers or not data.apply_chat_template):
-            yield from _problem(lambda path=path: read_prompts(path, data, tokenizers[0] if tokenizers else None))
+            yield from problem_of(lambda path=path: read_prompts(path, data, tokenizers[0] if tokenizers else None))
     if run.loss_type != "sft_loss":
         yield from _reward(config)
         yield from _lengths(config)
-        yield from _problem(lambda: check_loopback(config.group(LocalEngineOptions).engine_host))
+        yield from problem_of(lambda: check_loopback(config.group(LocalEngineOptions).engine_host))
 
 
 def _reward(config: RunConfig) -> Iterator[str]:
@@ -68,7 +68,7 @@ def _reward(config: RunConfig) -> Iterator[str]:
     if options.rm_type is not None and "reward" in configured:
         yield f"--rm-type {options.rm_type} and --custom-rm-path are both set, and only one reward can be: drop one"
     if options.rm_type is not None:
-        yield from _problem(lambda: check_rm_type(str(options.rm_type)))
+        yield from problem_of(lambda: check_rm_type(str(options.rm_type)))
     elif not {"reward", "group_reward", "generate", "rollout"} & configured:
         yield "no reward is set: pass --rm-type or --custom-rm-path"
     elif "group_reward" in configured and run.eval_interval is not None and not options.eval_group_rm:
@@ -88,10 +88,3 @@ def _lengths(config: RunConfig) -> Iterator[str]:
             f"--rollout-max-response-len {wanted} leaves no room for a prompt: the engine holds {room} tokens "
             "(--engine-max-total-len, or the model's max_position_embeddings)"
         )
-
-
-def _problem(call: Callable[[], Any]) -> Iterator[str]:
-    try:
-        call()
-    except MilesError as error:
-        yield str(error)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from miles_api.errors import MilesError
+from miles_api.errors import problem_of
 from miles_router.options import RouterOptions, check_binding
 from miles_router.server import bind
 
@@ -27,8 +27,9 @@ def idle(_config: RunConfig) -> dict[str, str]:
 def check(config: RunConfig) -> Iterator[str]:
     """Yield a problem if the address needs a token that is not set, or is taken."""
     options = config.group(RouterOptions)
-    try:
+
+    def listen() -> None:
         check_binding(options)
         bind(options.sglang_router_ip, options.sglang_router_port).close()
-    except MilesError as error:
-        yield str(error)
+
+    yield from problem_of(listen)

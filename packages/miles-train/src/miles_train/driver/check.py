@@ -6,10 +6,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from miles_api.config import DERIVED
-from miles_api.errors import ConfigError, MilesError
+from miles_api.errors import ConfigError, problem_of
 from miles_api.hooks import REGISTRY
 from miles_api.hookset import configured_hooks
 from miles_api.load import entry_points, provider
+from miles_api.options import flag_of
 from miles_api.run_options import RunOptions
 from miles_train.driver import checkpoint
 from miles_train.megatron.hf_config import check_sizes, read_hf_config
@@ -17,7 +18,7 @@ from miles_train.options import LoggingOptions, ObjectiveOptions, ParallelOption
 from miles_train.view.sinks import check_sinks
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Iterator
 
     from miles_api.config import RunConfig
 
@@ -50,7 +51,7 @@ def _batch_knobs(run: RunOptions) -> dict[str, int]:
             given[knob] = 1
             missing.remove(knob)
     if len(missing) > 1:
-        raise ConfigError(f"batch size: set --{missing[0].replace('_', '-')} or --{missing[1].replace('_', '-')}")
+        raise ConfigError(f"batch size: set {flag_of(missing[0])} or {flag_of(missing[1])}")
     if missing:
         given[missing[0]] = _fourth(missing[0], given)
     prompts, group, step, steps = (given[knob] for knob in _KNOBS)
@@ -68,7 +69,7 @@ def _fourth(knob: str, given: dict[str, Any]) -> int:
     product = given[there[0]] * given[there[1]]
     if product % given[other]:
         raise ConfigError(
-            f"--{knob.replace('_', '-')} cannot be derived: {there[0]} {given[there[0]]} × {there[1]} "
+            f"{flag_of(knob)} cannot be derived: {there[0]} {given[there[0]]} × {there[1]} "
             f"{given[there[1]]} = {product} is not a multiple of {other} {given[other]}"
         )
     return product // given[other]
@@ -86,7 +87,7 @@ def check(config: RunConfig) -> Iterator[str]:
     if run.hf_checkpoint is None:
         yield "--hf-checkpoint is not set: name a Hugging Face model directory"
     else:
-        yield from _problem(
+        yield from problem_of(
             lambda: check_sizes(read_hf_config(str(run.hf_checkpoint)), parallel, str(run.hf_checkpoint))
         )
         if not any(Path(run.hf_checkpoint).glob("*.safetensors")):
@@ -98,7 +99,7 @@ def check(config: RunConfig) -> Iterator[str]:
         yield "--skip-zero-advantage leaves samples out that --entropy-coef would train: set one of them"
     if run.loss_type not in ("policy_loss", "sft_loss"):
         yield f"--loss-type {run.loss_type} is not trained by this version; choose policy_loss or sft_loss"
-    yield from _problem(lambda: check_sinks(config.group(LoggingOptions)))
+    yield from problem_of(lambda: check_sinks(config.group(LoggingOptions)))
     yield from _run_dir(run)
     yield from _checkpoints(run)
 
@@ -120,7 +121,7 @@ def _parallel(parallel: ParallelOptions) -> Iterator[str]:
 def _checkpoints(run: RunOptions) -> Iterator[str]:
     """Check what is loaded, and that saving replaces neither another run's checkpoints nor the source model."""
     if run.load:
-        yield from _problem(lambda: checkpoint.find(Path(str(run.load))))
+        yield from problem_of(lambda: checkpoint.find(Path(str(run.load))))
     save = checkpoint.folder_of(run)
     own = run.overwrite and save.resolve().is_relative_to(Path(run.run_dir).resolve())
     continued = run.load is not None and Path(run.load).resolve() == save.resolve()
@@ -142,13 +143,6 @@ def _run_dir(run: RunOptions) -> Iterator[str]:
     for flag, path in (("--load", run.load), ("--hf-checkpoint", run.hf_checkpoint)):
         if run.overwrite and path and Path(path).resolve().is_relative_to(folder.resolve()):
             yield f"{flag} {path} lies in --run-dir {run.run_dir}, which would be overwritten: choose another --run-dir"
-
-
-def _problem(call: Callable[[], Any]) -> Iterator[str]:
-    try:
-        call()
-    except MilesError as error:
-        yield str(error)
 
 
 def _checks() -> list[Any]:

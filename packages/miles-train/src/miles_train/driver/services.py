@@ -107,7 +107,7 @@ def _weight_sync(config: RunConfig, trainers: Remote, endpoints: list[Endpoint])
     shared = Path(run.run_dir) if config.group(ClusterOptions).ray_address else None
     size = sum(file.stat().st_size for file in Path(str(run.hf_checkpoint)).glob("*.safetensors"))
     folder = make_folder(size, shared, fallback=Path(run.run_dir))
-    return DiskWeightSync(lambda target: _export(trainers, target), endpoints, folder)
+    return DiskWeightSync(lambda target: trainers.call("export", target, True), endpoints, folder)
 
 
 def _serve(clock: _Clock, config: RunConfig, fleet: EngineFleet, router: RouterService) -> tuple[str, list[Endpoint]]:
@@ -119,7 +119,3 @@ def _serve(clock: _Clock, config: RunConfig, fleet: EngineFleet, router: RouterS
     for endpoint in endpoints:
         router.register(endpoint)
     return url, endpoints
-
-
-def _export(trainers: Remote, folder: str) -> None:
-    trainers.call("export", folder, True)

@@ -49,7 +49,7 @@ def make_folder(weight_bytes: int, shared: Path | None, *, fallback: Path) -> Pa
 class DiskWeightSync:
     """Export once, load on every engine; each engine must then say that it serves the new version."""
 
-    def __init__(self, export: Callable[[str], None], endpoints: list[Endpoint], folder: Path) -> None:
+    def __init__(self, export: Callable[[str], object], endpoints: list[Endpoint], folder: Path) -> None:
         """`export(directory)` makes the trainer write a Hugging Face directory; `folder` is removed at the end."""
         self._export = export
         self._endpoints = endpoints
