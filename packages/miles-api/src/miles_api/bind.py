@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from miles_api.args import Args
+from miles_api.compat import adapt
 from miles_api.fit import Fit, fit, is_async
 from miles_api.load import Origin, import_reference, origin_of
 from miles_api.sample import Sample
@@ -24,11 +25,19 @@ __all__ = ["BoundHook", "HookStats", "bind", "resolve"]
 
 
 class HookStats(msgspec.Struct):
-    """How often a hook ran in this process, for how long, and how often it raised."""
+    """How often a hook ran in this process, for how long, and how it fared."""
 
     calls: int = 0
     seconds: float = 0.0
     errors: int = 0
+    """Calls that raised or returned what they may not, retries included."""
+    timeouts: int = 0
+    """Calls that ran past --hook-timeout."""
+    retries: int = 0
+    skipped: int = 0
+    """Moments at which it was due but had nothing to do: a reward that generation had set, a step without samples."""
+    drops: dict[str, int] = msgspec.field(default_factory=dict)
+    """What it dropped, by reason."""
 
 
 class BoundHook:
@@ -122,4 +131,5 @@ def resolve(spec: HookSpec, reference: str, view: Args | None = None) -> BoundHo
 
 def bind(spec: HookSpec, reference: str, found: Any, view: Args | None = None) -> BoundHook:
     """Check `found` against the stub; `view` is what the hook gets as `args`."""
+    found = adapt(spec, reference, found)
     return BoundHook(spec, reference, found, fit(spec, reference, found), view)

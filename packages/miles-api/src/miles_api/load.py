@@ -13,6 +13,7 @@ from typing import Any
 
 import msgspec
 
+from miles_api.compat import translate
 from miles_api.errors import HookLoadError, did_you_mean
 
 __all__ = ["Origin", "entry_points", "import_reference", "origin_of", "provider"]
@@ -56,6 +57,7 @@ def import_reference(reference: str, *, short_names: str, flag: str) -> Any:
 
     Raises `HookLoadError` naming the flag, the reference and the nearest name.
     """
+    reference = translate(reference)
     try:
         if not any(mark in reference for mark in (".", ":", "/")):
             return provider(short_names, reference)

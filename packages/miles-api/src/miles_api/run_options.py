@@ -48,5 +48,13 @@ class RunOptions(Options, frozen=True, kw_only=True):
     """Checkpoint directory to continue from."""
     eval_interval: _Positive | None = None
     """Evaluate every so many rollouts, and before the first and after the last one."""
+    save_debug_rollout_data: OutputPath | None = None
+    """Record every rollout in this file, for `miles hooks run` and --load-debug-rollout-data."""
+    save_debug_train_data: OutputPath | None = None
+    """Record what the first rank of the last pipeline stage trains on in this file, for `miles hooks run`."""
+    load_debug_rollout_data: UserPath | None = None
+    """Train on the rollouts recorded in this file; no engine starts."""
+    debug_rollout_only: bool = False
+    """Make rollouts and train nothing; no trainer starts."""
     report_samples: Annotated[int, msgspec.Meta(ge=0)] = 4
     """Groups of each rollout kept for the report's sample browser."""

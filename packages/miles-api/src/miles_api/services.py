@@ -78,6 +78,10 @@ class RouterService(Protocol):
 
     def unregister(self, endpoint: Endpoint) -> None: ...
 
+    def report(self) -> list[dict[str, Any]]:
+        """Say which hooks the router has, from where, and how they fared, for `hooks.json`."""
+        ...
+
     def stop(self) -> None: ...
 
 
@@ -104,6 +108,10 @@ class RolloutService(Protocol):
 
     def load(self, rollout_id: int, directory: str) -> None: ...
 
+    def report(self) -> list[dict[str, Any]]:
+        """Say which hooks this process has, from where, and how they fared, for `hooks.json`."""
+        ...
+
     def stop(self) -> None: ...
 
 
@@ -125,6 +133,14 @@ class TrainService(Protocol):
 
     def save(self, rollout_id: int, directory: str) -> None: ...
 
+    def saved(self, rollout_id: int, checkpoint_dir: str, hf_checkpoint_dir: str | None) -> None:
+        """Call the post-save hook on rank 0: the checkpoint was renamed into place."""
+        ...
+
     def load(self, rollout_id: int, directory: str) -> None: ...
+
+    def report(self) -> list[dict[str, Any]]:
+        """Say which hooks this rank has, from where, and how they fared, for `hooks.json`."""
+        ...
 
     def stop(self) -> None: ...

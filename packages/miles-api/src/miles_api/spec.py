@@ -8,11 +8,12 @@ from typing import Any, Literal, TypeVar
 
 import msgspec
 
-__all__ = ["REGISTRY", "Form", "HookSpec", "hook", "second_form"]
+__all__ = ["REGISTRY", "Form", "HookSpec", "Moment", "hook", "second_form"]
 
 Stub = TypeVar("Stub", bound=Callable[..., Any])
 Side = Literal["rollout", "train", "router"]
 Kind = Literal["function", "class", "value"]
+Moment = Literal["start", "rollout", "eval", "save", "sometimes"]
 
 
 class Form(msgspec.Struct, frozen=True):
@@ -45,6 +46,9 @@ class HookSpec(msgspec.Struct, kw_only=True):
     forms: list[Form]
     default: str
     """What runs without the flag, in words."""
+    moment: Moment
+    """When a run must have called it: once at the start, in every rollout, with each evaluation or checkpoint. A
+    configured hook that was not called by then is an error; `sometimes` demands nothing."""
 
     @property
     def field(self) -> str | None:
@@ -64,12 +68,13 @@ class HookSpec(msgspec.Struct, kw_only=True):
 REGISTRY: dict[str, HookSpec] = {}
 
 
-def hook(
+def hook(  # noqa: PLR0913  a declaration names everything
     *,
     flag: str | None,
     since: tuple[int, int],
     side: Side,
     default: str,
+    moment: Moment,
     name: str | None = None,
     needs: str | None = None,
     kind: Kind = "function",
@@ -89,7 +94,7 @@ def hook(
             raise ValueError(f"hook {hook_name} ({flag}) is declared twice")
         REGISTRY[hook_name] = HookSpec(
             name=hook_name, flag=flag, needs=needs, stage=stub.__module__.rsplit(".", 1)[-1], side=side, since=since,
-            kind=kind, many=many, by_keyword=by_keyword, either_color=either_color, default=default,
+            kind=kind, many=many, by_keyword=by_keyword, either_color=either_color, default=default, moment=moment,
             forms=[_form("plain", stub)],
         )  # fmt: skip
         return stub

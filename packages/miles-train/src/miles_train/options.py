@@ -88,6 +88,15 @@ class ObjectiveOptions(Options, frozen=True, kw_only=True):
     """Weight of the entropy bonus."""
     calculate_per_token_loss: bool = False
     """Average over all tokens of a step instead of over samples of their own means."""
+    use_tis: bool = False
+    """Correct the policy loss for the gap between trainer and engine: truncated importance sampling, or the
+    --custom-tis-function-path."""
+    get_mismatch_metrics: bool = False
+    """Report what the importance-weights function measures, without correcting the loss."""
+    tis_clip: Annotated[float, msgspec.Meta(gt=0)] = 2.0
+    """Upper bound of a token's importance weight exp(train - rollout log-prob)."""
+    tis_clip_low: _NonNegative = 0.0
+    """Lower bound of a token's importance weight."""
     use_rollout_logprobs: bool = False
     """Take the engine's log-probs as the old ones and skip the pass that recomputes them. Sound when engine and
     trainer agree, which train/logprob_gap_max reports."""

@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from miles_api.args import Args
 
 
-@hook(flag="--custom-agent-function-path", since=(1, 0), side="rollout", default="none")
+@hook(flag="--custom-agent-function-path", since=(1, 0), side="rollout", moment="rollout", default="none")
 async def agent(
     base_url: str,
     prompt: str | list[dict[str, Any]],
@@ -26,7 +26,14 @@ async def agent(
     raise NotImplementedError
 
 
-@hook(flag=None, since=(1, 0), side="rollout", either_color=True, default="a function `abort` beside the agent")
+@hook(
+    flag=None,
+    since=(1, 0),
+    side="rollout",
+    moment="sometimes",
+    either_color=True,
+    default="a function `abort` beside the agent",
+)
 async def agent_abort(args: Args, /) -> None:
     """Stop all conversations under way.
 
@@ -35,7 +42,7 @@ async def agent_abort(args: Args, /) -> None:
     raise NotImplementedError
 
 
-@hook(flag="--generate-execute-tool-function-path", since=(1, 0), side="rollout", default="none")
+@hook(flag="--generate-execute-tool-function-path", since=(1, 0), side="rollout", moment="sometimes", default="none")
 async def execute_tool(name: str, params: dict[str, Any], /) -> str:
     """Run one tool call of the multi-turn generate and return its output as text.
 
@@ -44,7 +51,7 @@ async def execute_tool(name: str, params: dict[str, Any], /) -> str:
     raise NotImplementedError
 
 
-@hook(flag="--generate-tool-specs-path", since=(1, 0), side="rollout", kind="value", default="none")
+@hook(flag="--generate-tool-specs-path", since=(1, 0), side="rollout", moment="start", kind="value", default="none")
 def tool_specs() -> list[dict[str, Any]]:
     """Name a list of OpenAI tool specifications: a value, not a function.
 

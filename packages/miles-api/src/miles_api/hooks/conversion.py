@@ -12,7 +12,13 @@ if TYPE_CHECKING:
     from miles_api.sample import Sample
 
 
-@hook(flag="--custom-convert-samples-to-train-data-path", since=(1, 0), side="rollout", default="the built-in columns")
+@hook(
+    flag="--custom-convert-samples-to-train-data-path",
+    since=(1, 0),
+    side="rollout",
+    moment="rollout",
+    default="the built-in columns",
+)
 def convert_samples(
     args: Args, samples: list[Sample], /, *, raw_rewards: list[float], rewards: list[float]
 ) -> TrainBatch | dict[str, Any]:
@@ -23,7 +29,14 @@ def convert_samples(
     raise NotImplementedError
 
 
-@hook(flag="--rollout-data-postprocess-path", since=(1, 0), side="train", many=True, default="does nothing")
+@hook(
+    flag="--rollout-data-postprocess-path",
+    since=(1, 0),
+    side="train",
+    moment="rollout",
+    many=True,
+    default="does nothing",
+)
 def rollout_data_postprocess(args: Args, rollout_id: int, rollout_data: dict[str, Any], /) -> None:
     """Change the trainer's columns in place: per-sample 1-D tensors, whole responses on every CP rank.
 

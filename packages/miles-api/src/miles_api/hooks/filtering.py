@@ -13,9 +13,14 @@ if TYPE_CHECKING:
 
 
 @hook(
-    flag="--dynamic-sampling-filter-path", since=(1, 0), side="rollout", either_color=True, many=True,
+    flag="--dynamic-sampling-filter-path",
+    since=(1, 0),
+    side="rollout",
+    moment="rollout",
+    either_color=True,
+    many=True,
     default="keeps every group",
-)  # fmt: skip
+)
 def dynamic_filter(args: Args, samples: list[Sample], /, **kwargs: Any) -> DynamicFilterOutput | bool:
     """Decide whether a scored group enters the rollout; the loop samples another prompt for each one dropped.
 
@@ -24,7 +29,7 @@ def dynamic_filter(args: Args, samples: list[Sample], /, **kwargs: Any) -> Dynam
     raise NotImplementedError
 
 
-@hook(flag="--buffer-filter-path", since=(1, 0), side="rollout", default="pop_first: oldest first")
+@hook(flag="--buffer-filter-path", since=(1, 0), side="rollout", moment="sometimes", default="pop_first: oldest first")
 def buffer_filter(args: Args, rollout_id: int | None, buffer: list[Group], num_samples: int, /) -> list[Group]:
     """Pick up to `num_samples` groups from the data source's buffer, removing them from it.
 
@@ -34,9 +39,14 @@ def buffer_filter(args: Args, rollout_id: int | None, buffer: list[Group], num_s
 
 
 @hook(
-    flag="--rollout-sample-filter-path", since=(1, 0), side="rollout", either_color=True, many=True,
+    flag="--rollout-sample-filter-path",
+    since=(1, 0),
+    side="rollout",
+    moment="rollout",
+    either_color=True,
+    many=True,
     default="keeps every sample",
-)  # fmt: skip
+)
 def sample_filter(args: Args, data: list[Group], /) -> None:
     """Set `remove_sample = True` on samples that should not enter the loss.
 
@@ -46,9 +56,14 @@ def sample_filter(args: Args, data: list[Group], /) -> None:
 
 
 @hook(
-    flag="--rollout-all-samples-process-path", since=(1, 0), side="rollout", either_color=True, many=True,
+    flag="--rollout-all-samples-process-path",
+    since=(1, 0),
+    side="rollout",
+    moment="rollout",
+    either_color=True,
+    many=True,
     default="does nothing",
-)  # fmt: skip
+)
 def all_samples_process(args: Args, all_samples: list[Group], data_source: Any, /) -> None:
     """Look at everything the rollout generated, dropped groups included.
 

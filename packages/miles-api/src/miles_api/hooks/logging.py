@@ -12,7 +12,12 @@ if TYPE_CHECKING:
 
 
 @hook(
-    flag="--custom-rollout-log-function-path", since=(1, 0), side="rollout", many=True, default="the built-in metrics"
+    flag="--custom-rollout-log-function-path",
+    since=(1, 0),
+    side="rollout",
+    moment="rollout",
+    many=True,
+    default="the built-in metrics",
 )
 def rollout_log(
     rollout_id: int,
@@ -29,7 +34,13 @@ def rollout_log(
     raise NotImplementedError
 
 
-@hook(flag="--custom-eval-rollout-log-function-path", since=(1, 0), side="rollout", default="the built-in metrics")
+@hook(
+    flag="--custom-eval-rollout-log-function-path",
+    since=(1, 0),
+    side="rollout",
+    moment="eval",
+    default="the built-in metrics",
+)
 def eval_rollout_log(
     rollout_id: int, args: Args, data: dict[str, dict[str, Any]], extra_metrics: dict[str, float], /
 ) -> bool:

@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from miles_api.args import Args
 
 
-@hook(flag="--custom-megatron-init-path", since=(1, 0), side="train", default="does nothing")
+@hook(flag="--custom-megatron-init-path", since=(1, 0), side="train", moment="start", default="does nothing")
 def megatron_init(args: Args, /) -> None:
     """Run your own set-up on a trainer rank.
 
@@ -19,7 +19,13 @@ def megatron_init(args: Args, /) -> None:
     raise NotImplementedError
 
 
-@hook(flag="--custom-megatron-before-log-prob-hook-path", since=(1, 0), side="train", default="does nothing")
+@hook(
+    flag="--custom-megatron-before-log-prob-hook-path",
+    since=(1, 0),
+    side="train",
+    moment="rollout",
+    default="does nothing",
+)
 def before_log_prob(args: Args, model: Any, store_prefix: str, /) -> None:
     """Prepare the model for a pass that only computes log-probs.
 
@@ -29,7 +35,12 @@ def before_log_prob(args: Args, model: Any, store_prefix: str, /) -> None:
 
 
 @hook(
-    flag="--custom-megatron-before-train-step-hook-path", since=(1, 0), side="train", many=True, default="does nothing"
+    flag="--custom-megatron-before-train-step-hook-path",
+    since=(1, 0),
+    side="train",
+    moment="rollout",
+    many=True,
+    default="does nothing",
 )
 def before_train_step(
     args: Args, rollout_id: int, step_id: int, model: Any, optimizer: Any, opt_param_scheduler: Any, /
@@ -41,7 +52,7 @@ def before_train_step(
     raise NotImplementedError
 
 
-@hook(flag="--custom-megatron-post-save-hook-path", since=(1, 0), side="train", default="does nothing")
+@hook(flag="--custom-megatron-post-save-hook-path", since=(1, 0), side="train", moment="save", default="does nothing")
 def post_save(args: Args, rollout_id: int, checkpoint_dir: str, hf_checkpoint_dir: str | None, /) -> None:
     """Do something with a finished checkpoint: upload it, register it.
 

@@ -11,9 +11,13 @@ if TYPE_CHECKING:
 
 
 @hook(
-    flag="--custom-model-provider-path", since=(1, 0), side="train", by_keyword=True,
+    flag="--custom-model-provider-path",
+    since=(1, 0),
+    side="train",
+    moment="start",
+    by_keyword=True,
     default="a GPTModel built from the Hugging Face config",
-)  # fmt: skip
+)
 def model_provider(
     pre_process: bool,
     post_process: bool,

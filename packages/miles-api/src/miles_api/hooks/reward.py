@@ -11,7 +11,14 @@ if TYPE_CHECKING:
     from miles_api.sample import Sample
 
 
-@hook(flag="--custom-rm-path", since=(1, 0), side="rollout", either_color=True, default="what --rm-type names")
+@hook(
+    flag="--custom-rm-path",
+    since=(1, 0),
+    side="rollout",
+    moment="rollout",
+    either_color=True,
+    default="what --rm-type names",
+)
 async def reward(args: Args, sample: Sample, /) -> float | dict[str, float]:
     """Score one finished sample.
 
@@ -22,9 +29,14 @@ async def reward(args: Args, sample: Sample, /) -> float | dict[str, float]:
 
 
 @hook(
-    flag="--custom-rm-path", needs="--group-rm", since=(1, 0), side="rollout", either_color=True,
+    flag="--custom-rm-path",
+    needs="--group-rm",
+    since=(1, 0),
+    side="rollout",
+    moment="rollout",
+    either_color=True,
     default="the reward hook, sample by sample",
-)  # fmt: skip
+)
 async def group_reward(args: Args, samples: list[Sample], /) -> list[float | dict[str, float]]:
     """Score all samples of one group together, in their order.
 
@@ -34,9 +46,12 @@ async def group_reward(args: Args, samples: list[Sample], /) -> list[float | dic
 
 
 @hook(
-    flag="--custom-reward-post-process-path", since=(1, 0), side="rollout",
+    flag="--custom-reward-post-process-path",
+    since=(1, 0),
+    side="rollout",
+    moment="rollout",
     default="centre and scale within each group_index, groups of any size",
-)  # fmt: skip
+)
 def reward_post_process(args: Args, samples: list[Sample], /) -> tuple[list[float], list[float]]:
     """Turn the rewards of a whole rollout into what the advantages are made of.
 

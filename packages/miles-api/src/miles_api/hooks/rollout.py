@@ -22,7 +22,12 @@ if TYPE_CHECKING:
 
 
 @hook(
-    flag="--rollout-function-path", since=(1, 0), side="rollout", either_color=True, default="the built-in rollout loop"
+    flag="--rollout-function-path",
+    since=(1, 0),
+    side="rollout",
+    moment="rollout",
+    either_color=True,
+    default="the built-in rollout loop",
 )
 def rollout(
     args: Args, rollout_id: int, data_source: Any, evaluation: bool = False, /
@@ -49,7 +54,12 @@ class RolloutFn(Protocol):
 
 
 @hook(
-    flag="--eval-function-path", since=(1, 0), side="rollout", either_color=True, default="the configured rollout hook"
+    flag="--eval-function-path",
+    since=(1, 0),
+    side="rollout",
+    moment="eval",
+    either_color=True,
+    default="the configured rollout hook",
 )
 def eval_rollout(args: Args, rollout_id: int, data_source: Any, evaluation: bool = True, /) -> RolloutFnEvalOutput:
     """Produce one evaluation; `evaluation` is always true.
@@ -64,7 +74,14 @@ class EvalRolloutFn(RolloutFn, Protocol):
     """The class form, as for the rollout hook."""
 
 
-@hook(flag="--custom-generate-function-path", since=(1, 0), side="rollout", either_color=True, default="single turn")
+@hook(
+    flag="--custom-generate-function-path",
+    since=(1, 0),
+    side="rollout",
+    moment="rollout",
+    either_color=True,
+    default="single turn",
+)
 async def generate(
     args: Args, sample: Sample, sampling_params: dict[str, Any], /, *, evaluation: bool = False
 ) -> Sample | list[Sample]:
@@ -83,9 +100,14 @@ async def generate_input(input: GenerateFnInput, /) -> GenerateFnOutput:  # noqa
 
 
 @hook(
-    flag="--data-source-path", since=(1, 0), side="rollout", name="data_source", kind="class",
+    flag="--data-source-path",
+    since=(1, 0),
+    side="rollout",
+    moment="start",
+    name="data_source",
+    kind="class",
     default="RolloutDataSourceWithBuffer: a JSONL file, with a buffer of returned groups",
-)  # fmt: skip
+)
 class DataSource(Protocol):
     """Hand out prompts as groups of pending samples, and take unfinished groups back.
 

@@ -11,9 +11,15 @@ if TYPE_CHECKING:
 
 
 @hook(
-    flag="--miles-router-middleware-paths", since=(1, 0), side="router", name="router_middleware", kind="class",
-    many=True, default="none",
-)  # fmt: skip
+    flag="--miles-router-middleware-paths",
+    since=(1, 0),
+    side="router",
+    moment="start",
+    name="router_middleware",
+    kind="class",
+    many=True,
+    default="none",
+)
 class RouterMiddleware(Protocol):
     """Wrap the router's ASGI app: observe, route, reject, delay or record requests.
 

@@ -14,7 +14,13 @@ if TYPE_CHECKING:
     from miles_api.args import Args
 
 
-@hook(flag="--custom-advantage-function-path", since=(1, 0), side="train", default="what --advantage-estimator names")
+@hook(
+    flag="--custom-advantage-function-path",
+    since=(1, 0),
+    side="train",
+    moment="rollout",
+    default="what --advantage-estimator names",
+)
 def advantage(args: Args, rollout_data: dict[str, Any], /) -> None:
     """Set `advantages` and `returns` in `rollout_data`: one fp32 tensor of response length for each sample.
 
@@ -23,7 +29,9 @@ def advantage(args: Args, rollout_data: dict[str, Any], /) -> None:
     raise NotImplementedError
 
 
-@hook(flag="--custom-loss-function-path", since=(1, 0), side="train", default="what --loss-type names")
+@hook(
+    flag="--custom-loss-function-path", since=(1, 0), side="train", moment="rollout", default="what --loss-type names"
+)
 def loss(
     args: Args,
     batch: dict[str, Any],
@@ -47,6 +55,7 @@ def loss(
     flag="--custom-tis-function-path",
     since=(1, 0),
     side="train",
+    moment="rollout",
     by_keyword=True,
     default="truncated importance sampling",
 )
@@ -70,7 +79,13 @@ def importance_weights(
     raise NotImplementedError
 
 
-@hook(flag="--custom-pg-loss-reducer-function-path", since=(1, 0), side="train", default="sum of sample means")
+@hook(
+    flag="--custom-pg-loss-reducer-function-path",
+    since=(1, 0),
+    side="train",
+    moment="rollout",
+    default="sum of sample means",
+)
 def pg_loss_reducer(
     total_lengths: list[int],
     response_lengths: list[int],
