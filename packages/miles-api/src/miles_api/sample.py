@@ -3,46 +3,18 @@
 from __future__ import annotations
 
 import copy
-import enum
 import math
 from typing import Any, NoReturn
 
 import msgspec
 
+from miles_api import codec
 from miles_api.errors import ConfigError, SampleError
+from miles_api.packed import lazy_field
+from miles_api.sample_forms import COLUMNS, field_from_json, fields_to_json, pickled_fields, slots
+from miles_api.sample_parts import PrefixCacheInfo, SpecInfo, Status
 
 __all__ = ["PrefixCacheInfo", "Sample", "SpecInfo", "Status"]
-
-
-class Status(enum.StrEnum):
-    """How far a sample has come."""
-
-    PENDING = "pending"
-    """Not generated yet, or re-queued."""
-    COMPLETED = "completed"
-    """The model finished: an end token or a stop string."""
-    TRUNCATED = "truncated"
-    """Cut at a length limit."""
-    ABORTED = "aborted"
-    """Interrupted from outside; its tokens so far are kept."""
-    FAILED = "failed"
-    """Generation gave up after errors."""
-
-
-class SpecInfo(msgspec.Struct, kw_only=True):
-    """Counts of speculative decoding, summed over the turns of a sample."""
-
-    spec_accept_token_num: int = 0
-    spec_draft_token_num: int = 0
-    spec_verify_ct: int = 0
-    completion_token_num: int = 0
-
-
-class PrefixCacheInfo(msgspec.Struct, kw_only=True):
-    """How much of the prompts the engine found in its prefix cache, summed over the turns of a sample."""
-
-    cached_tokens: int = 0
-    total_prompt_tokens: int = 0
 
 
 class Sample(msgspec.Struct, kw_only=True, dict=True, eq=True):
@@ -141,30 +113,49 @@ class Sample(msgspec.Struct, kw_only=True, dict=True, eq=True):
             self._fail("rollout_log_probs", f"holds {bad[0]}")
 
     def append_response_tokens(
-        self, tokens: list[int], *, log_probs: list[float] | None = None, text: str = "", trainable: bool = True
+        self,
+        *given: Any,
+        tokens: list[int] | None = None,
+        log_probs: list[float] | None = None,
+        text: str | None = "",
+        trainable: bool = True,
+        meta_info: dict[str, Any] | None = None,
+        update_terminal_info: bool = True,
     ) -> None:
-        """Append tokens to the response: `trainable=False` for tool output, which the loss leaves out.
+        """Append tokens to the response, `append_response_tokens(ids, log_probs=…)`; tool output is not `trainable`.
 
-        Log-probs are in nats; tokens that were not generated get 0.0 once the sample has log-probs at all.
+        Log-probs are in nats; tokens that were not generated get 0.0 once the sample has log-probs at all. `meta_info`
+        is taken as by `update_from_meta_info`, without the status if `update_terminal_info` is false. slime's form,
+        `append_response_tokens(args, tokens=ids, …)`, lets the mask and the log-probs grow in place.
         """
-        if log_probs is not None and len(log_probs) != len(tokens):
-            self._fail("rollout_log_probs", f"gets {len(log_probs)} entries for {len(tokens)} tokens")
-        generated = self.effective_response_length
-        if log_probs is not None and self.rollout_log_probs is None and generated:
-            self._fail("rollout_log_probs", f"is missing for the {generated} tokens generated before these")
-        if log_probs is None and self.rollout_log_probs is not None and trainable and tokens:
-            self._fail("rollout_log_probs", f"gets no entries for {len(tokens)} generated tokens")
+        new = list(given[-1] if tokens is None else tokens)
+        in_place = tokens is not None or len(given) > 1
+        self._check_new_log_probs(new, log_probs, trainable)
         if self.loss_mask is None and (self.response_length == 0 or not trainable):
             self.loss_mask = [1] * self.response_length
         if log_probs is not None and self.rollout_log_probs is None:
             self.rollout_log_probs = [0.0] * self.response_length
-        self.tokens = self.tokens + list(tokens)
-        self.response_length += len(tokens)
-        self.response += text
+        self.tokens = self.tokens + new
+        self.response_length += len(new)
+        self.response += text or ""
         if self.loss_mask is not None:
-            self.loss_mask = self.loss_mask + [int(trainable)] * len(tokens)
+            self.loss_mask = _grown(self.loss_mask, [int(trainable)] * len(new), in_place)
         if self.rollout_log_probs is not None:
-            self.rollout_log_probs = self.rollout_log_probs + list(log_probs or [0.0] * len(tokens))
+            self.rollout_log_probs = _grown(self.rollout_log_probs, log_probs or [0.0] * len(new), in_place)
+        if meta_info is not None:
+            status = self.status
+            self.update_from_meta_info(meta_info)
+            self.status = self.status if update_terminal_info else status
+
+    def _check_new_log_probs(self, new: list[int], log_probs: list[float] | None, trainable: bool) -> None:
+        """Refuse log-probs that would leave the sample with some for a part of its generated tokens."""
+        if log_probs is not None and len(log_probs) != len(new):
+            self._fail("rollout_log_probs", f"gets {len(log_probs)} entries for {len(new)} tokens")
+        generated = self.effective_response_length
+        if log_probs is not None and self.rollout_log_probs is None and generated:
+            self._fail("rollout_log_probs", f"is missing for the {generated} tokens generated before these")
+        if log_probs is None and self.rollout_log_probs is not None and trainable and new:
+            self._fail("rollout_log_probs", f"gets no entries for {len(new)} generated tokens")
 
     def strip_last_output_tokens(self, count: int, tokenizer: Any) -> None:
         """Remove the last `count` response tokens and decode the response anew.
@@ -195,8 +186,12 @@ class Sample(msgspec.Struct, kw_only=True, dict=True, eq=True):
         ):  # fmt: skip
             setattr(self, field, getattr(fresh, field))
 
-    def update_from_meta_info(self, meta_info: dict[str, Any]) -> None:
-        """Take status, weight version and cache counts from an engine's `meta_info`."""
+    def update_from_meta_info(self, *given: Any, meta_info: dict[str, Any] | None = None) -> None:
+        """Take status, weight version and counts from an engine's `meta_info`, the last argument.
+
+        Hooks written for Miles or slime pass `args` before it.
+        """
+        meta_info = given[-1] if meta_info is None else meta_info
         kind = (meta_info.get("finish_reason") or {}).get("type")
         status = {"length": Status.TRUNCATED, "abort": Status.ABORTED, "stop": Status.COMPLETED}.get(str(kind))
         if status is None:
@@ -207,37 +202,42 @@ class Sample(msgspec.Struct, kw_only=True, dict=True, eq=True):
         for version in spans or [meta_info.get("weight_version")]:
             if version is not None and self.weight_versions[-1:] != [str(version)]:
                 self.weight_versions = [*self.weight_versions, str(version)]
-        self.prefix_cache_info.cached_tokens += meta_info.get("cached_tokens", 0)
-        self.prefix_cache_info.total_prompt_tokens += meta_info.get("prompt_tokens", 0)
+        self.prefix_cache_info.add(meta_info)
+        if "spec_verify_ct" in meta_info:
+            self.spec_info.add(meta_info)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return plain JSON-like values; attributes beyond the declared ones stand under `extra`."""
-        plain = msgspec.to_builtins(self, str_keys=True)
+        """Return values that JSON holds without loss; attributes beyond the declared ones stand under `extra`.
+
+        What JSON cannot hold (bytes, tuples, keys that are no text, NaN) stands as `{"$packed": …}`, which `from_dict`
+        undoes. `WireError` names sample, attribute and type of what cannot be written down.
+        """
+        plain = fields_to_json(self, self._name())
         if self.__dict__:
-            plain["extra"] = dict(self.__dict__)
+            plain["extra"] = {k: codec.to_json(v, f"{self._name()}: {k}") for k, v in self.__dict__.items()}
         return plain
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> Sample:
-        """Build a sample from `to_dict`'s form; keys that are no field become attributes."""
-        known = {key: value for key, value in data.items() if key in cls.__struct_fields__}
-        sample = msgspec.convert(known, cls)
-        others = {key: value for key, value in data.items() if key not in known and key != "extra"}
-        sample.__dict__.update({**(data.get("extra") or {}), **others})
+        """Build a sample from `to_dict`'s form; keys that are no field become attributes.
+
+        `SampleError` names the field whose value does not fit its type.
+        """
+        fields = {key: field_from_json(cls, key, value) for key, value in data.items() if key in cls.__struct_fields__}
+        others = {key: value for key, value in data.items() if key not in fields and key != "extra"}
+        sample = cls(**fields)
+        extra = {**(data.get("extra") or {}), **others}
+        sample.__dict__.update({key: codec.from_json(value, key) for key, value in extra.items()})
         return sample
 
     def __copy__(self) -> Sample:
-        twin = Sample(**{field: getattr(self, field) for field in self.__struct_fields__})
-        twin.__dict__.update(self.__dict__)
-        return twin
+        return _rebuild(slots(self), self.__dict__)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Sample:
-        twin = Sample(**{field: copy.deepcopy(getattr(self, field), memo) for field in self.__struct_fields__})
-        twin.__dict__.update(copy.deepcopy(self.__dict__, memo))
-        return twin
+        return _rebuild(copy.deepcopy(slots(self), memo), copy.deepcopy(self.__dict__, memo))
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _rebuild, ({field: getattr(self, field) for field in self.__struct_fields__}, dict(self.__dict__))
+        return _rebuild, (pickled_fields(self), dict(self.__dict__))
 
     def _name(self) -> str:
         return f"sample {self.index} (group {self.group_index})"
@@ -250,6 +250,18 @@ class Sample(msgspec.Struct, kw_only=True, dict=True, eq=True):
 Sample.Status = Status  # type: ignore[attr-defined]
 Sample.SpecInfo = SpecInfo  # type: ignore[attr-defined]
 Sample.PrefixCacheInfo = PrefixCacheInfo  # type: ignore[attr-defined]
+
+
+def _grown(column: list[Any], more: list[Any], in_place: bool) -> list[Any]:
+    if not in_place:
+        return column + list(more)
+    column.extend(more)
+    return column
+
+
+# Python code reads these fields through a property that unpacks them; C code of msgspec goes to the slot.
+for _field in COLUMNS:
+    setattr(Sample, _field, lazy_field(getattr(Sample, _field)))
 
 
 def _rebuild(fields: dict[str, Any], extra: dict[str, Any]) -> Sample:
