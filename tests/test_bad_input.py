@@ -3,14 +3,36 @@
 import json
 import shutil
 import socket
+import subprocess
+import sys
 
 import pytest
 import ray
 
+from miles_api.check import TABLES, check_words
 from miles_api.cli import main
-from miles_api.parse import parse_run
-from miles_train.driver import command
-from miles_train.driver.check import derive
+from miles_api.config import option_groups
+from miles_api.plan import plan_lines
+
+BLOCKED = """
+import sys
+
+class Blocker:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in {"torch", "ray", "transformers", "megatron", "sglang"}:
+            raise AssertionError(f"{name} was imported")
+
+sys.meta_path.insert(0, Blocker())
+from miles_api.cli import main
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+def without_heavy_imports(*words):
+    """Run `miles` where importing torch, Ray, transformers or Megatron fails loudly."""
+    return subprocess.run(
+        [sys.executable, "-c", BLOCKED, *words], capture_output=True, text=True, timeout=60, check=False
+    )
 
 
 @pytest.fixture
@@ -48,11 +70,12 @@ def test_an_unknown_flag_names_the_nearest(refused):
         ({"actor_num_gpus_per_node": 3, "tensor_model_parallel_size": 3}, "num_attention_heads = 4 cannot be divided"),
         ({"actor_num_gpus_per_node": 64}, "--global-batch-size 8 is less than the 64 DP ranks"),
         ({"rollout_max_response_len": 100}, "--rollout-max-response-len 100 leaves no room for a prompt"),
-        ({"loss_type": "value_loss"}, "--loss-type value_loss is not trained by this version"),
+        ({"loss_type": "value_loss"}, "--loss-type value_loss is not available"),
+        ({"loss_type": "custom_loss"}, "--loss-type custom_loss needs --custom-loss-function-path"),
+        ({"run_dir": "/dev/null/run"}, "--run-dir /dev/null/run cannot be created"),
         ({"custom_rm_path": "nowhere.py:fn"}, "there is no file"),
         ({"custom_rm_path": "json:dmps"}, "did you mean 'dumps'?"),
         ({"custom_rm_path": "os.path:exists"}, "too many positional arguments"),
-        ({"custom_megatron_init_path": "os.path:exists"}, "nothing installed calls the megatron_init hook"),
         ({"prompt_data": "nowhere.jsonl"}, "there is no prompt file"),
         ({"hf_checkpoint": "/nowhere"}, "/nowhere"),
     ],
@@ -126,10 +149,136 @@ def test_another_runs_checkpoints_are_not_replaced(refused, tmp_path):
     assert "holds another run's checkpoints" in refused(save=tmp_path / "kept")
 
 
+ADVANTAGE = "def advantage(args, rollout_data): ...\n"
+WEIGHTS = "def weights(args, *, pg_loss, **more): ...\n"
+REDUCER = "def reducer(total_lengths, response_lengths, loss_masks, per_token=False): ...\n"
+LOSS = "def loss(args, batch, logits, total): ...\n"
+
+
+@pytest.mark.parametrize(
+    ("source", "flag", "loss_type", "expected"),
+    [
+        (LOSS, "custom_loss_function_path", "policy_loss", "with --loss-type custom_loss only"),
+        (ADVANTAGE, "custom_advantage_function_path", "sft_loss", "would never be called: --loss-type sft_loss"),
+        (WEIGHTS, "custom_tis_function_path", "policy_loss", "neither --use-tis nor --get-mismatch-metrics"),
+        (WEIGHTS, "custom_tis_function_path", "sft_loss", "only --loss-type policy_loss"),
+        (REDUCER, "custom_pg_loss_reducer_function_path", "sft_loss", "only --loss-type policy_loss"),
+    ],
+)
+def test_a_hook_without_its_companion_is_refused(refused, tmp_path, source, flag, loss_type, expected):
+    (tmp_path / "own.py").write_text(source)
+    name = source.split("(")[0].removeprefix("def ")
+    assert expected in refused(**{flag: f"{tmp_path}/own.py:{name}"}, loss_type=loss_type)
+
+
+def test_tools_come_from_a_hook_or_with_the_prompts(small_run, tmp_path):
+    (tmp_path / "own.py").write_text("async def tool(name, params): ...\n")
+    words = small_run(generate_execute_tool_function_path=f"{tmp_path}/own.py:tool")
+    missing = "needs --generate-tool-specs-path, or prompts with tools (--tool-key)"
+    assert any(missing in problem.message for problem in check_words(words, prog="").problems)
+    words += ["--tool-key", "tools"]
+    assert not any(missing in problem.message for problem in check_words(words, prog="").problems)
+
+
+def test_a_correction_of_a_loss_that_has_none_is_refused(refused):
+    assert "--use-tis belongs to --loss-type policy_loss" in refused("--use-tis", loss_type="sft_loss")
+
+
+@pytest.mark.parametrize("companion", ["--use-tis", "--get-mismatch-metrics"])
+def test_a_hook_with_its_companion_is_part_of_the_plan(small_run, tmp_path, companion):
+    (tmp_path / "own.py").write_text(WEIGHTS)
+    words = small_run(custom_tis_function_path=f"{tmp_path}/own.py:weights")
+    report = check_words([*words, companion], prog="miles check")
+    assert report.problems == []
+    assert [row.called for row in report.hooks if row.hook == "importance_weights"] == [True]
+
+
 def test_a_hook_that_a_run_will_not_call_is_marked_in_the_plan(small_run):
-    words = small_run(loss_type="sft_loss")
-    lines = command.plan(derive(parse_run(words)))
+    lines = plan_lines(check_words(small_run(loss_type="sft_loss"), prog="miles check"))
     assert any("reward:" in line and "(not called: supervised" in line for line in lines)
+
+
+def test_a_pass_that_does_not_run_leaves_its_hook_idle(small_run, tmp_path):
+    (tmp_path / "own.py").write_text("def before(args, model, store_prefix): ...\n")
+    words = small_run(custom_megatron_before_log_prob_hook_path=f"{tmp_path}/own.py:before")
+    (row,) = [row for row in check_words(words, prog="").hooks if row.hook == "before_log_prob"]
+    assert (row.called, row.note) == (False, "this run has no pass that only computes log-probs")
+    (row,) = [
+        row
+        for row in check_words([*words, "--no-use-rollout-logprobs"], prog="").hooks
+        if row.hook == "before_log_prob"
+    ]
+    assert row.called
+
+
+def test_without_a_trainer_its_hooks_are_idle_and_no_trainer_is_planned(small_run, tmp_path):
+    (tmp_path / "own.py").write_text("def init(args): ...\n")
+    words = [*small_run(custom_megatron_init_path=f"{tmp_path}/own.py:init"), "--debug-rollout-only"]
+    report = check_words(words, prog="miles check")
+    assert report.problems == []
+    assert [(row.called, row.note) for row in report.hooks if row.hook == "megatron_init"] == [
+        (False, "--debug-rollout-only trains nothing")
+    ]
+    assert any("no trainer starts" in line for line in plan_lines(report))
+    assert report.notes == ["debug_rollout_only: nothing is trained, and no checkpoint is written"]
+
+
+def test_a_recording_that_is_not_there_or_would_be_replaced_is_refused(refused, tmp_path):
+    assert "there is no such file" in refused(load_debug_rollout_data="/no/dump")
+    (tmp_path / "dump").write_text("precious")
+    assert "exists already" in refused(save_debug_rollout_data=tmp_path / "dump")
+    assert (tmp_path / "dump").read_text() == "precious"
+
+
+def test_the_last_line_of_a_prompt_file_is_checked_too(refused, tmp_path):
+    file = tmp_path / "prompts.jsonl"
+    file.write_text(json.dumps({"prompt": "sort 12>", "label": "12"}) + "\n" + json.dumps({"prompt": "x"}) + "\n")
+    assert f"{file}, line 2: no key 'label'" in refused(prompt_data=file)
+
+
+def test_check_says_what_train_would_refuse_and_starts_as_little(small_run, capsys):
+    words = small_run(tensor_model_parallel_size=2, prompt_data="nowhere.jsonl", num_rollout=0)
+    assert main(["check", *words]) == main(["train", *words]) == 2
+    checked, trained = capsys.readouterr().err.split("miles train: ")
+    assert checked.splitlines()[1:] == trained.splitlines()
+    assert len(trained.splitlines()) >= 3
+
+
+def test_the_quickstart_is_checked_without_torch_ray_or_transformers(small_run):
+    run = without_heavy_imports("check", *small_run())
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.startswith("plan: 3 rollouts × 4 prompts × 4 samples")
+    assert "reward: " in run.stdout
+
+
+def test_what_train_refuses_it_refuses_before_torch_or_ray_is_loaded(small_run):
+    run = without_heavy_imports("train", *small_run(num_rollout=0))
+    assert run.returncode == 2, run.stderr
+    assert "--num-rollout = '0'" in run.stderr
+
+
+def test_json_holds_the_plan_and_every_hook(small_run, capsys):
+    assert main(["check", "--json", *small_run()]) == 0
+    said = json.loads(capsys.readouterr().out)
+    assert said["ok"] is True
+    assert said["plan"]["services"] == ["rollout", "engines", "router", "train"]
+    assert said["plan"]["global_batch_size"] == 8
+    assert [(hook["hook"], hook["called"]) for hook in said["hooks"]] == [("reward", True)]
+
+
+def test_the_tables_that_miles_api_knows_of_are_those_that_the_packages_have():
+    owners = {"miles_train": "train", "miles_rollout": "rollout", "miles_router": "router"}
+    sides = {name: owners.get(kind.__module__.partition(".")[0]) for name, kind in option_groups().items()}
+    assert {side: {name for name in sides if sides[name] == side} for side in TABLES} == {
+        side: set(tables) for side, tables in TABLES.items()
+    }
+
+
+def test_help_begins_with_one_line_of_usage(capsys):
+    assert main(["train", "--help"]) == 0
+    text = capsys.readouterr().out
+    assert text.startswith("usage: miles train [RUN.toml] [--flag value …]\n\n")
+    assert "2 refused before anything started" in text
 
 
 def test_an_unknown_command_suggests_the_nearest(capsys):

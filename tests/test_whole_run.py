@@ -10,11 +10,11 @@ from pathlib import Path
 import psutil
 import pytest
 
+from miles_api.check import derive
 from miles_api.errors import ServiceError
 from miles_api.load import provider
 from miles_api.parse import parse_run
 from miles_api.services import Placement
-from miles_train.driver.check import derive
 
 TIMEOUT = 280
 
@@ -26,16 +26,27 @@ def miles(*words):
     )  # fmt: skip
 
 
+POST_SAVE = """
+from pathlib import Path
+
+def register(args, rollout_id, checkpoint_dir, hf_checkpoint_dir):
+    parts = sorted(path.name for path in Path(checkpoint_dir).iterdir())
+    Path(args.run_dir, "registered").write_text(f"{rollout_id} {checkpoint_dir} {hf_checkpoint_dir} {parts}")
+"""
+
+
 @pytest.fixture(scope="module")
 def finished(quickstart_data, tmp_path_factory):
     """A run of three rollouts that recomputes nothing away, and its directory."""
     folder = tmp_path_factory.mktemp("whole") / "run"
+    (folder.parent / "own.py").write_text(POST_SAVE)
     toml = Path(__file__).parent.parent / "examples" / "quickstart" / "run.toml"
     run = miles(
         "train", toml, "--hf-checkpoint", quickstart_data / "model", "--run-dir", folder, "--num-rollout", 3,
         "--prompt-data", quickstart_data / "train.jsonl", "--eval-prompt-data", quickstart_data / "heldout.jsonl",
         "--eval-interval", 2, "--rollout-batch-size", 4, "--n-samples-per-prompt", 4, "--no-skip-zero-advantage",
         "--no-use-rollout-logprobs", "--save-hf", folder / "final",
+        "--custom-megatron-post-save-hook-path", f"{folder.parent}/own.py:register",
     )  # fmt: skip
     assert run.returncode == 0, run.stdout + run.stderr
     return folder, run
@@ -79,10 +90,25 @@ def test_the_resolved_config_says_where_values_came_from_and_runs_again(finished
 
 def test_the_hooks_that_ran_are_listed_with_file_hash_and_calls(finished):
     hooks = json.loads((finished[0] / "hooks.json").read_text())
-    (reward,) = [hook for hook in hooks if hook["hook"] == "reward"]
+    checked, reward = [hook for hook in hooks if hook["hook"] == "reward"]
+    assert (checked["process"], reward["process"]) == ("driver", "rollout")
     assert reward["file"].endswith("examples/quickstart/reward.py")
     assert len(reward["sha256"]) == 64
+    assert checked["sha256"] == reward["sha256"]
     assert reward["calls"] == 3 * 16 + 3 * 128
+
+
+def test_the_post_save_hook_gets_the_checkpoint_in_its_place(finished):
+    folder, _ = finished
+    written = folder / "checkpoints" / "rollout_000002"
+    parts = ["hf", "rollout", "state.json", "trainer"]
+    assert (folder / "registered").read_text() == f"2 {written} {written}/hf {parts}"
+    hooks = json.loads((folder / "hooks.json").read_text())
+    assert [h["calls"] for h in hooks if h["hook"] == "post_save" and h["process"] == "trainer 0"] == [1]
+
+
+def test_the_run_says_once_that_every_hook_was_called(finished):
+    assert finished[1].stderr.count("every configured hook was called: reward\n") == 1
 
 
 def test_the_last_checkpoint_continues_where_the_run_ended(finished, quickstart_data, tmp_path):
@@ -137,6 +163,37 @@ def test_a_reward_that_raises_stops_the_run_with_the_users_traceback(small_run, 
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert summary["status"] == "failed"
     assert "no_such_thing" in summary["error"]
+
+
+def test_rollouts_are_recorded_without_a_trainer_and_trained_without_an_engine(small_run, tmp_path):
+    dump = tmp_path / "dump.miles"
+    words = small_run(run_dir=tmp_path / "recorded", save_debug_rollout_data=dump)
+    recording = miles("train", *words, "--debug-rollout-only")
+    assert recording.returncode == 0, recording.stdout + recording.stderr
+    assert not (tmp_path / "recorded" / "checkpoints").exists()
+    assert "starting trainer" not in recording.stderr
+    training = miles("train", *small_run(load_debug_rollout_data=dump))
+    assert training.returncode == 0, training.stdout + training.stderr
+    assert "starting engines" not in training.stderr
+    pairs = zip(rows(tmp_path / "recorded", "rollout"), rows(tmp_path / "run", "rollout"), strict=True)
+    for made, read in pairs:
+        assert made["metrics"]["rollout/reward"] == read["metrics"]["rollout/reward"]
+        assert "train/loss" in read["metrics"]
+        assert "train/loss" not in made["metrics"]
+    assert rows(tmp_path / "run", "eval") == []
+
+
+def test_a_process_that_loads_other_code_than_was_checked_stops_the_run_before_the_first_rollout(small_run, tmp_path):
+    (tmp_path / "own.py").write_text(
+        "from pathlib import Path\n"
+        "Path(__file__).open('a').write('# imported again\\n')\n"
+        "def score(args, sample):\n    return 1.0\n"
+    )
+    run = miles("train", *small_run(custom_rm_path=f"{tmp_path}/own.py:score"))
+    assert run.returncode == 1
+    assert "the reward hook" in run.stderr
+    assert "is not the same everywhere: file hash" in run.stderr
+    assert rows(tmp_path / "run", "rollout") == []
 
 
 def test_a_terminated_run_ends_in_seconds_with_a_report_and_no_process_left(small_run, tmp_path):

@@ -67,7 +67,9 @@ def warm_up(folder: Path, seed: int) -> None:
     flags = [word for name, value in options.items() for word in (f"--{name}", str(value))]
     run_file = Path(__file__).parent / "run.toml"
     command = [sys.executable, "-m", "miles_api.cli", "train", str(run_file), *flags, "--overwrite"]
-    subprocess.run(command, check=True)
+    # Progress goes to stderr. What it prints besides, a plan and a report, is not the quickstart's.
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+    print(f"{folder / 'warm'}: the model after a supervised warm-up")
 
 
 def main() -> None:

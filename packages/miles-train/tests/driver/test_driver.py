@@ -9,20 +9,23 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from miles_api.check import derive
 from miles_api.config import RunConfig
+from miles_api.derive import derive_batch
 from miles_api.errors import ConfigError, DataError, ServiceError
+from miles_api.run_checks import services_of
 from miles_api.run_options import RunOptions
 from miles_api.services import Endpoint
 from miles_train.driver import checkpoint
-from miles_train.driver.check import derive
 from miles_train.weight_sync import disk
 from miles_train.weight_sync.disk import DiskWeightSync
+from miles_train.weight_sync.fixed import FixedWeights
 
 KNOBS = ("rollout_batch_size", "n_samples_per_prompt", "global_batch_size", "num_steps_per_rollout")
 
 
 def derived(**knobs):
-    run = derive(RunConfig.of(RunOptions(**knobs))).group(RunOptions)
+    run = derive_batch(RunConfig.of(RunOptions(**knobs))).group(RunOptions)
     return tuple(getattr(run, knob) for knob in KNOBS)
 
 
@@ -53,8 +56,35 @@ def test_batch_knobs_that_cannot_hold_are_refused(knobs, message):
 
 
 def test_a_derived_value_says_so():
-    config = derive(RunConfig.of(RunOptions(rollout_batch_size=8, n_samples_per_prompt=4)))
+    config = derive_batch(RunConfig.of(RunOptions(rollout_batch_size=8, n_samples_per_prompt=4)))
     assert config.sources["global_batch_size"] == "derived"
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({}, None),
+        ({"loss_type": "sft_loss"}, "sft"),
+        ({"load_debug_rollout_data": "/dump"}, "recorded"),
+        ({"load_debug_rollout_data": "/dump", "loss_type": "sft_loss"}, "recorded"),
+    ],
+)
+def test_a_run_that_samples_nothing_gets_the_rollout_function_that_reads(options, expected):
+    config = derive(RunConfig.of(RunOptions(rollout_batch_size=8, **options)))
+    assert config.args.rollout_function_path == expected
+
+
+@pytest.mark.parametrize(
+    ("options", "services"),
+    [
+        ({}, ("rollout", "engines", "router", "train")),
+        ({"loss_type": "sft_loss"}, ("rollout", "train")),
+        ({"load_debug_rollout_data": "/dump"}, ("rollout", "train")),
+        ({"debug_rollout_only": True}, ("rollout", "engines", "router")),
+    ],
+)
+def test_a_run_starts_what_it_needs_and_nothing_else(options, services):
+    assert services_of(RunOptions(**options)) == services
 
 
 def fill(text):
@@ -152,6 +182,14 @@ def test_an_engine_that_is_gone_is_named(tmp_path):
     with pytest.raises(ServiceError, match=r"http://127\.0\.0\.1:9 did not answer"):
         sync.push("1")
     sync.close()
+
+
+def test_weights_that_nobody_trains_are_known_by_what_the_engines_call_them(engine):
+    engine["stuck_at"] = "default"
+    fixed = FixedWeights([engine["endpoint"]] * 2)
+    fixed.push("3")
+    assert fixed.served("3") == "default"
+    assert engine["seen"] == []
 
 
 def test_weights_travel_in_memory_only_where_they_fit(tmp_path, monkeypatch):

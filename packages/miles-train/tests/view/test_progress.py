@@ -127,7 +127,7 @@ def test_a_terminal_shows_reward_trend_split_and_eta_on_few_lines():
         clock.at += 2
         progress.note("a note [with brackets]")
     shown = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", stream.getvalue())
-    assert "! a note [with brackets]" in shown
+    assert "a note [with brackets]" in shown
     last = shown[shown.rindex("rollout 37/120") :].splitlines()
     assert "eta 0:42" in last[0]
     assert "reward 0.9 ▁" in last[1]

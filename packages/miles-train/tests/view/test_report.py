@@ -328,3 +328,27 @@ def test_the_view_runs_as_a_module_without_torch_or_ray(make_run):
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == str(run / "report.html")
+
+
+def test_what_befell_a_hook_is_told(make_run):
+    hook = {"hook": "dynamic_filter", "reference": "f.py:keep", "file": "/x/f.py", "sha256": "a" * 64}
+    checked = {**hook, "process": "driver", "called": True, "note": "", "checkable": False}
+    ran = {**hook, "process": "rollout", "calls": 40, "seconds": 0.2, "errors": 3, "timeouts": 2, "retries": 5,
+           "skipped": 7, "drops": {"zero_std": 11, "hook_error": 1}, "checkable": False}  # fmt: skip
+    again = {**hook, "process": "another", "drops": {"zero_std": 0, "hook_error": 0}}
+    text = words(page_of(make_run([line(0)], hooks=[checked, ran, again])))
+    assert "dynamic_filterrollout, another f.py:keep" in text
+    assert "not checkable" in text
+    assert "407 skipped" in text
+    assert "32 timed out, 5 retried" in text
+    assert "12zero_std 11, hook_error 1" in text
+    assert "raised 3 errors, 2 of them by timing out" in text
+
+
+def test_a_hook_that_the_run_does_not_call_says_why_and_is_no_cause_for_alarm(make_run):
+    hook = {"hook": "reward", "reference": "r.py:score", "file": "/x/r.py", "sha256": "a" * 64}
+    idle = {**hook, "process": "driver", "called": False, "note": "supervised, nothing is sampled"}
+    text = words(page_of(make_run([line(0)], hooks=[idle])))
+    assert "rewardnot called: supervised, nothing is sampled" in text
+    assert "never called" not in text
+    assert "Dropped" not in text

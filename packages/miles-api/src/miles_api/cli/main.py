@@ -58,4 +58,5 @@ def _run(name: str, rest: list[str]) -> int:
 def _overview(names: list[str]) -> str:
     lines = ["usage: miles COMMAND …", "", "commands:"]
     lines += [f"  {name:10} {entry_points('miles.commands')[name][0].load().help}" for name in names]
-    return "\n".join([*lines, "", "`miles COMMAND --help` says more."])
+    codes = "exit codes: 0 done, 1 failed while running, 2 refused before it started"
+    return "\n".join([*lines, "", codes, "`miles COMMAND --help` says more."])

@@ -63,25 +63,29 @@ class Remote:
         pairs = zip(self._actors, keywords, strict=True)
         self._get("build", [actor.build.remote(self._service, self._config, mine) for actor, mine in pairs])
 
-    def call(self, method: str, *args: Any) -> list[Any]:
-        """Call a method on every process and wait for all results, in rank order."""
-        return self._get(method, [actor.call.remote(method, *args) for actor in self._actors])
+    def call(self, method: str, *args: Any, timeout: float | None = None) -> list[Any]:
+        """Call a method on every process and wait for all results, in rank order; `timeout` (s) replaces the usual."""
+        return self._get(method, [actor.call.remote(method, *args) for actor in self._actors], timeout)
 
     def call_split(self, method: str, key: str, *args: Any) -> tuple[Any, dict[str, Any]]:
         """Call on the one process; return a reference to `result[key]`, left where it is, and the rest."""
         part, rest = self._actors[0].call_split.options(num_returns=2).remote(method, key, *args)
         return part, self._get(method, rest)
 
-    def _get(self, method: str, refs: Any) -> Any:
+    def _get(self, method: str, refs: Any, timeout: float | None = None) -> Any:
         """Wait for results within the deadline; our errors come through as they are, others with a traceback."""
         name = f"{self._service}.{method}"
         try:
-            return ray.get(refs, timeout=self._timeout)
+            return ray.get(refs, timeout=timeout or self._timeout)
         except GetTimeoutError as error:
-            raise ServiceError(f"{name} did not return within --trainer-timeout {self._timeout:g} s") from error
+            deadline = f"{timeout:g} s" if timeout else f"--trainer-timeout {self._timeout:g} s"
+            raise ServiceError(f"{name} did not return within {deadline}") from error
         except RayTaskError as error:
             if isinstance(error.cause, MilesError):
-                raise type(error.cause)(*error.cause.args) from error
+                again = type(error.cause)(*error.cause.args)
+                for note in getattr(error.cause, "__notes__", []):
+                    again.add_note(note)
+                raise again from error
             raise ServiceError(f"{name} failed\n{error}") from error
         except RayActorError as error:
             raise ServiceError(f"the {self._service} process died during {method}: {error}") from error
@@ -90,13 +94,15 @@ class Remote:
 class Cluster:
     """A running Ray cluster, or one of our own on this machine."""
 
-    def __init__(self, config: RunConfig) -> None:
+    def __init__(self, config: RunConfig, *, trains: bool = True) -> None:
+        """`trains` is false for a run without trainer ranks."""
         self._config = config
         self._parallel = config.group(ParallelOptions)
+        world = self._parallel.world_size if trains else 0
         address = config.group(ClusterOptions).ray_address
         own: dict[str, Any] = {
             # Workers of a small machine share its cores: Ray only counts them, one a process.
-            "num_cpus": max(self._parallel.world_size + 1, os.cpu_count() or 1),
+            "num_cpus": max(world + 1, os.cpu_count() or 1),
             "object_store_memory": _OBJECT_STORE_BYTES,
             "include_dashboard": False,
         }
@@ -107,7 +113,6 @@ class Cluster:
         signal.signal(signal.SIGTERM, terminate)
         resources = ray.cluster_resources()
         self._gpus = int(resources.get("GPU", 0))
-        world = self._parallel.world_size
         if resources.get("CPU", 0) < world + 1 or 0 < self._gpus < world:
             ray.shutdown()
             raise ServiceError(

@@ -16,6 +16,8 @@ from miles_train.view.report import write_report
 from miles_train.view.sinks import MetricsWriter, make_sinks
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from miles_api.config import RunConfig
 
 __all__ = ["RunDir"]
@@ -30,7 +32,6 @@ class RunDir:
             shutil.rmtree(self.path)
         self.path.mkdir(parents=True, exist_ok=True)
         (self.path / "config.toml").write_text(config.to_toml(), encoding="utf-8")
-        self._hooks: dict[str, list[dict[str, Any]]] = {}
         self._metrics = MetricsWriter(self.path / "metrics.jsonl")
         self._samples = (self.path / "samples.jsonl").open("ab")
         self._sinks = make_sinks(config.group(LoggingOptions), self.path, config.public())
@@ -55,10 +56,9 @@ class RunDir:
         self._samples.write(line + b"\n")
         self._samples.flush()
 
-    def hooks(self, process: str, reports: list[dict[str, Any]]) -> None:
-        """Write which hooks a process has, from where, and how they fared so far."""
-        self._hooks[process] = [{"process": process, **report} for report in reports]
-        lines = [hook for hooks in self._hooks.values() for hook in hooks]
+    def hooks(self, reports: Mapping[str, list[dict[str, Any]]]) -> None:
+        """Write which hooks each process has, from where, and how they fared so far."""
+        lines = [{"process": process, **hook} for process, hooks in reports.items() for hook in hooks]
         (self.path / "hooks.json").write_text(json.dumps(lines, indent=2), encoding="utf-8")
 
     def close(self, status: str, error: str | None = None) -> Path:

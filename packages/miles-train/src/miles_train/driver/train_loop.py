@@ -13,6 +13,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from miles_api.config import RunConfig
+    from miles_api.services import TrainStepReport
+    from miles_train.driver.hook_watch import HookWatch
     from miles_train.driver.run_dir import RunDir
     from miles_train.driver.services import Services
     from miles_train.view.progress import Progress
@@ -23,33 +25,36 @@ __all__ = ["TrainLoop"]
 class TrainLoop:
     """One run over started services."""
 
-    def __init__(self, config: RunConfig, services: Services, run_dir: RunDir, progress: Progress) -> None:
+    def __init__(
+        self, config: RunConfig, services: Services, run_dir: RunDir, progress: Progress, watch: HookWatch
+    ) -> None:
         self._run = config.group(RunOptions)
         self._evaluates = services.sync is not None and self._run.eval_interval is not None
         self._services = services
         self._run_dir = run_dir
         self._progress = progress
+        self._watch = watch
         self._version = 0
         self._first = 0
 
     def run(self) -> None:
         """Train every rollout, from the beginning or from `--load`; the last state is saved."""
+        self._watch.started()
         self._load()
-        self._run_dir.hooks("rollout", self._services.rollout.call("report")[0])
         self._push_weights()
         if self._evaluates:
             self._evaluate(self._first - 1)
         for rollout_id in range(self._first, self._run.num_rollout):
             self._one(rollout_id)
         self._export()
+        self._watch.collect()
 
     def _one(self, rollout_id: int) -> None:
         started = time.perf_counter()
         last = rollout_id == self._run.num_rollout - 1
         self._progress.phase("rollout", rollout_id)
-        batch, rollout = self._services.rollout.call_split("generate", "batch", rollout_id, str(self._version))
-        self._progress.phase("train", rollout_id)
-        report = self._services.trainers.call("train", rollout_id, batch)[0]
+        batch, rollout = self._services.rollout.call_split("generate", "batch", rollout_id, self._weights)
+        trained = self._train(rollout_id, batch)
         self._progress.phase("weight sync", rollout_id)
         synced = time.perf_counter()
         self._version += 1
@@ -57,15 +62,16 @@ class TrainLoop:
         finished = time.perf_counter()
         seconds = {
             **rollout["seconds"],
-            "train": sum(report.seconds.values()),
+            "train": sum(trained.seconds.values()) if trained else 0.0,
             "weight_sync": finished - synced if self._services.sync else 0.0,
         }
         seconds |= {"other": finished - started - sum(seconds.values()), "total": finished - started}
-        metrics = {**rollout["metrics"], **report.metrics}
+        metrics = {**rollout["metrics"], **(trained.metrics if trained else {})}
         self._run_dir.log("rollout", rollout_id, metrics, seconds)
         self._run_dir.samples("train", rollout_id, rollout["samples"])
-        self._run_dir.hooks("rollout", rollout["hooks"])
+        self._watch.rollout(rollout["hooks"])
         self._progress.rollout(rollout_id, metrics, seconds)
+        self._watch.after("rollout")
         if self._evaluates and (last or self._is_due(rollout_id, self._run.eval_interval)):
             self._evaluate(rollout_id)
         if last or self._is_due(rollout_id, self._run.save_interval):
@@ -75,6 +81,18 @@ class TrainLoop:
     def _is_due(rollout_id: int, interval: int | None) -> bool:
         return interval is not None and (rollout_id + 1) % interval == 0
 
+    @property
+    def _weights(self) -> str:
+        """The version that engines report for the weights they serve now."""
+        sync = self._services.sync
+        return sync.served(str(self._version)) if sync else str(self._version)
+
+    def _train(self, rollout_id: int, batch: Any) -> TrainStepReport | None:
+        if self._services.trainers is None:
+            return None
+        self._progress.phase("train", rollout_id)
+        return self._services.trainers.call("train", rollout_id, batch)[0]
+
     def _push_weights(self) -> None:
         if self._services.sync:
             self._services.sync.push(str(self._version))
@@ -82,28 +100,36 @@ class TrainLoop:
     def _evaluate(self, rollout_id: int) -> None:
         self._progress.phase("evaluate", rollout_id)
         started = time.perf_counter()
-        result = self._services.rollout.call("evaluate", rollout_id, str(self._version))[0]
+        result = self._services.rollout.call("evaluate", rollout_id, self._weights)[0]
         self._run_dir.log("eval", rollout_id, result["metrics"], {"eval": time.perf_counter() - started})
         self._run_dir.samples("eval", rollout_id, result["samples"])
-        self._run_dir.hooks("rollout", result["hooks"])
+        self._watch.rollout(result["hooks"])
         self._progress.eval(result["metrics"])
+        self._watch.after("eval")
 
     def _save(self, rollout_id: int) -> None:
+        """Write a checkpoint, and tell every trainer rank when it lies in its place."""
+        trainers = self._services.trainers
+        if trainers is None:
+            return
         self._progress.phase("save", rollout_id)
         parts: dict[str, Callable[[str], Any]] = {
-            "trainer": lambda folder: self._services.trainers.call("save", rollout_id, folder),
+            "trainer": lambda folder: trainers.call("save", rollout_id, folder),
             "rollout": lambda folder: self._services.rollout.call("save", rollout_id, folder),
-            "hf": lambda folder: self._services.trainers.call("export", folder),
+            "hf": lambda folder: trainers.call("export", folder),
         }
-        checkpoint.write(checkpoint.folder_of(self._run), checkpoint.Progress(rollout_id, self._version), parts)
+        progress = checkpoint.Progress(rollout_id, self._version)
+        written = checkpoint.write(checkpoint.folder_of(self._run), progress, parts)
+        trainers.call("saved", rollout_id, str(written), str(written / "hf"))
+        self._watch.after("save")
 
     def _export(self) -> None:
-        if self._run.save_hf:
+        if self._run.save_hf and self._services.trainers:
             Path(self._run.save_hf).mkdir(parents=True, exist_ok=True)
             self._services.trainers.call("export", self._run.save_hf)
 
     def _load(self) -> None:
-        if self._run.load is None:
+        if self._run.load is None or self._services.trainers is None:
             return
         folder, progress = checkpoint.find(Path(self._run.load))
         self._services.trainers.call("load", progress.rollout_id, str(folder / "trainer"))

@@ -1,13 +1,14 @@
-"""What a report says in words and tables: tiles, shares of time, hooks, and what deserves a look."""
+"""What a report says in words and tables: tiles, shares of time, and what deserves a look."""
 
 from __future__ import annotations
 
 import re
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import msgspec
 
 from miles_train.view.charts import ALARMING_GAP
+from miles_train.view.hook_table import HookRow, hook_attention
 from miles_train.view.series import eval_datasets, phase_colors, phase_names, present, total_seconds
 from miles_train.view.words import duration, number, percent
 
@@ -17,13 +18,11 @@ if TYPE_CHECKING:
     from miles_train.view.run_directory import RunDirectory
 
 __all__ = [
-    "HookRow",
     "Share",
     "Tile",
     "TimeShares",
     "attention",
     "config_lines",
-    "hook_rows",
     "startup_text",
     "tiles",
     "time_shares",
@@ -31,9 +30,6 @@ __all__ = [
 
 LAST_ROLLOUTS = 10
 MOST_DATASETS = 8
-MOST_PROCESSES = 3
-DEFAULT = "default"
-"""The reference of a hook that nobody set: that it was not needed is no news."""
 
 _GENERATE_AND_TRAIN = ("generate", "train")
 _SECRET = re.compile(r"^(?P<key>\s*[\w\"-]*(?<![a-z])(token|password|secret|api_key)\"?\s*=\s*).*$", re.IGNORECASE)
@@ -172,63 +168,6 @@ def startup_text(run: RunDirectory) -> str:
     return ", ".join(f"{name.replace('_', ' ')} {duration(seconds)}" for name, seconds in run.startup.items())
 
 
-class HookRow(msgspec.Struct):
-    """One hook as every process that loaded the same file of it ran it."""
-
-    hook: str
-    reference: str
-    distribution: str
-    file: str
-    sha256: str
-    processes: list[str]
-    calls: int
-    seconds: float
-    errors: int
-
-    @property
-    def where(self) -> str:
-        """The first few processes."""
-        names = list(dict.fromkeys(self.processes))
-        more = f" and {len(names) - MOST_PROCESSES} more" if len(names) > MOST_PROCESSES else ""
-        return ", ".join(names[:MOST_PROCESSES]) + more
-
-    @property
-    def microseconds(self) -> str:
-        """Mean time of a call."""
-        return number(1e6 * self.seconds / self.calls) if self.calls else "—"
-
-    @property
-    def seconds_text(self) -> str:
-        """Total time."""
-        return duration(self.seconds) if self.calls else "—"
-
-
-def hook_rows(hooks: Sequence[dict[str, Any]]) -> list[HookRow]:
-    """Return one row for each hook, reference and file, added up over processes."""
-    rows: dict[tuple[str, ...], HookRow] = {}
-    for hook in hooks:
-        name, reference, file, sha256, distribution, version = (
-            str(hook.get(key) or "") for key in ("hook", "reference", "file", "sha256", "distribution", "version")
-        )
-        origin = f"{distribution} {version}".strip()
-        row = rows.setdefault(
-            (name, reference, sha256, origin), HookRow(name, reference, origin, file, sha256, [], 0, 0.0, 0)
-        )
-        row.processes.append(str(hook.get("process") or ""))
-        row.calls += _count(hook.get("calls"))
-        row.seconds += _amount(hook.get("seconds"))
-        row.errors += _count(hook.get("errors"))
-    return list(rows.values())
-
-
-def _amount(value: object) -> float:
-    return float(value) if isinstance(value, int | float) else 0.0
-
-
-def _count(value: object) -> int:
-    return len(value) if isinstance(value, list) else int(_amount(value))
-
-
 def attention(run: RunDirectory, hooks: Sequence[HookRow]) -> list[str]:
     """Return what a reader should not overlook."""
     found = list(run.problems)
@@ -244,16 +183,7 @@ def attention(run: RunDirectory, hooks: Sequence[HookRow]) -> list[str]:
     skipped = sum(_values(run, "train/skipped_steps"))
     if skipped:
         found.append(f"{skipped:,.0f} optimizer steps were skipped: no sample in them had an advantage")
-    found += [f"hook {row.hook} ({row.reference}) raised {row.errors:,} errors" for row in hooks if row.errors]
-    found += [
-        f"hook {row.hook} ({row.reference}) was loaded and never called"
-        for row in hooks
-        # Counts are written after each rollout: before the first one is done they say nothing.
-        if run.rollouts and not row.calls and row.reference != DEFAULT
-    ]
-    references = {(row.hook, row.reference) for row in hooks}
-    if len(references) < len(hooks):
-        found.append("processes ran different files or versions of the same hook")
+    found += hook_attention(hooks, has_rollouts=bool(run.rollouts))
     return found
 
 

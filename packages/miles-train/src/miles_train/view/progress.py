@@ -112,7 +112,7 @@ class Progress:
         if self._live is None:
             self._line(text)
         else:
-            self._console.print(Text("! ", style="yellow") + Text(text))
+            self._console.print(Text(text))
 
     def _due(self, rollout_id: int) -> bool:
         if self._last_line is None or rollout_id + 1 >= self._total:

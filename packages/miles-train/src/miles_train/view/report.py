@@ -24,7 +24,8 @@ from markupsafe import Markup
 from miles_api.errors import DataError
 from miles_train._version import __version__
 from miles_train.view.charts import chart_data
-from miles_train.view.facts import attention, config_lines, hook_rows, startup_text, tiles, time_shares
+from miles_train.view.facts import attention, config_lines, startup_text, tiles, time_shares
+from miles_train.view.hook_table import hook_rows
 from miles_train.view.run_directory import RunDirectory, read_run
 from miles_train.view.sample_pick import pick_samples
 

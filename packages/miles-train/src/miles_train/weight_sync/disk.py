@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
     from miles_api.services import Endpoint
 
-__all__ = ["DiskWeightSync", "make_folder"]
+__all__ = ["DiskWeightSync", "ask", "make_folder"]
 
 _TIMEOUT = 600.0
 _SHARED_MEMORY = Path("/dev/shm")
@@ -64,12 +64,16 @@ class DiskWeightSync:
 
     def _update(self, endpoint: Endpoint, weight_version: str) -> None:
         body = {"model_path": str(self._folder), "weight_version": weight_version}
-        answer = _ask(endpoint, "/update_weights_from_disk", body)
+        answer = ask(endpoint, "/update_weights_from_disk", body)
         if not answer.get("success"):
             raise ServiceError(f"engine {endpoint.url} refused /update_weights_from_disk: {answer}")
-        served = _ask(endpoint, "/model_info").get("weight_version")
+        served = ask(endpoint, "/model_info").get("weight_version")
         if served != weight_version:
             raise ServiceError(f"engine {endpoint.url} took weights {weight_version!r} but says it serves {served!r}")
+
+    def served(self, weight_version: str) -> str:
+        """Return the version by which engines call the weights pushed under `weight_version`: the same."""
+        return weight_version
 
     def close(self) -> None:
         """Remove the directory."""
@@ -77,7 +81,7 @@ class DiskWeightSync:
         shutil.rmtree(self._folder, ignore_errors=True)
 
 
-def _ask(endpoint: Endpoint, path: str, body: dict[str, str] | None = None) -> dict[str, Any]:
+def ask(endpoint: Endpoint, path: str, body: dict[str, str] | None = None) -> dict[str, Any]:
     """POST `body`, or GET without one, and return the decoded reply."""
     data = None if body is None else json.dumps(body).encode()
     request = urllib.request.Request(endpoint.url + path, data=data, headers={"Content-Type": "application/json"})

@@ -1,0 +1,99 @@
+"""The hooks of a plan: every configured one resolved, whether this run calls it or not."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import msgspec
+
+from miles_api.abi import shown
+from miles_api.beside import BESIDE, beside
+from miles_api.bind import BoundHook, resolve
+from miles_api.errors import HookError, HookLoadError
+from miles_api.hooks import REGISTRY
+from miles_api.hookset import configured_hooks
+
+if TYPE_CHECKING:
+    from miles_api.config import RunConfig
+    from miles_api.spec import HookSpec
+
+__all__ = ["HookRow", "rows_of"]
+
+_TRAINER_ONLY = ("megatron", "transformer_engine", "torch", "miles_train")
+"""What a machine that only starts runs need not have: a hook of the trainer may import it."""
+
+
+class HookRow(msgspec.Struct, kw_only=True):
+    """One configured hook, as `miles check --json` shows it."""
+
+    hook: str
+    flag: str | None
+    reference: str
+    file: str = ""
+    sha256: str = ""
+    distribution: str = ""
+    version: str = ""
+    abi: str = ""
+    """The ABI it was written for; empty where it could not be imported here."""
+    checkable: bool = False
+    """False where nothing could be compared with the stub: a bare `(*args, **kwargs)`, or not imported here."""
+    called: bool = True
+    """Whether this run calls it by itself."""
+    note: str = ""
+    """Why it is not called, or where it will be checked."""
+
+
+def rows_of(config: RunConfig, idle: dict[str, str]) -> tuple[list[HookRow], list[str]]:
+    """Resolve every configured hook; return the rows of those that can run, and what is wrong with the others."""
+    rows: list[HookRow] = []
+    problems: list[str] = []
+    for name, references in configured_hooks(config.args).items():
+        spec = REGISTRY[name]
+        for reference in references:
+            try:
+                rows += _found(spec, reference)
+            except HookError as error:
+                if spec.side == "train" and (lacking := _trainer_package(error)):
+                    rows.append(_deferred(spec, reference, lacking))
+                else:
+                    problems.append(str(error))
+    for row in rows:
+        if row.hook in idle:
+            row.called, row.note = False, "; ".join(filter(None, (idle[row.hook], row.note)))
+    return rows, problems
+
+
+def _found(spec: HookSpec, reference: str) -> list[HookRow]:
+    bound = resolve(spec, reference)
+    rows = [_row(bound)]
+    found = [beside(name, bound) for name, (owner, _) in BESIDE.items() if owner == spec.name]
+    return rows + [_row(hook) for hook in found if hook is not None]
+
+
+def _row(bound: BoundHook) -> HookRow:
+    return HookRow(
+        hook=bound.spec.name,
+        flag=bound.spec.flag,
+        reference=bound.reference,
+        abi=shown(bound.abi.version),
+        checkable=bound.checkable,
+        **msgspec.structs.asdict(bound.origin),
+    )
+
+
+def _trainer_package(error: HookError) -> str | None:
+    """Return the package whose absence alone kept a hook of the trainer from being imported, or None."""
+    missing = error.missing if isinstance(error, HookLoadError) else None
+    return missing if (missing or "").partition(".")[0] in _TRAINER_ONLY else None
+
+
+def _deferred(spec: HookSpec, reference: str, missing: str) -> HookRow:
+    """Say of a hook that a trainer rank will check it; the hash of a file needs no import."""
+    file = Path(reference.rpartition(":")[0])
+    row = HookRow(hook=spec.name, flag=spec.flag, reference=reference)
+    if file.suffix == ".py" and file.is_file():
+        row.file, row.sha256 = str(file), hashlib.sha256(file.read_bytes()).hexdigest()
+    row.note = f"checked on a trainer rank: {missing} is not installed here"
+    return row
