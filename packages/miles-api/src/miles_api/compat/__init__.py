@@ -1,20 +1,27 @@
-"""Hooks written for Miles and slime, loaded unmodified."""
+"""Hooks written for Miles 0.x and slime, loaded unmodified: their imports, flag values and signatures.
+
+Imports of `miles.*` and `slime.*` are served from one table (`compat.table`) by a finder that is installed with the
+first hook reference of the process and asked last, so a really installed `miles` or `slime` wins.
+"""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    from miles_api.spec import HookSpec
+from miles_api.compat.adapters import adapt
+from miles_api.compat.finder import install, stands_in_for
+from miles_api.compat.table import FLAG_VALUES, ROOTS, row_of
 
 __all__ = ["adapt", "translate"]
 
 
 def translate(reference: str) -> str:
-    """Return our reference for an old default path, other references as they are."""
-    return reference
+    """Return our reference for an old default path, other references as they are.
 
-
-def adapt(spec: HookSpec, reference: str, found: Any) -> Any:  # noqa: ARG001
-    """Return `found`, or a wrapper with our signature where it has the one of an older stack."""
-    return found
+    Called before a reference is imported; from then on imports of `miles.*` and `slime.*` work in this process.
+    """
+    if not any(mark in reference for mark in (".", ":", "/")):
+        return reference
+    install()
+    root, _, name = reference.replace(":", ".").partition(".")
+    if root not in ROOTS or "/" in reference or not stands_in_for(root):
+        return reference
+    return FLAG_VALUES.get(name) or row_of(root, name) or reference

@@ -1,0 +1,126 @@
+"""Rewards by the names and results of the older stacks."""
+
+from __future__ import annotations
+
+import re
+import string
+from collections import Counter
+from typing import TYPE_CHECKING, Any
+
+from miles_rollout.compat.state import state_of
+from miles_rollout.group import gather
+from miles_rollout.rewards.math import last_boxed, math_score
+
+if TYPE_CHECKING:
+    from miles_api.args import Args
+    from miles_api.sample import Sample
+
+__all__ = [
+    "async_rm",
+    "batched_async_rm",
+    "compute_score",
+    "extract_answer",
+    "f1_score",
+    "grade_answer_verl",
+    "last_boxed_only_string",
+    "remove_boxed",
+]
+
+_ANSWER = re.compile(r"(?i:answer)\s*:\s*([^\n]+)")
+_LAST_CHARACTERS = 300
+_BOXED_CHARACTERS = 100
+
+
+async def async_rm(args: Args, sample: Sample, **kwargs: Any) -> Any:
+    """Score a sample with the run's reward: the hook, or what `--rm-type` names."""
+    state = state_of(args)
+    return await state.guard.once(state.hooks.need("reward"), args, sample)
+
+
+async def batched_async_rm(
+    args: Args, samples: list[Sample], inplace_set_reward_field: bool = False, **kwargs: Any
+) -> list[Any] | None:
+    """Score samples together, with the group reward where the run has one; optionally set their rewards."""
+    hook = state_of(args).hooks.one("group_reward")
+    if hook is not None:
+        rewards = list(await state_of(args).guard.once(hook, args, samples))
+    else:
+        rewards = await gather(*(async_rm(args, sample, **kwargs) for sample in samples))
+    if not inplace_set_reward_field:
+        return rewards
+    for sample, value in zip(samples, rewards, strict=True):
+        sample.reward = value
+    return None
+
+
+def last_boxed_only_string(text: str) -> str | None:
+    """Return the last `\\boxed{…}` of a text with its braces; None without a closed one."""
+    inner = last_boxed(text)
+    return None if inner is None else f"\\boxed{{{inner}}}"
+
+
+def remove_boxed(text: str | None) -> str | None:
+    """Return what a `\\boxed{…}` holds; None where it is none."""
+    return None if text is None else last_boxed(text)
+
+
+def extract_answer(passage: str) -> str | None:
+    """Return what the last `\\boxed{…}` of a passage holds; None without one."""
+    return last_boxed(passage)
+
+
+def grade_answer_verl(solution_str: str, ground_truth: Any) -> bool:
+    """Say whether the boxed answer of a solution is the labelled one; without a box or a label it is not."""
+    answer = last_boxed(solution_str) if solution_str else None
+    if answer is None or ground_truth in (None, ""):
+        return False
+    wanted = str(ground_truth)
+    return math_score(answer, last_boxed(wanted) if "\\boxed" in wanted else wanted) == 1.0
+
+
+def compute_score(
+    solution_str: str,
+    ground_truth: Any,
+    strict_box_verify: bool = False,
+    pause_tokens_index: list[int] | None = None,
+) -> dict[str, Any]:
+    """Score as DAPO does: 1 or -1 for the last line `Answer: …`, or for the last box if `strict_box_verify`.
+
+    Returns `score`, `acc` and `pred`. A label of any kind scores: numbers, fractions, text.
+    """
+    text = solution_str[-_LAST_CHARACTERS:]
+    if strict_box_verify:
+        answer = last_boxed(text[-_BOXED_CHARACTERS:])
+        right = answer is not None and answer == str(ground_truth)
+    else:
+        lines = _ANSWER.findall(text)
+        answer = (last_boxed(lines[-1]) or lines[-1].strip()) if lines else None
+        right = answer is not None and _same(answer, str(ground_truth))
+    return {"score": 1.0 if right else -1.0, "acc": right, "pred": "[INVALID]" if answer is None else answer}
+
+
+def _same(answer: str, wanted: str) -> bool:
+    # Boxed, so that the grader compares the whole answer and not the last number in it.
+    return math_score(f"\\boxed{{{answer}}}", last_boxed(wanted) or wanted) == 1.0
+
+
+_ARTICLES = re.compile(r"\b(a|an|the)\b")
+_PUNCTUATION = str.maketrans("", "", string.punctuation)
+_VERDICTS = ("yes", "no", "noanswer")
+
+
+def f1_score(prediction: str | None, ground_truth: Any) -> tuple[float, float, float]:
+    """Return token F1, precision and recall after SQuAD's normalisation; a yes or no must be exact."""
+    if prediction is None:
+        return 0.0, 0.0, 0.0
+    said, wanted = _words(prediction), _words(str(ground_truth))
+    if said != wanted and (" ".join(said) in _VERDICTS or " ".join(wanted) in _VERDICTS):
+        return 0.0, 0.0, 0.0
+    common = sum((Counter(said) & Counter(wanted)).values())
+    if common == 0:
+        return 0.0, 0.0, 0.0
+    return 2 * common / (len(said) + len(wanted)), common / len(said), common / len(wanted)
+
+
+def _words(text: str) -> list[str]:
+    return _ARTICLES.sub(" ", text.lower().translate(_PUNCTUATION)).split()
