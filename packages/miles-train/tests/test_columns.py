@@ -47,6 +47,7 @@ def test_columns_of_equal_length_pass_and_unknown_ones_pass_through():
         ({"total_lengths": [3, 4, 6]}, r"'total_lengths' says 6 for 5 tokens \(sample 102\)"),
         ({"rewards": 1.0}, r"'rewards' is a float"),
         ({"tokens": None}, r"no column 'tokens'"),
+        ({"log_probs": [[0.0]] * 3}, r"'log_probs' is computed by the trainer"),
     ],
 )
 def test_a_column_that_does_not_fit_is_refused_by_name_with_both_lengths(change, message):

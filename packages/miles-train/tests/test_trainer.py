@@ -3,103 +3,21 @@
 from __future__ import annotations
 
 import math
-import socket
-from pathlib import Path
+from importlib import import_module
 
 import pytest
 import torch
 import torch.multiprocessing as mp
 from safetensors.torch import load_file
 
-from miles_api.config import RunConfig
 from miles_api.errors import ConfigError, MilesError, SampleError
-from miles_api.run_options import RunOptions
 from miles_train.options import BatchingOptions, ObjectiveOptions, OptimizerOptions, ParallelOptions
 from miles_train.trainer import Trainer
 
-VOCAB = 32
-LR = 4e-3
-
-
-@pytest.fixture(scope="module")
-def hf_dir(tmp_path_factory):
-    from transformers import Qwen3Config, Qwen3ForCausalLM
-
-    torch.manual_seed(0)
-    config = Qwen3Config(
-        vocab_size=VOCAB, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=8,
-        intermediate_size=48, max_position_embeddings=64, tie_word_embeddings=True,
-    )  # fmt: skip
-    directory = tmp_path_factory.mktemp("model")
-    Qwen3ForCausalLM(config).save_pretrained(directory)
-    return str(directory)
-
-
-def make_batch(groups=4, size=4, dead_groups=(), seed=0, **columns):
-    """Return a rollout of random prompts and responses; the samples of dead groups have advantage 0."""
-    generator = torch.Generator().manual_seed(seed)
-    batch = {name: [] for name in ("tokens", "response_lengths", "loss_masks", "rewards", "sample_indices")}
-    batch |= {"group_indices": [], "rollout_log_probs": []}
-    for group in range(groups):
-        prompt = torch.randint(VOCAB, (3 + group % 3,), generator=generator).tolist()
-        for member in range(size):
-            response = torch.randint(VOCAB, (2 + (group + member) % 4,), generator=generator).tolist()
-            batch["tokens"].append(prompt + response)
-            batch["response_lengths"].append(len(response))
-            batch["loss_masks"].append([1] * (len(response) - 1) + [member % 2])
-            batch["rewards"].append(0.0 if group in dead_groups else 1.0 if member % 2 else -1.0)
-            batch["sample_indices"].append(100 + len(batch["sample_indices"]))
-            batch["group_indices"].append(group)
-            batch["rollout_log_probs"].append([-3.5] * len(response))
-    return batch | columns
-
-
-def make_config(hf_dir, *options, **run):
-    run = {"loss_type": "policy_loss", "num_steps_per_rollout": 2, "num_rollout": 20} | run
-    groups = {kind: kind() for kind in (ParallelOptions, BatchingOptions, ObjectiveOptions)}
-    # A large epsilon lets the size of gradients show in the weights; Adam alone would hide a wrong factor.
-    optimizer = OptimizerOptions(lr=LR, adam_eps=1e-2)
-    groups |= {RunOptions: RunOptions(hf_checkpoint=hf_dir, **run), OptimizerOptions: optimizer}
-    groups |= {type(group): group for group in options}
-    return RunConfig({kind.__name__: group for kind, group in groups.items()}, {})
-
-
-def free_port():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
-class Started:
-    """A started single-rank trainer that is stopped at the end of the block."""
-
-    def __init__(self, config):
-        self.trainer = Trainer(config, rank=0, world_size=1, master_addr="127.0.0.1", master_port=free_port())
-
-    def __enter__(self):
-        self.trainer.start()
-        return self.trainer
-
-    def __exit__(self, *error):
-        self.trainer.stop()
-
-
-def weights_of(trainer, directory):
-    trainer.export(str(directory))
-    return load_file(Path(directory) / "model.safetensors")
-
-
-def train_once(config, directory, batch):
-    """Train a fresh model on one rollout; return its weights and the report's metrics."""
-    with Started(config) as trainer:
-        report = trainer.train(0, batch)
-        return weights_of(trainer, directory), report.metrics
-
-
-def assert_same_weights(a, b, atol=1e-6):
-    assert a.keys() == b.keys()
-    for name in a:
-        torch.testing.assert_close(a[name], b[name], rtol=0, atol=atol, msg=lambda text, name=name: f"{name}: {text}")
+tiny = import_module("packages.miles-train.tests.tiny_trainer")
+VOCAB, LR = tiny.VOCAB, tiny.LR
+make_batch, make_config, Started = tiny.make_batch, tiny.make_config, tiny.Started
+weights_of, train_once, assert_same_weights = tiny.weights_of, tiny.train_once, tiny.assert_same_weights
 
 
 def hf_log_probs(directory, batch, temperature=1.0):
@@ -192,7 +110,7 @@ def test_a_second_step_compares_with_the_log_probs_before_the_first(hf_dir, tmp_
     batch = make_batch()
     lazy_weights, lazy = train_once(make_config(hf_dir), tmp_path / "lazy", batch)
     with Started(make_config(hf_dir)) as trainer:
-        trainer._pieces = trainer._pieces._replace(advantage_reads_log_probs=True)
+        trainer._recompute_first = True
         full = trainer.train(0, batch).metrics
         full_weights = weights_of(trainer, tmp_path / "full")
     assert_same_weights(lazy_weights, full_weights)
@@ -315,7 +233,7 @@ def layouts(hf_dir, tmp_path_factory):
     batch = make_batch(dead_groups=(1,))
     config = make_config(hf_dir, ObjectiveOptions(skip_zero_advantage=True))
     torch.save(train_once(config, directory / "one", batch), directory / "one.pt")
-    ports = {name: free_port() for name in LAYOUTS}
+    ports = {name: tiny.free_port() for name in LAYOUTS}
     mp.spawn(_layout_rank, args=(hf_dir, str(directory), ports, batch), nprocs=2)
     return directory
 

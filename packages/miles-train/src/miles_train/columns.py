@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import heapq
 from collections.abc import Sequence
-from itertools import chain, pairwise
+from itertools import accumulate, chain, pairwise
 from typing import Any
 
 import torch
@@ -16,11 +16,24 @@ from torch import Tensor
 
 from miles_api.errors import SampleError
 
-__all__ = ["select", "shard_columns", "split_steps", "to_tensors", "validate_columns"]
+__all__ = [
+    "COMPUTED_COLUMNS",
+    "PER_RESPONSE_TOKEN",
+    "select",
+    "shard_columns",
+    "split_steps",
+    "take_share",
+    "to_plain",
+    "to_tensors",
+    "validate_columns",
+]
 
 _REQUIRED = ("tokens", "response_lengths", "loss_masks")
-_RESPONSE_COLUMNS = ("loss_masks", "rollout_log_probs", "teacher_log_probs")
-_DTYPES = {"tokens": torch.int64} | dict.fromkeys(_RESPONSE_COLUMNS, torch.float32)
+PER_RESPONSE_TOKEN = ("loss_masks", "rollout_log_probs", "teacher_log_probs")
+"""Columns of a rollout with one number a response token; fp32 tensors in `rollout_data`."""
+COMPUTED_COLUMNS = ("log_probs", "ref_log_probs", "values", "advantages", "returns")
+"""Columns of the same form that the trainer adds."""
+_DTYPES = {"tokens": torch.int64} | dict.fromkeys((*PER_RESPONSE_TOKEN, *COMPUTED_COLUMNS), torch.float32)
 _NAMED_AT_MOST = 8
 
 
@@ -31,12 +44,15 @@ def validate_columns(batch: dict[str, Any]) -> dict[str, Any]:
     as absent and is left out.
 
     Raises:
-        SampleError: a required column is missing, a column is shorter or longer than `tokens` or present for some
-            samples only, or the lengths inside one sample disagree.
+        SampleError: a required column is missing, one has the name of a column that the trainer computes, a column is
+            shorter or longer than `tokens` or present for some samples only, or lengths inside one sample disagree.
     """
     for name in _REQUIRED:
         if batch.get(name) is None:
             raise SampleError(f"the train batch has no column {name!r}; it has {', '.join(sorted(batch))}")
+    for name in COMPUTED_COLUMNS:
+        if batch.get(name) is not None:
+            raise SampleError(f"column {name!r} is computed by the trainer; a rollout's own needs another name")
     count = len(batch["tokens"])
     if count == 0:
         raise SampleError("the train batch holds no sample")
@@ -71,7 +87,7 @@ def _check_lengths(columns: dict[str, Any]) -> None:
             f"column 'response_lengths': {response_lengths[i]} of {totals[i]} tokens are the response; at least one "
             f"token must come before it ({_names(columns, bad)})"
         )
-    for name in _RESPONSE_COLUMNS:
+    for name in PER_RESPONSE_TOKEN:
         if name not in columns:
             continue
         found = [len(values) for values in columns[name]]
@@ -165,8 +181,17 @@ def select(columns: dict[str, Any], positions: Sequence[int]) -> dict[str, Any]:
     return {name: [column[i] for i in positions] for name, column in columns.items()}
 
 
+def take_share(
+    columns: dict[str, Any], steps: Sequence[Sequence[int]], device: torch.device | str
+) -> tuple[dict[str, Any], list[list[int]]]:
+    """Return a rank's samples as tensors, and for each step their positions among them; `steps` is its shard."""
+    data = to_tensors(select(columns, [i for step in steps for i in step]), device)
+    ends = list(accumulate(map(len, steps)))
+    return data, [list(range(end - len(step), end)) for end, step in zip(ends, steps, strict=True)]
+
+
 def to_tensors(columns: dict[str, Any], device: torch.device | str = "cpu") -> dict[str, Any]:
-    """Return the columns with 1-D tensors a sample: `tokens` int64, masks and log-probs fp32.
+    """Return the columns with 1-D tensors a sample: `tokens` int64, masks, log-probs and computed columns fp32.
 
     The tensors of one column are views of one allocation, moved to `device` in one copy. Other columns stay lists;
     `total_lengths` and `sample_indices` are added where they are missing.
@@ -178,6 +203,14 @@ def to_tensors(columns: dict[str, Any], device: torch.device | str = "cpu") -> d
         if name in columns:
             data[name] = _split_tensor(columns[name], dtype, device)
     return data
+
+
+def to_plain(rollout_data: dict[str, Any]) -> dict[str, Any]:
+    """Return the columns as lists of plain values, which `to_tensors` turns back: what a record of the batch holds."""
+    return {
+        name: [value.tolist() if isinstance(value, Tensor) else value for value in column]
+        for name, column in rollout_data.items()
+    }
 
 
 def _split_tensor(column: Sequence[Sequence[float]], dtype: torch.dtype, device: torch.device | str) -> list[Tensor]:

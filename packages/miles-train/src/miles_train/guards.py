@@ -19,14 +19,19 @@ __all__ = ["check_finite", "check_finite_losses", "check_finite_numbers"]
 
 
 def check_finite(
-    name: str, values_R: Tensor, lengths: Sequence[int], sample_indices: Sequence[int], where: str = ""
+    name: str,
+    values_R: Tensor,
+    lengths: Sequence[int],
+    sample_indices: Sequence[int],
+    where: str = "",
+    error: type[MilesError] = MilesError,
 ) -> None:
     """Raise if token values hold NaN or infinity; `values_R` is the concatenation over samples of `lengths`.
 
     One test while all is well; the culprit is looked for only on failure.
 
     Raises:
-        MilesError: naming the tensor, the sample index, the position in it and the value found.
+        error: naming the tensor, the sample index, the position in it and the value found.
     """
     if bool(torch.isfinite(values_R).all()):
         return
@@ -34,7 +39,7 @@ def check_finite(
         bad = (~torch.isfinite(values)).nonzero()
         if len(bad):
             position = int(bad[0])
-            raise MilesError(
+            raise error(
                 f"{name} of sample {index}{where} is {values[position].item()} at position {position} of {len(values)} "
                 f"({len(bad)} such values in this sample)"
             )
@@ -48,12 +53,14 @@ def check_finite_numbers(name: str, values: Sequence[float], sample_indices: Seq
     raise MilesError(f"{name} of sample {index} is {value}")
 
 
-def check_finite_losses(losses: Sequence[Tensor], samples: Sequence[Sequence[int]], where: str = "") -> None:
+def check_finite_losses(
+    losses: Sequence[Tensor], samples: Sequence[Sequence[int]], where: str = "", name: str = "the loss"
+) -> None:
     """Raise `MilesError` if a micro-batch's loss is NaN or infinite; `samples` has the indices in each micro-batch."""
     if not losses or bool(torch.isfinite(torch.stack(list(losses))).all()):
         return
     loss, indices = next((x, i) for x, i in zip(losses, samples, strict=True) if not torch.isfinite(x))
     raise MilesError(
-        f"the loss{where} is {loss.item()} for the micro-batch of samples {', '.join(map(str, indices))}, "
+        f"{name}{where} is {loss.item()} for the micro-batch of samples {', '.join(map(str, indices))}, "
         "although their log-probs are finite"
     )

@@ -14,9 +14,12 @@ from torch import Tensor
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-__all__ = ["Metrics", "PhaseClock"]
+__all__ = ["Metrics", "PhaseClock", "is_max"]
 
-_MAX = "_max"
+
+def is_max(name: str) -> bool:
+    """Say whether of a metric of this name the largest value is kept, and not the mean."""
+    return name.endswith("_max")
 
 
 class Metrics:
@@ -56,7 +59,7 @@ class Metrics:
         totals = {}
         for name, parts in self._parts.items():
             values = [p for p in parts if not isinstance(p, Tensor)] + [next(numbers) for _ in tensors[name]]
-            totals[name] = max(values) if name.endswith(_MAX) else sum(values)
+            totals[name] = max(values) if is_max(name) else sum(values)
         return totals
 
 
@@ -67,7 +70,7 @@ def _reduce_parts(ranks: list[dict[str, float]]) -> dict[str, float]:
             if name not in totals:
                 totals[name] = value
             else:
-                totals[name] = max(totals[name], value) if name.endswith(_MAX) else totals[name] + value
+                totals[name] = max(totals[name], value) if is_max(name) else totals[name] + value
     return totals
 
 

@@ -4,27 +4,35 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from miles_api.errors import ConfigError, SampleError
+from miles_api.run_options import RunOptions
 from miles_train.advantages import grpo_advantages
 from miles_train.guards import check_finite_numbers
+from miles_train.hook_calls import call_advantage, call_importance_weights, call_loss, call_pg_loss_reducer
 from miles_train.loss import policy_loss, sft_loss
-from miles_train.reducers import segment_sums, sum_of_sample_mean
+from miles_train.metrics import is_max
+from miles_train.options import ObjectiveOptions
+from miles_train.reducers import segment_sums
+from miles_train.train_hooks import check_train_hooks
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from miles_api.run_options import RunOptions
-    from miles_train.options import ObjectiveOptions
+    from miles_api.config import RunConfig
+    from miles_train.metrics import Metrics
+    from miles_train.train_hooks import HookCalls
 
 __all__ = [
     "Pieces",
     "Plan",
     "Step",
+    "add_loss_metrics",
     "check_policy_columns",
     "logprob_gap",
     "pieces_of",
@@ -33,45 +41,87 @@ __all__ = [
     "samples_that_pull",
 ]
 
-_LOSSES = {"policy_loss": policy_loss, "sft_loss": sft_loss}
 _ADVANTAGES = {"grpo": grpo_advantages}
+_NAMED_AT_MOST = 8
 
 
 class Pieces(NamedTuple):
-    """The exchangeable functions of the objective; the trainer calls each in exactly one place."""
+    """The exchangeable functions of the objective, defaults or hooks; the trainer calls each in exactly one place."""
 
     advantage: Callable[[dict[str, Any]], None] | None
     """Sets `advantages` and `returns` on the rollout data; None for losses that have none."""
-    loss: Callable[..., tuple[Tensor, dict[str, Tensor]]]
-    """As described in `miles_train.loss`."""
-    reducer: Callable[..., Callable[[Tensor], Tensor]]
-    """As `miles_train.reducers.sum_of_sample_mean`."""
-    advantage_reads_log_probs: bool = False
-    """Whether every sample needs its old `log_probs` before `advantage` is called. Without that, they are computed only
-    for samples that run after the first step."""
+    loss: Callable[..., tuple[Tensor, dict[str, Any]]]
+    """As described in `miles_train.loss`, without its first argument."""
+    loss_name: str = "the loss"
+    """How errors name what `loss` returns."""
+    skips: bool = False
+    """Whether samples that pull in no direction are left out."""
+    late_columns: bool = False
+    """Whether hooks may set advantages or masks: then only the last pipeline stage, which calls them, has them."""
 
 
-def pieces_of(run: RunOptions, objective: ObjectiveOptions) -> Pieces:
-    """Return the functions that the options ask for.
+def pieces_of(config: RunConfig, hooks: HookCalls) -> Pieces:
+    """Return the functions that options and hooks ask for.
 
     Raises:
-        ConfigError: `loss_type` is one this trainer does not have.
+        ConfigError: the options contradict each other, or name a loss that this trainer does not have.
     """
-    if run.loss_type not in _LOSSES:
-        raise ConfigError(f"--loss-type {run.loss_type} is not available; this trainer has {', '.join(_LOSSES)}")
-    advantage = _ADVANTAGES[objective.advantage_estimator] if run.loss_type == "policy_loss" else None
-    return Pieces(advantage, _LOSSES[run.loss_type], sum_of_sample_mean)
+    problems = list(check_train_hooks(config))
+    if problems:
+        raise ConfigError("\n".join(problems))
+    run, objective = config.group(RunOptions), config.group(ObjectiveOptions)
+    if run.loss_type == "sft_loss":
+        return Pieces(None, partial(sft_loss, objective), late_columns=bool(hooks.many("rollout_data_postprocess")))
+    own = hooks.one("advantage")
+    advantage = partial(call_advantage, hooks, own) if own else _ADVANTAGES[objective.advantage_estimator]
+    late = own is not None or bool(hooks.many("rollout_data_postprocess"))
+    own_loss = hooks.one("loss")
+    if run.loss_type == "custom_loss" and own_loss is not None:
+        name = f"the loss of {hooks.named(own_loss)}"
+        return Pieces(advantage, partial(call_loss, hooks, own_loss), name, late_columns=late)
+    return Pieces(advantage, *_policy_loss(objective, hooks), late_columns=late)
 
 
-def check_policy_columns(columns: dict[str, Any], *, use_rollout_logprobs: bool) -> None:
-    """Raise `SampleError` if a policy loss lacks a column, `MilesError` if a reward is not finite."""
-    if "rewards" not in columns:
-        raise SampleError("the train batch has no column 'rewards', which --loss-type policy_loss needs")
-    check_finite_numbers("the reward", columns["rewards"], columns["sample_indices"])
-    if use_rollout_logprobs and "rollout_log_probs" not in columns:
+def _policy_loss(objective: ObjectiveOptions, hooks: HookCalls) -> tuple[Any, str, bool]:
+    """Return the policy loss with its parts, its name for errors, and whether a sample without advantage adds 0."""
+    parts: dict[str, Any] = {}
+    through = []
+    corrected = hooks.one("importance_weights")
+    if objective.use_tis or objective.get_mismatch_metrics:
+        parts["correct"] = partial(call_importance_weights, hooks)
+        through += [corrected] if corrected is not None and objective.use_tis else []
+    reducer = hooks.one("pg_loss_reducer")
+    if reducer is not None:
+        parts["pg_reducer"] = partial(call_pg_loss_reducer, hooks, per_token=objective.calculate_per_token_loss)
+        through.append(reducer)
+    name = "the loss" + (f" (through {' and '.join(map(hooks.named, through))})" if through else "")
+    adds_nothing = objective.entropy_coef == 0 and not (objective.use_tis and corrected is not None)
+    return partial(policy_loss, objective, **parts), name, objective.skip_zero_advantage and adds_nothing
+
+
+def check_policy_columns(columns: dict[str, Any], objective: ObjectiveOptions, *, rewards: bool) -> None:
+    """Raise `SampleError` if a loss with advantages lacks a column, `MilesError` if a reward is not finite.
+
+    `rewards` says that the advantages are made of them.
+    """
+    if "rewards" in columns:
+        check_finite_numbers("the reward", columns["rewards"], columns["sample_indices"])
+    elif rewards:
+        raise SampleError("the train batch has no column 'rewards', which --advantage-estimator needs")
+    if "rollout_log_probs" in columns:
+        return
+    indices = columns["sample_indices"]
+    lacking = ", ".join(map(str, indices[:_NAMED_AT_MOST])) + (" …" if len(indices) > _NAMED_AT_MOST else "")
+    if objective.use_rollout_logprobs:
         raise SampleError(
-            "--use-rollout-logprobs needs the column 'rollout_log_probs', which this rollout does not have: "
-            "generate with log-probs, or leave the flag out to recompute them"
+            f"--use-rollout-logprobs needs the column 'rollout_log_probs', which this rollout does not have (samples "
+            f"{lacking}): generate with log-probs, or leave the flag out to recompute them"
+        )
+    if objective.use_tis or objective.get_mismatch_metrics:
+        flag = "--use-tis" if objective.use_tis else "--get-mismatch-metrics"
+        raise SampleError(
+            f"{flag} needs the column 'rollout_log_probs', which this rollout does not have (samples {lacking}): "
+            "generate with log-probs"
         )
 
 
@@ -132,6 +182,20 @@ def plan_steps(
         steps.append(Step(number, positions, *(max(float(count), 1.0) for count in denominators)))
     skipped = int(sum(samples - some for samples, _, some, _ in counts))
     return Plan(steps, skipped, sum(1 for step in steps if not step.positions))
+
+
+def add_loss_metrics(
+    metrics: Metrics, results: Sequence[dict[str, Any]], step: Step, *, loss_weight: float, weight: float
+) -> None:
+    """Add what the loss reported for each micro-batch of a step: `loss` as a mean over all its samples, others over
+    those that ran, the largest of those that are maxima.
+
+    `loss_weight` averages over all steps of the rollout (the loss of a skipped step is exactly 0), `weight` over those
+    that run (of other metrics a skipped step has none).
+    """
+    for name, value in (item for result in results for item in result.items()):
+        scale = loss_weight / step.loss_denominator if name == "loss" else weight / step.metric_denominator
+        metrics.add(name, value if is_max(name) else value * scale)
 
 
 def logprob_gap(log_probs_R: Tensor, batch: dict[str, Any]) -> dict[str, Tensor]:

@@ -90,7 +90,7 @@ class ObjectiveOptions(Options, frozen=True, kw_only=True):
     """Average over all tokens of a step instead of over samples of their own means."""
     use_tis: bool = False
     """Correct the policy loss for the gap between trainer and engine: truncated importance sampling, or the
-    --custom-tis-function-path."""
+    --custom-tis-function-path. Needs the engine's log-probs."""
     get_mismatch_metrics: bool = False
     """Report what the importance-weights function measures, without correcting the loss."""
     tis_clip: Annotated[float, msgspec.Meta(gt=0)] = 2.0
@@ -102,7 +102,8 @@ class ObjectiveOptions(Options, frozen=True, kw_only=True):
     trainer agree, which train/logprob_gap_max reports."""
     skip_zero_advantage: bool = False
     """Leave samples whose advantages are all 0 out of the forward pass: they add nothing to the gradient of a policy
-    loss without entropy bonus. Denominators still count them."""
+    loss without entropy bonus, whatever the reducer hook. Denominators still count them. Without effect with a custom
+    loss, or with --use-tis and an importance-weights hook: these may pull without an advantage."""
 
 
 class BatchingOptions(Options, frozen=True, kw_only=True):

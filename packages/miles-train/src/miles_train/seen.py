@@ -29,10 +29,11 @@ class Seen(NamedTuple):
     """Detached scalar, divided by the step's denominator."""
 
 
-def check_seen(seen: Sequence[Seen], where: str) -> None:
+def check_seen(seen: Sequence[Seen], where: str, loss_name: str = "the loss") -> None:
     """Stop if a log-prob or a loss of a step is not finite; called after its passes, before the optimizer.
 
-    `where` names the rollout and the step. `seen` is empty on pipeline stages before the last.
+    `where` names the rollout and the step, `loss_name` the loss and the hooks it went through. `seen` is empty on
+    pipeline stages before the last.
 
     Raises:
         MilesError: naming the first sample with such a log-prob, else the first micro-batch with such a loss.
@@ -43,4 +44,4 @@ def check_seen(seen: Sequence[Seen], where: str) -> None:
     lengths = [n for one in passed for n in one.batch["response_lengths"]]
     indices = [i for one in passed for i in one.batch["sample_indices"]]
     check_finite("log_probs", torch.cat([one.log_probs_R for one in seen]), lengths, indices, where)
-    check_finite_losses([one.loss for one in seen], [one.batch["sample_indices"] for one in seen], where)
+    check_finite_losses([one.loss for one in seen], [one.batch["sample_indices"] for one in seen], where, loss_name)

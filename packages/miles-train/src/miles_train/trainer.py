@@ -1,31 +1,28 @@
 """One trainer rank: from a rollout's columns to updated weights. Plain Python; the driver wraps it in a Ray actor."""
 
-# ruff: noqa: N803, N806  the shape suffixes
-# T packed tokens of a micro-batch, V (local) vocabulary, R response tokens
-
 from __future__ import annotations
 
 import gc
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
 
 from miles_api.errors import ConfigError, ServiceError
 from miles_api.run_options import RunOptions
 from miles_api.services import TrainStepReport
-from miles_train.batching import pack_micro_batches
-from miles_train.columns import select, shard_columns, to_tensors, validate_columns
+from miles_train.columns import shard_columns, take_share, validate_columns
 from miles_train.guards import check_finite
-from miles_train.log_probs import packed_log_probs_and_entropy
-from miles_train.megatron import checkpoint, forward, hf, init
-from miles_train.megatron.core import DistributedDataParallel, parallel_state
+from miles_train.hook_calls import call_postprocess
+from miles_train.megatron import checkpoint, hf, init
 from miles_train.megatron.model import build_model
 from miles_train.megatron.optimizer import build_optimizer
 from miles_train.metrics import Metrics, PhaseClock
 from miles_train.objective import (
+    Plan,
     Step,
+    add_loss_metrics,
     check_policy_columns,
     logprob_gap,
     pieces_of,
@@ -33,13 +30,15 @@ from miles_train.objective import (
     report_metrics,
     samples_that_pull,
 )
-from miles_train.options import BatchingOptions, ObjectiveOptions, OptimizerOptions, ParallelOptions
-from miles_train.seen import Seen, check_seen
+from miles_train.options import ObjectiveOptions, OptimizerOptions, ParallelOptions
+from miles_train.passes import Passes
+from miles_train.seen import check_seen
+from miles_train.train_hooks import TrainHooks, reads_log_probs, recomputes_log_probs
+from miles_train.train_record import TrainRecorder
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
     from miles_api.config import RunConfig
+    from miles_train.megatron.core import DistributedDataParallel
 
 __all__ = ["Trainer"]
 
@@ -57,12 +56,15 @@ class Trainer:
         master_port: int,
         local_rank: int = 0,
     ) -> None:
-        """Read the options; nothing starts before `start`. The batch sizes in `config` must all be derived."""
+        """Read the options and load the hooks; nothing starts before `start`.
+
+        The batch sizes in `config` must all be derived. Raises `ConfigError` for hooks that do not load or fit, and
+        for an objective that contradicts itself.
+        """
         self._run = config.group(RunOptions)
         self._parallel = config.group(ParallelOptions)
         self._optimization = config.group(OptimizerOptions)
         self._objective = config.group(ObjectiveOptions)
-        self._batching = config.group(BatchingOptions)
         self._place = {
             "rank": rank,
             "world_size": world_size,
@@ -73,10 +75,12 @@ class Trainer:
         if self._run.num_steps_per_rollout is None:
             raise ConfigError("--num-steps-per-rollout was not derived before the trainer was built")
         self._num_steps = self._run.num_steps_per_rollout
-        self._pieces = pieces_of(self._run, self._objective)
-        self._is_policy = self._pieces.advantage is not None
-        self._recompute = self._is_policy and self._num_steps > 1 and not self._objective.use_rollout_logprobs
-        self._skip = self._is_policy and self._objective.skip_zero_advantage and self._objective.entropy_coef == 0
+        self._hooks = TrainHooks(config)
+        self._pieces = pieces_of(config, self._hooks)
+        self._passes = Passes(config, self._pieces, self._hooks)
+        self._recorder = TrainRecorder(config)
+        self._recompute = recomputes_log_probs(config)
+        self._recompute_first = reads_log_probs(config)
         self._model: list[DistributedDataParallel] = []
         self._optimizer: Any = None
 
@@ -84,7 +88,15 @@ class Trainer:
         """Initialise the process groups, load the model and build the optimizer."""
         hf_checkpoint = self._hf_checkpoint()
         init.initialize(self._parallel, seed=self._run.seed, **self._place)
-        self._model = build_model(hf_checkpoint, self._parallel)
+        hooks = self._hooks
+        hooks.parallel = init.parallel()
+        hooks.call_each("megatron_init", hooks.args)
+        provider = hooks.one("model_provider")
+        self._model = build_model(
+            hf_checkpoint,
+            self._parallel,
+            provider=partial(hooks.call, provider, args=hooks.args) if provider is not None else None,
+        )
         self._optimizer = build_optimizer(
             self._model, self._optimization, self._parallel, total_steps=self._run.num_rollout * self._num_steps
         )
@@ -100,35 +112,25 @@ class Trainer:
 
         Raises:
             SampleError: the columns contradict each other, or lack one that the loss needs.
+            HookResultError: a hook's result does not fit.
             MilesError: NaN or infinity in rewards, log-probs, advantages, loss or gradients.
         """
         self._require_start()
-        clock, metrics, where = PhaseClock(), Metrics(), f" in rollout {rollout_id}"
-        with clock.phase("data"):
-            data, shares = self._load_batch(batch)
-        if self._recompute and self._pieces.advantage_reads_log_probs:
-            with clock.phase("log_probs"):
-                data |= self._old_log_probs(data, range(len(data["tokens"])), metrics, where)
-        elif self._is_policy and self._objective.use_rollout_logprobs:
-            data["log_probs"] = data["rollout_log_probs"]
-        with clock.phase("advantages"):
-            self._add_advantages(data, where)
-            running = samples_that_pull(data) if self._skip else [True] * len(data["tokens"])
-            per_token = self._objective.calculate_per_token_loss
-            plan = plan_steps(data, shares, running, per_token=per_token, sum_over_ranks=self._sum_over_ranks)
-        # The first step runs on the weights of the old log-probs: there the loss detaches its own.
-        later = data
-        if self._recompute and "log_probs" not in data:
-            with clock.phase("log_probs"):
-                positions = [i for step in plan.steps[1:] for i in step.positions]
-                later = data | self._old_log_probs(data, positions, metrics, where)
-        trained = self._num_steps - plan.steps_skipped
-        for step in [step for step in plan.steps if step.positions]:
-            # Steps that train nothing leave the weights as they were: what matters is the first that trains.
-            fresh = not any(earlier.positions for earlier in plan.steps[: step.number])
-            self._train_step(step, later if step.number else data, metrics, clock, 1.0 / trained, where, fresh)
+        clock, metrics = PhaseClock(), Metrics()
+        with self._hooks.during(f" in rollout {rollout_id}"):
+            with clock.phase("data"):
+                data, shares = self._load_batch(batch)
+            data |= self._first_log_probs(data, metrics, clock)
+            with clock.phase("advantages"):
+                self._finish_columns(rollout_id, data)
+                plan = self._plan(data, shares)
+            later = data | self._later_log_probs(data, plan, metrics, clock)
+            trained = self._num_steps - plan.steps_skipped
+            for step in plan.steps:
+                with self._hooks.during(f", step {step.number}"):
+                    self._train_step(rollout_id, step, plan, later if step.number else data, metrics, clock)
         with clock.phase("metrics"):
-            numbers = metrics.gather(contribute=self._contributes(), device=init.device())
+            numbers = metrics.gather(contribute=init.is_reporting_rank(), device=init.device())
             numbers |= {"samples_skipped": plan.samples_skipped, "skipped_steps": plan.steps_skipped}
         return TrainStepReport(metrics=report_metrics(numbers, trained), seconds=clock.seconds)
 
@@ -145,82 +147,124 @@ class Trainer:
         self._require_start()
         checkpoint.save(self._model, self._optimizer, directory)
 
+    def saved(self, rollout_id: int, checkpoint_dir: str, hf_checkpoint_dir: str | None) -> None:
+        """Call the post-save hook, on rank 0: the checkpoint was renamed into place. Every rank calls it."""
+        self._require_start()
+        if init.is_first_rank():
+            with self._hooks.during(f" after the checkpoint of rollout {rollout_id}"):
+                self._hooks.call_each("post_save", self._hooks.args, rollout_id, checkpoint_dir, hf_checkpoint_dir)
+
     def load(self, rollout_id: int, directory: str) -> None:  # noqa: ARG002
         """Continue from what `save` wrote to `directory`; every rank calls it, after `start`."""
         self._require_start()
         checkpoint.load(self._model, self._optimizer, directory)
 
+    def report(self) -> list[dict[str, Any]]:
+        """Say which hooks this rank has, from where, and how they fared.
+
+        Hooks that only the last pipeline stage or rank 0 calls were called nowhere else: add up the ranks' counts.
+        """
+        return self._hooks.report()
+
     def stop(self) -> None:
-        """Leave the process groups and drop the model; safe to call twice."""
+        """Leave the process groups, drop the model and close hooks and records; safe to call twice."""
         self._model, self._optimizer = [], None
+        self._recorder.close()
+        self._hooks.close()
         init.shutdown()
 
     def _load_batch(self, batch: dict[str, Any]) -> tuple[dict[str, Any], list[list[int]]]:
         """Return this rank's samples as tensors, and for each step their positions among them."""
         columns = validate_columns(batch)
         columns.setdefault("sample_indices", list(range(len(columns["tokens"]))))
-        if self._is_policy:
-            check_policy_columns(columns, use_rollout_logprobs=self._objective.use_rollout_logprobs)
+        if self._has_advantages(columns):
+            check_policy_columns(columns, self._objective, rewards=self._hooks.one("advantage") is None)
         shards = shard_columns(columns, data_parallel_size=init.data_parallel_size(), num_steps=self._num_steps)
-        mine = shards[init.data_parallel_rank()]
-        data = to_tensors(select(columns, [i for step in mine for i in step]), init.device())
+        data, shares = take_share(columns, shards[init.data_parallel_rank()], init.device())
         if "rollout_log_probs" in data:
-            values_R = torch.cat(data["rollout_log_probs"])
-            check_finite("rollout_log_probs", values_R, data["response_lengths"], data["sample_indices"])
-        starts = [sum(map(len, mine[:step])) for step in range(len(mine))]
-        return data, [list(range(start, start + len(step))) for start, step in zip(starts, mine, strict=True)]
+            values = torch.cat(data["rollout_log_probs"])
+            check_finite("rollout_log_probs", values, data["response_lengths"], data["sample_indices"])
+        return data, shares
 
-    def _old_log_probs(
-        self, data: dict[str, Any], positions: Sequence[int], metrics: Metrics, where: str
-    ) -> dict[str, list[Tensor | None]]:
-        """Return the column `log_probs` under the current weights, None for samples that are not in `positions`.
+    def _has_advantages(self, columns: dict[str, Any]) -> bool:
+        """Say whether this rollout gets advantages and old log-probs: a custom loss may train on data without rewards,
+        as supervised training does."""
+        if self._run.loss_type == "custom_loss" and self._hooks.one("advantage") is None:
+            return "rewards" in columns
+        return self._pieces.advantage is not None
 
-        The result is empty on pipeline stages before the last, which see no logits.
+    def _first_log_probs(self, data: dict[str, Any], metrics: Metrics, clock: PhaseClock) -> dict[str, Any]:
+        """Return the column `log_probs` where it must be whole before anything else is computed."""
+        if not self._has_advantages(data):
+            return {}
+        if self._objective.use_rollout_logprobs:
+            return {"log_probs": list(data["rollout_log_probs"])}
+        if not (self._recompute and self._recompute_first):
+            return {}
+        with clock.phase("log_probs"):
+            return self._passes.old_log_probs(self._model, data, range(len(data["tokens"])), metrics)
+
+    def _later_log_probs(self, data: dict[str, Any], plan: Plan, metrics: Metrics, clock: PhaseClock) -> dict[str, Any]:
+        """Return the column `log_probs` for the samples of later steps, where it is not there yet.
+
+        The first step runs on the weights of the old log-probs: there the loss detaches its own.
         """
-        packs, batches = self._micro_batches(data, positions)
+        positions = [i for step in plan.steps[1:] for i in step.positions]
+        if self._recompute and not self._recompute_first and positions:
+            with clock.phase("log_probs"):
+                return self._passes.old_log_probs(self._model, data, positions, metrics)
+        if not (self._recompute and self._recompute_first and self._has_advantages(data)):
+            self._hooks.skip("before_log_prob")
+        return {}
 
-        def observe(logits_TV: Tensor, batch: dict[str, Any]) -> tuple[None, dict[str, Any]]:
-            return None, {"log_probs_R": self._log_probs(logits_TV, batch)[0]}
+    def _finish_columns(self, rollout_id: int, data: dict[str, Any]) -> None:
+        """Set advantages, let hooks change the columns, record them.
 
-        results = forward.run(self._model, batches, observe, forward_only=True)
-        column: list[Tensor | None] = [None] * len(data["tokens"])
-        for pack, batch, result in zip(packs, batches, results, strict=bool(results)):
-            log_probs_R = result["log_probs_R"]
-            check_finite("log_probs", log_probs_R, batch["response_lengths"], batch["sample_indices"], where)
-            metrics.add_all(logprob_gap(log_probs_R, batch))
-            for position, log_probs in zip(pack, log_probs_R.split(batch["response_lengths"]), strict=True):
-                column[position] = log_probs
-        return {"log_probs": column} if results else {}
+        Hooks run on the last pipeline stage only; what other stages need of their result, `_plan` tells them.
+        """
+        hooks, last, advantage = self._hooks, init.is_last_stage(), self._pieces.advantage
+        if advantage is not None and self._has_advantages(data) and (last or not self._pieces.late_columns):
+            advantage(data)
+            values = torch.cat(data["advantages"])
+            check_finite("advantages", values, data["response_lengths"], data["sample_indices"], hooks.where)
+        if last:
+            call_postprocess(hooks, rollout_id, data)
+        if init.is_reporting_rank() and init.data_parallel_rank() == 0:
+            self._recorder.write(rollout_id, data)
 
-    def _add_advantages(self, data: dict[str, Any], where: str) -> None:
-        """Set `advantages` and `returns`, for losses that have them."""
-        if self._pieces.advantage is None:
-            return
-        self._pieces.advantage(data)
-        values_R = torch.cat(data["advantages"])
-        check_finite("advantages", values_R, data["response_lengths"], data["sample_indices"], where)
+    def _plan(self, data: dict[str, Any], shares: list[list[int]]) -> Plan:
+        """Choose what runs; all ranks come to the same plan."""
+        running = [True] * len(data["tokens"])
+        if self._pieces.skips:
+            knows = init.is_last_stage() or not self._pieces.late_columns
+            running = samples_that_pull(data) if knows else running
+            running = init.from_last_stage(running) if self._pieces.late_columns else running
+        return plan_steps(
+            data,
+            shares,
+            running,
+            per_token=self._objective.calculate_per_token_loss,
+            sum_over_ranks=_sum_over_ranks,
+        )
 
     def _train_step(
-        self,
-        step: Step,
-        data: dict[str, Any],
-        metrics: Metrics,
-        clock: PhaseClock,
-        weight: float,
-        where: str,
-        fresh: bool,
+        self, rollout_id: int, step: Step, plan: Plan, data: dict[str, Any], metrics: Metrics, clock: PhaseClock
     ) -> None:
-        """Take one optimizer step; its metrics count with `weight`, so that they average over the rollout's steps.
-
-        `fresh` says that the weights are still those that generated the samples.
-        """
-        where = f"{where}, step {step.number}"
-        seen: list[Seen] = []
+        """Take one optimizer step, if anything runs in it; metrics average over the rollout's steps that run."""
+        hooks = self._hooks
+        if not step.positions:
+            hooks.skip("before_train_step", "loss", "importance_weights", "pg_loss_reducer")
+            return
+        scheduler = self._optimizer.scheduler
+        hooks.call_each(
+            "before_train_step", hooks.args, rollout_id, step.number, self._model, self._optimizer.inner, scheduler
+        )
         with clock.phase("forward_backward"):
-            _, batches = self._micro_batches(data, step.positions)
-            results = forward.run(self._model, batches, self._loss_step(step, seen), forward_only=False)
+            results, seen, micro_batches = self._passes.forward_backward(self._model, step, data)
         with clock.phase("guards"):
-            check_seen(seen, where)
+            check_seen(seen, hooks.where, self._pieces.loss_name)
+            # Steps that train nothing leave the weights as they were: what matters is the first that trains.
+            fresh = not any(earlier.positions for earlier in plan.steps[: step.number])
             if fresh and not (self._recompute and "log_probs" in data):
                 # These samples' only pass on the weights that generated them.
                 for one in seen:
@@ -228,72 +272,13 @@ class Trainer:
         with clock.phase("optimizer"):
             rate = self._optimizer.learning_rate
             _, grad_norm = self._optimizer.step()
-        for name, value in (item for result in results for item in result.items()):
-            # A skipped step has a loss of exactly 0; of other metrics it has none.
-            scale = (
-                1 / (step.loss_denominator * self._num_steps) if name == "loss" else weight / step.metric_denominator
-            )
-            metrics.add(name, value if name.endswith("_max") else value * scale)
+        weight = 1.0 / (self._num_steps - plan.steps_skipped)
+        add_loss_metrics(metrics, results, step, loss_weight=1.0 / self._num_steps, weight=weight)
         share = weight / init.data_parallel_size()
         metrics.add("grad_norm", grad_norm * share)
         metrics.add("lr", rate * share)
         metrics.add("tokens", float(sum(data["total_lengths"][i] for i in step.positions)))
-        metrics.add("micro_batches", float(len(batches)))
-
-    def _loss_step(self, step: Step, seen: list[Seen]) -> forward.LossStep:
-        """Return what Megatron calls with the logits of each micro-batch."""
-
-        def loss_step(logits_TV: Tensor, batch: dict[str, Any]) -> tuple[Tensor, dict[str, Any]]:
-            lengths = batch["response_lengths"]
-            passes: list[Tensor] = []
-
-            def log_probs_and_entropy(logits: Tensor, entropy: bool = False) -> tuple[list[Tensor], Any]:
-                log_probs_R, entropy_R = self._log_probs(logits, batch, entropy=entropy)
-                passes.append(log_probs_R.detach())
-                return list(log_probs_R.split(lengths)), None if entropy_R is None else list(entropy_R.split(lengths))
-
-            per_token = self._objective.calculate_per_token_loss
-            reduce = self._pieces.reducer(batch["total_lengths"], lengths, batch["loss_masks"], per_token)
-            loss, result = self._pieces.loss(
-                self._objective, batch, logits_TV, reduce, log_probs_and_entropy=log_probs_and_entropy
-            )
-            loss = loss / step.loss_denominator
-            seen.append(Seen(batch, passes[0] if passes else logits_TV.new_zeros(0), loss.detach()))
-            return loss, result
-
-        return loss_step
-
-    def _micro_batches(
-        self, data: dict[str, Any], positions: Sequence[int]
-    ) -> tuple[list[list[int]], list[dict[str, Any]]]:
-        """Pack samples; return each micro-batch's positions in the rollout data, and its columns."""
-        lengths = [data["total_lengths"][i] for i in positions]
-        packs = pack_micro_batches(lengths, self._batching.max_tokens_per_gpu)
-        packs = [[positions[i] for i in pack] for pack in packs]
-        return packs, [select(data, pack) for pack in packs]
-
-    def _log_probs(
-        self, logits_TV: Tensor, batch: dict[str, Any], *, entropy: bool = False
-    ) -> tuple[Tensor, Tensor | None]:
-        return packed_log_probs_and_entropy(
-            logits_TV,
-            batch["tokens"],
-            batch["response_lengths"],
-            self._run.rollout_temperature,
-            entropy=entropy,
-            tp_group=parallel_state.get_tensor_model_parallel_group(),
-        )
-
-    def _contributes(self) -> bool:
-        """Say whether this rank's numbers count: one rank of each data-parallel replica, where the loss is."""
-        return init.is_last_stage() and parallel_state.get_tensor_model_parallel_rank() == 0
-
-    def _sum_over_ranks(self, counts: list[list[float]]) -> list[list[float]]:
-        if dist.get_world_size() == 1:
-            return counts
-        packed = torch.tensor(counts, dtype=torch.float64, device=init.device())
-        dist.all_reduce(packed if self._contributes() else packed.zero_())
-        return packed.tolist()
+        metrics.add("micro_batches", float(micro_batches))
 
     def _hf_checkpoint(self) -> str:
         if self._run.hf_checkpoint is None:
@@ -303,3 +288,11 @@ class Trainer:
     def _require_start(self) -> None:
         if not self._model:
             raise ServiceError("the trainer is not started")
+
+
+def _sum_over_ranks(counts: list[list[float]]) -> list[list[float]]:
+    if dist.get_world_size() == 1:
+        return counts
+    packed = torch.tensor(counts, dtype=torch.float64, device=init.device())
+    dist.all_reduce(packed if init.is_reporting_rank() else packed.zero_())
+    return packed.tolist()

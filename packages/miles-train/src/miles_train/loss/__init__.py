@@ -1,7 +1,8 @@
 """Losses: from logits and a micro-batch to a sum over its samples, and metrics that add up the same way.
 
-Every loss is `loss(objective, batch, logits, reduce, *, log_probs_and_entropy) -> (loss, metrics)`. `reduce` is the
-reducer of the micro-batch; `log_probs_and_entropy(logits, entropy=False)` returns per-sample lists. Metrics are scalar
+Every loss is `loss(objective, batch, logits, reduce, *, log_probs_and_entropy) -> (loss, metrics)`; a `loss` hook has
+`args` in the place of `objective`, and `parallel`. `reduce` is the sum of sample means over the micro-batch;
+`log_probs_and_entropy(logits, entropy=False)` returns per-sample lists. Metrics are scalar
 tensors without gradient, reduced like the loss, except those named `…_max`, of which the largest is kept.
 """
 

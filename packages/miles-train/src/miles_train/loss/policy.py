@@ -1,6 +1,6 @@
 """The clipped policy-gradient loss (PPO, arXiv 1707.06347) with clip-higher (DAPO, arXiv 2503.14476)."""
 
-# ruff: noqa: N806  the shape suffixes
+# ruff: noqa: N803, N806  the shape suffixes
 # R response tokens of the micro-batch
 
 from __future__ import annotations
@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from miles_train.metrics import is_max
+
 if TYPE_CHECKING:
     from miles_train.options import ObjectiveOptions
 
@@ -18,6 +20,7 @@ __all__ = ["policy_loss"]
 
 _Reduce = Callable[[Tensor], Tensor]
 _LogProbs = Callable[..., tuple[list[Tensor], list[Tensor] | None]]
+_Correct = Callable[[dict[str, Any], Tensor, list[Tensor]], tuple[Tensor, dict[str, Tensor]]]
 
 
 def policy_loss(
@@ -27,12 +30,19 @@ def policy_loss(
     reduce: _Reduce,
     *,
     log_probs_and_entropy: _LogProbs,
+    correct: _Correct | None = None,
+    pg_reducer: Callable[[dict[str, Any]], _Reduce] | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Return the loss and `loss, pg_clipfrac, ppo_kl, ratio_max`, and `entropy` with an entropy bonus.
+    """Return the loss and `loss, pg_clipfrac, ppo_kl, ratio_max`, and `pg_loss, entropy` with an entropy bonus.
 
     Called once a micro-batch. `batch` has `advantages`, `loss_masks` and, unless this is the only step on the rollout,
     `log_probs`: the old ones, 1-D a sample. Without them the current ones serve, detached. `ppo_kl` is the mean of
     old minus current log-probs; a token counts in `pg_clipfrac` where the clipped term is the larger loss.
+
+    `correct(batch, pg_loss, train_log_probs)` returns another loss of each token and metrics of each token;
+    `train_log_probs` are the recomputed old log-probs, else the current ones, detached. With --get-mismatch-metrics
+    alone only its metrics count. `pg_reducer(batch)` returns what reduces the policy loss, and nothing else, in the
+    place of `reduce`.
     """
     want_entropy = objective.entropy_coef > 0
     current, entropies = log_probs_and_entropy(logits, entropy=want_entropy)
@@ -46,9 +56,18 @@ def policy_loss(
     high = objective.eps_clip if objective.eps_clip_high is None else objective.eps_clip_high
     plain_R = -ratio_R * advantages_R
     clipped_R = -ratio_R.clamp(1 - objective.eps_clip, 1 + high) * advantages_R
-    pg_loss = loss = reduce(torch.maximum(plain_R, clipped_R))
+    pg_loss_R = torch.maximum(plain_R, clipped_R)
+    measured: dict[str, Tensor] = {}
+    if correct is not None:
+        recomputed = "log_probs" in batch and not objective.use_rollout_logprobs
+        scored = batch["log_probs"] if recomputed else [values.detach() for values in current]
+        if objective.use_tis:
+            pg_loss_R, measured = correct(batch, pg_loss_R, scored)
+        else:
+            _, measured = correct(batch, pg_loss_R.detach().clone(), scored)
+    pg_loss = loss = (pg_reducer(batch) if pg_reducer is not None else reduce)(pg_loss_R)
     with torch.no_grad():
-        metrics = {
+        metrics = _reduced(measured, kept_R, reduce) | {
             "pg_clipfrac": reduce((clipped_R > plain_R).float()),
             "ppo_kl": reduce(-log_ratio_R),
             "ratio_max": torch.where(kept_R, ratio_R, 0.0).amax() if len(ratio_R) else ratio_R.new_zeros(()),
@@ -58,3 +77,10 @@ def policy_loss(
         loss = pg_loss - objective.entropy_coef * entropy
         metrics |= {"pg_loss": pg_loss.detach(), "entropy": entropy.detach()}
     return loss, {"loss": loss.detach(), **metrics}
+
+
+def _reduced(measured: dict[str, Tensor], kept_R: Tensor, reduce: _Reduce) -> dict[str, Tensor]:
+    """Reduce metrics of each token: to their sum over samples, or to the largest."""
+    metrics = {name: reduce(values_R) for name, values_R in measured.items() if not is_max(name)}
+    largest = {name: values_R[kept_R] for name, values_R in measured.items() if is_max(name)}
+    return metrics | {name: values.amax() for name, values in largest.items() if len(values)}

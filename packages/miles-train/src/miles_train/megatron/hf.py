@@ -21,7 +21,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from miles_api.errors import DataError
+from miles_api.errors import ConfigError, DataError
 
 from .core import DistributedDataParallel, parallel_state, unwrap
 
@@ -97,6 +97,11 @@ def _mapped(gpt: Any) -> Iterator[tuple[_Rule, tuple[str, ...], torch.nn.Paramet
             prefix = f"model.layers.{gpt.decoder.layers[int(index)].layer_number - 1}."
         else:
             prefix, suffix = "", name
+        if suffix not in _BY_SUFFIX:
+            raise ConfigError(
+                f"the model has a parameter {name}, for which a Hugging Face checkpoint has no place: it could be "
+                "trained but neither loaded nor exported to the engines"
+            )
         rule = _BY_SUFFIX[suffix]
         names = tuple(prefix + hf_name for hf_name in rule.names)
         if names == ("lm_head.weight",) and gpt.share_embeddings_and_output_weights:

@@ -12,7 +12,7 @@ from miles_api.errors import ConfigError, DataError, did_you_mean
 if TYPE_CHECKING:
     from miles_train.options import ParallelOptions
 
-__all__ = ["HFConfig", "check_sizes", "read_hf_config"]
+__all__ = ["HFConfig", "check_sizes", "parse_hf_config", "read_hf_config", "read_raw_config"]
 
 _ARCHITECTURES = ("LlamaForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
 _NOT_SUPPORTED: dict[str, tuple[Any, ...]] = {
@@ -57,8 +57,11 @@ def read_hf_config(hf_dir: str | Path) -> HFConfig:
     Raises DataError when the file is missing or malformed and ConfigError, naming the field and the file, when it
     describes a model that the trainer does not build.
     """
-    path = Path(hf_dir) / "config.json"
-    raw = _read(path)
+    return parse_hf_config(read_raw_config(hf_dir), str(Path(hf_dir) / "config.json"))
+
+
+def parse_hf_config(raw: dict[str, Any], path: str = "config.json") -> HFConfig:
+    """Return the numbers in a Hugging Face config; `path` names it in errors, which are those of `read_hf_config`."""
     architecture = (raw.get("architectures") or ["nothing"])[0]
     if architecture not in _ARCHITECTURES:
         raise ConfigError(
@@ -72,7 +75,9 @@ def read_hf_config(hf_dir: str | Path) -> HFConfig:
         raise DataError(f"{path}: missing or malformed: {error}") from error
 
 
-def _read(path: Path) -> dict[str, Any]:
+def read_raw_config(hf_dir: str | Path) -> dict[str, Any]:
+    """Return `hf_dir/config.json` as it is; raises DataError when it is missing or no JSON object."""
+    path = Path(hf_dir) / "config.json"
     try:
         raw = msgspec.json.decode(path.read_bytes())
     except OSError as error:
@@ -84,7 +89,7 @@ def _read(path: Path) -> dict[str, Any]:
     return raw
 
 
-def _refuse_unsupported(path: Path, raw: dict[str, Any]) -> None:
+def _refuse_unsupported(path: str, raw: dict[str, Any]) -> None:
     for field, allowed in _NOT_SUPPORTED.items():
         if field in raw and raw[field] not in allowed:
             raise ConfigError(f"{path}: {field} = {raw[field]!r} is not supported; it must be {allowed[0]!r} or absent")
@@ -93,7 +98,7 @@ def _refuse_unsupported(path: Path, raw: dict[str, Any]) -> None:
         raise ConfigError(f"{path}: layer_types: {', '.join(kinds)} is not supported, only full_attention")
 
 
-def _rope_theta(path: Path, raw: dict[str, Any]) -> float:
+def _rope_theta(path: str, raw: dict[str, Any]) -> float:
     # transformers 5 writes rope_parameters; before, there were rope_theta and rope_scaling
     for field in ("rope_parameters", "rope_scaling"):
         rope = raw.get(field) or {}

@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 
 from miles_api.errors import ConfigError
+from miles_train.parallel import Group, Parallel
 
 from .core import parallel_state, tensor_parallel
 from .cpu import has_gpu
@@ -22,9 +23,12 @@ __all__ = [
     "data_parallel_rank",
     "data_parallel_size",
     "device",
+    "from_last_stage",
     "initialize",
     "is_first_rank",
     "is_last_stage",
+    "is_reporting_rank",
+    "parallel",
     "shutdown",
 ]
 
@@ -116,3 +120,31 @@ def is_first_rank() -> bool:
 def is_last_stage() -> bool:
     """Say whether this rank holds the last pipeline stage, the only one that sees logits."""
     return parallel_state.is_pipeline_last_stage()
+
+
+def is_reporting_rank() -> bool:
+    """Say whether this rank's numbers count: one rank of each data-parallel replica, where the loss is."""
+    return is_last_stage() and parallel_state.get_tensor_model_parallel_rank() == 0
+
+
+def from_last_stage(flags: list[bool]) -> list[bool]:
+    """Return the last pipeline stage's `flags` on every stage; a collective of each pipeline."""
+    if parallel_state.get_pipeline_model_parallel_world_size() == 1:
+        return flags
+    packed = torch.tensor(flags, dtype=torch.uint8, device=device())
+    last = parallel_state.get_pipeline_model_parallel_last_rank()
+    dist.broadcast(packed, src=last, group=parallel_state.get_pipeline_model_parallel_group())
+    return packed.bool().tolist()
+
+
+def parallel() -> Parallel:
+    """Return this rank's place, as hooks see it."""
+    groups = {
+        "tp": parallel_state.get_tensor_model_parallel_group(),
+        "pp": parallel_state.get_pipeline_model_parallel_group(),
+        "cp": parallel_state.get_context_parallel_group(),
+        "dp": parallel_state.get_data_parallel_group(),
+    }
+    return Parallel(
+        **{n: Group(dist.get_world_size(group), dist.get_rank(group), group) for n, group in groups.items()}
+    )

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from miles_api.errors import HookResultError
+
 from . import hf
 from .attention import PackedAttention, Rotary
 from .core import (
@@ -15,6 +17,7 @@ from .core import (
     DistributedDataParallelConfig,
     Float16Module,
     GPTModel,
+    ProcessGroupCollection,
     TransformerBlockSubmodules,
     TransformerConfig,
     finalize_model_grads,
@@ -24,17 +27,23 @@ from .core import (
     parallel_state,
 )
 from .cpu import has_gpu
-from .hf_config import HFConfig, check_sizes, read_hf_config
+from .hf_config import HFConfig, check_sizes, parse_hf_config, read_hf_config, read_raw_config
 from .layers import GatedMLP, RMSNorm
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from miles_train.options import ParallelOptions
 
-__all__ = ["build_model"]
+__all__ = ["build_model", "gpt_model"]
 
 
 def build_model(
-    hf_dir: str, parallel: ParallelOptions, *, param_dtype: torch.dtype = torch.float32
+    hf_dir: str,
+    parallel: ParallelOptions,
+    *,
+    param_dtype: torch.dtype = torch.float32,
+    provider: Callable[..., Any] | None = None,
 ) -> list[DistributedDataParallel]:
     """Build this rank's part of the model in `hf_dir` and load its weights.
 
@@ -43,30 +52,62 @@ def build_model(
     ranks. On a CPU only float32 is meant to be trained: bfloat16 has no native kernels there. Raises ConfigError for a
     model or a parallel size that cannot be built, DataError for missing weights.
 
-    On GPUs the Transformer Engine layers and Megatron's fused RoPE are used; that branch shares everything but the
-    layer spec with the CPU's and has not been run by the CPU test suite.
+    `provider`, the `model_provider` hook without its `args`, builds the module in the place of `gpt_model`; weights,
+    mixed precision and DDP are added here. Raises HookResultError when it returns no GPTModel.
     """
     hf_config = read_hf_config(hf_dir)
     check_sizes(hf_config, parallel, hf_dir)
     config = _transformer_config(hf_config, parallel, param_dtype)
-    gpt = GPTModel(
-        config=config,
-        transformer_layer_spec=_gpu_spec(hf_config) if has_gpu() else _cpu_spec(hf_config, config),
-        vocab_size=hf_config.vocab_size,
-        max_sequence_length=hf_config.max_positions,
+    gpt = (provider or gpt_model)(
         pre_process=parallel_state.is_pipeline_first_stage(),
         post_process=parallel_state.is_pipeline_last_stage(),
-        share_embeddings_and_output_weights=hf_config.tied,
-        # on a CPU the core attention rotates queries and keys itself
-        position_embedding_type="rope" if has_gpu() else "none",
-        rotary_base=hf_config.rope_theta,  # pyrefly: ignore[bad-argument-type]  any number will do, not only an int
+        vp_stage=None,
+        config=config,
+        hf_config=read_raw_config(hf_dir),
+        pg_collection=ProcessGroupCollection.use_mpu_process_groups(),
     )
+    if not isinstance(gpt, GPTModel):
+        raise HookResultError(f"the model_provider hook must return a GPTModel, it returned a {type(gpt).__name__}")
     if has_gpu():
         gpt.cuda(torch.cuda.current_device())
     module = gpt if param_dtype == torch.float32 else Float16Module(config, gpt)
     model = [DistributedDataParallel(config, _ddp_config(parallel), module)]
     hf.load_hf_weights(model, hf_dir)
     return model
+
+
+def gpt_model(
+    pre_process: bool,
+    post_process: bool,
+    vp_stage: int | None = None,
+    *,
+    config: TransformerConfig,
+    hf_config: dict[str, Any],
+    pg_collection: ProcessGroupCollection,
+    args: Any = None,  # noqa: ARG001  part of the hook's signature
+) -> GPTModel:
+    """Build the module of one pipeline stage, without weights: the default of `--custom-model-provider-path`.
+
+    A `model_provider` hook may call it with the keywords that it was given, and change the result.
+
+    On GPUs the Transformer Engine layers and Megatron's fused RoPE are used; that branch shares everything but the
+    layer spec with the CPU's and has not been run by the CPU test suite.
+    """
+    numbers = parse_hf_config(hf_config)
+    return GPTModel(
+        config=config,
+        transformer_layer_spec=_gpu_spec(numbers) if has_gpu() else _cpu_spec(numbers, config),
+        vocab_size=numbers.vocab_size,
+        max_sequence_length=numbers.max_positions,
+        pre_process=pre_process,
+        post_process=post_process,
+        share_embeddings_and_output_weights=numbers.tied,
+        # on a CPU the core attention rotates queries and keys itself
+        position_embedding_type="rope" if has_gpu() else "none",
+        rotary_base=numbers.rope_theta,  # pyrefly: ignore[bad-argument-type]  any number will do, not only an int
+        pg_collection=pg_collection,
+        vp_stage=vp_stage,
+    )
 
 
 def _transformer_config(hf_config: HFConfig, parallel: ParallelOptions, param_dtype: torch.dtype) -> TransformerConfig:

@@ -115,6 +115,8 @@ class Optimizer:
     def _first_not_finite(self) -> str:
         for chunk in self.model:
             for name, parameter in chunk.named_parameters():
+                if not parameter.requires_grad:
+                    continue
                 gradient = parameter.main_grad  # pyrefly: ignore[missing-attribute]  set by Megatron's DDP
                 bad = int((~torch.isfinite(gradient)).sum())
                 if bad:
