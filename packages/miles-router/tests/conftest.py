@@ -11,9 +11,11 @@ import pytest
 import uvicorn
 from uvicorn.server import ServerState
 
+from miles_api.bind import bind
+from miles_api.hooks import REGISTRY
 from miles_router import RouterOptions
 from miles_router.app import RouterApp
-from miles_router.server import with_middleware
+from miles_router.middleware import MiddlewareStack
 
 
 @contextlib.asynccontextmanager
@@ -83,13 +85,15 @@ class Routed:
 
 @contextlib.asynccontextmanager
 async def _routed(*urls, middleware=(), **options):
-    app = RouterApp(RouterOptions(**{"router_health_interval": 0.05, **options}))
+    settings = RouterOptions(**{"router_health_interval": 0.05, **options})
+    app = RouterApp(settings)
     await app.start()
     for url in urls:
         app.registry.add(url)
+    hooks = [bind(REGISTRY["router_middleware"], f"test:{kind.__name__}", kind) for kind in middleware]
     try:
         async with (
-            _serve(with_middleware(app, middleware)) as url,
+            _serve(MiddlewareStack(app, settings, hooks) if hooks else app) as url,
             httpx.AsyncClient(base_url=url, timeout=20, trust_env=False, verify=False) as client,
         ):
             yield Routed(url, app, client)

@@ -368,26 +368,3 @@ def test_a_client_that_leaves_ends_the_request_at_the_engine(listen, routed, sta
             assert (await r.workers())[0]["healthy"]
 
     asyncio.run(main())
-
-
-def test_middleware_sees_every_request_and_the_first_is_outermost(serve, routed, engine):
-    seen = []
-
-    def named(name):
-        class Middleware:
-            def __init__(self, app, *, router):
-                self.app, self.router = app, router
-
-            async def __call__(self, scope, receive, send):
-                seen.append((name, scope["path"], len(self.router.registry)))
-                await self.app(scope, receive, send)
-
-        return Middleware
-
-    async def main():
-        async with serve(engine()) as url, routed(url, middleware=[named("outer"), named("inner")]) as r:
-            await r.post("/generate", content=b"x")
-            await r.client.get("/health")
-
-    asyncio.run(main())
-    assert seen == [(name, path, 1) for path in ("/generate", "/health") for name in ("outer", "inner")]

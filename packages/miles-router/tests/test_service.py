@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pytest
 
+from miles_api.config import RunConfig
 from miles_api.errors import ConfigError, ServiceError
 from miles_api.services import Endpoint, RouterService
 from miles_router import Router, RouterOptions
@@ -214,11 +215,8 @@ def test_every_address_is_returned_as_one_that_can_be_connected():
 
 
 def test_create_takes_the_routers_own_group():
-    class Config:
-        def group(self, cls):
-            return cls(router_policy="round_robin")
-
-    assert create(Config())._options == RouterOptions(router_policy="round_robin")
+    config = RunConfig.of(RouterOptions(router_policy="round_robin"))
+    assert create(config)._options == RouterOptions(router_policy="round_robin")
 
 
 def _parse(*arguments):
@@ -237,7 +235,7 @@ def test_the_command_takes_short_and_long_flags(monkeypatch):
     assert options == RouterOptions(
         sglang_router_ip="::1", sglang_router_port=23456, router_policy="round_robin", router_token="from-env"
     )
-    assert (workers, kwargs) == (["http://a:1", "http://b:2"], {"parent_pid": None})
+    assert (workers, kwargs) == (["http://a:1", "http://b:2"], {"middleware": [], "parent_pid": None})
 
 
 def test_importing_options_command_and_service_costs_no_web_server():

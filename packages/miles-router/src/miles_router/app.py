@@ -85,35 +85,44 @@ class RouterApp:
         if path == "/health":
             await self._health(send)
             return
-        headers = scope["headers"]
+        if (refusal := self.refusal(scope["headers"])) is not None:
+            await self.refuse(send, *refusal)
+            return
+        try:
+            await self._admit(path, scope, receive, send)
+        except BodyTooLargeError:
+            await self.refuse(send, 413, f"the body is longer than --router-max-body-bytes {self._max_body}")
+
+    def refusal(self, headers: Iterable[tuple[bytes, bytes]]) -> tuple[int, str] | None:
+        """Return status and reason for a request that is not let in: it lacks the token, or a web page sent it."""
         if self._token is not None and not bears(headers, self._token):
-            await _refuse(send, 401, "the router needs `Authorization: Bearer <--router-token>`")
-        elif comes_from_a_web_page(headers):
-            await _refuse(send, 403, "the router is not for browsers")
-        else:
-            try:
-                await self._admit(path, scope, receive, send)
-            except BodyTooLargeError:
-                await _refuse(send, 413, f"the body is longer than --router-max-body-bytes {self._max_body}")
+            return 401, "the router needs `Authorization: Bearer <--router-token>`"
+        if comes_from_a_web_page(headers):
+            return 403, "the router is not for browsers"
+        return None
+
+    async def refuse(self, send: Send, status: int, message: str, *extra: tuple[bytes, bytes]) -> None:
+        """Answer with an error in the router's form."""
+        await send_json(send, status, {"error": {"message": message, "type": "refused", "code": status}}, *extra)
 
     async def _admit(self, path: str, scope: Scope, receive: Receive, send: Send) -> None:
         allowed = allowed_methods(path)
         if scope["method"] in allowed:
             await self._proxy(scope, receive, send)
         elif allowed:
-            await _refuse_method(send, path, allowed)
+            await self._refuse_method(send, path, allowed)
         elif (routes := self._routes.get(path)) is not None:
             await self._manage(routes, scope, receive, send)
         elif path.startswith("/workers/"):
             await self._manage(self._delete_route, scope, receive, send)
         else:
             text = f"the router does not forward {path}: control endpoints are called on the engines directly"
-            await _refuse(send, 404, text)
+            await self.refuse(send, 404, text)
 
     async def _manage(self, methods: dict[str, _Handler], scope: Scope, receive: Receive, send: Send) -> None:
         handler = methods.get(scope["method"])
         if handler is None:
-            await _refuse_method(send, scope["path"], methods)
+            await self._refuse_method(send, scope["path"], methods)
             return
         body = await read_body(receive, self._max_body)
         if body is None:
@@ -121,9 +130,13 @@ class RouterApp:
         try:
             status, value = handler(_Call(scope["path"], scope["query_string"], body))
         except (ConfigError, msgspec.DecodeError) as exc:
-            await _refuse(send, 400, str(exc))
+            await self.refuse(send, 400, str(exc))
             return
         await send_json(send, status, value)
+
+    async def _refuse_method(self, send: Send, path: str, methods: Iterable[str]) -> None:
+        taken = ", ".join(methods)
+        await self.refuse(send, 405, f"{path} takes {taken}", (b"allow", taken.encode()))
 
     async def _health(self, send: Send) -> None:
         healthy, registered = len(self.registry.healthy), len(self.registry)
@@ -170,12 +183,3 @@ def _query_url(call: _Call) -> str:
     if len(urls) != 1:
         raise ConfigError(f"{call.path} needs exactly one ?url=http://host:port")
     return urls[0]
-
-
-async def _refuse(send: Send, status: int, message: str, *extra: tuple[bytes, bytes]) -> None:
-    await send_json(send, status, {"error": {"message": message, "type": "refused", "code": status}}, *extra)
-
-
-async def _refuse_method(send: Send, path: str, methods: Iterable[str]) -> None:
-    taken = ", ".join(methods)
-    await _refuse(send, 405, f"{path} takes {taken}", (b"allow", taken.encode()))

@@ -1,11 +1,14 @@
-"""What the router can know to be wrong before anything starts: its address."""
+"""What the router can know to be wrong before anything starts: its address and its middleware."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
 from miles_api.errors import problem_of
-from miles_router.options import RouterOptions, check_binding
+from miles_api.hookset import configured_hooks
+from miles_api.run_options import RunOptions
+from miles_router.middleware import resolve_middleware
+from miles_router.options import MIDDLEWARE_HOOK, RouterOptions, check_binding
 from miles_router.server import bind
 
 if TYPE_CHECKING:
@@ -15,21 +18,28 @@ if TYPE_CHECKING:
 
 __all__ = ["HOOKS", "check", "idle"]
 
-HOOKS: frozenset[str] = frozenset()
+HOOKS: frozenset[str] = frozenset({MIDDLEWARE_HOOK})
 """The hooks that this package calls."""
 
 
-def idle(_config: RunConfig) -> dict[str, str]:
+def idle(config: RunConfig) -> dict[str, str]:
     """Return the hooks of this package that a run does not call, by name, with the reason."""
-    return {}
+    run = config.group(RunOptions)
+    if run.loss_type == "sft_loss":
+        return {MIDDLEWARE_HOOK: "supervised, no router starts"}
+    return {MIDDLEWARE_HOOK: "recorded rollouts, no router starts"} if run.load_debug_rollout_data else {}
 
 
 def check(config: RunConfig) -> Iterator[str]:
-    """Yield a problem if the address needs a token that is not set, or is taken."""
+    """Yield a problem if a middleware does not load or fit, or the address needs a token that is not set or is taken.
+
+    Nothing is built: that happens in the router's own process.
+    """
     options = config.group(RouterOptions)
 
     def listen() -> None:
         check_binding(options)
         bind(options.sglang_router_ip, options.sglang_router_port).close()
 
+    yield from problem_of(lambda: resolve_middleware(configured_hooks(config.args).get(MIDDLEWARE_HOOK, ())))
     yield from problem_of(listen)

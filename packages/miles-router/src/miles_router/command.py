@@ -41,12 +41,18 @@ class RouterCommand:
         parser.add_argument(
             "--worker", action="append", default=[], metavar="URL", help="an engine to start with (repeatable)"
         )
+        parser.add_argument(
+            "--miles-router-middleware-paths", action="append", default=[], metavar="REFERENCE",
+            help="middleware around the router, outermost first: pkg.mod:Class or path/file.py:Class, comma-separated "
+            "or repeated",
+        )  # fmt: skip
         # Router passes its own process id, so that the child can tell when it has been orphaned
         parser.add_argument("--parent-pid", type=int, help=argparse.SUPPRESS)
 
     def run(self, namespace: argparse.Namespace) -> int:
         """Serve until interrupted. Raises `ConfigError` or `ServiceError` if it cannot start."""
         # every `miles` command builds this parser, and only this one needs a web server
+        from .middleware import resolve_middleware  # noqa: PLC0415
         from .server import run_router  # noqa: PLC0415
 
         given = {name: getattr(namespace, name) for name in RouterOptions.__struct_fields__}
@@ -55,7 +61,9 @@ class RouterCommand:
             options = msgspec.convert(given, RouterOptions)
         except msgspec.ValidationError as exc:
             raise ConfigError(f"miles router: {exc}") from exc
-        run_router(options, namespace.worker, parent_pid=namespace.parent_pid)
+        references = [part.strip() for given in namespace.miles_router_middleware_paths for part in given.split(",")]
+        middleware = resolve_middleware(filter(None, references))
+        run_router(options, namespace.worker, middleware=middleware, parent_pid=namespace.parent_pid)
         return 0
 
 

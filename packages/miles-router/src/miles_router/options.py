@@ -10,8 +10,19 @@ import msgspec
 from miles_api.errors import ConfigError
 from miles_api.options import Options
 
-__all__ = ["READY_PREFIX", "TOKEN_VARIABLE", "RouterOptions", "check_binding", "is_loopback"]
+__all__ = [
+    "MIDDLEWARE_HOOK",
+    "READY_PREFIX",
+    "REPORT_PATH",
+    "TOKEN_VARIABLE",
+    "RouterOptions",
+    "check_binding",
+    "is_loopback",
+]
 
+MIDDLEWARE_HOOK = "router_middleware"
+REPORT_PATH = "/hooks"
+"""Where a router with middleware reports on it, behind the token like every path but `/health`."""
 READY_PREFIX = "miles-router is ready at "
 """What the one line on a router's stdout begins with; its URL follows."""
 TOKEN_VARIABLE = "MILES_ROUTER_TOKEN"

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from .policies import Policy
     from .workers import Worker, WorkerRegistry
 
-__all__ = ["BodyTooLargeError", "Message", "Proxy", "Receive", "Scope", "Send", "read_body", "send_json"]
+__all__ = ["PREFERRED", "BodyTooLargeError", "Message", "Proxy", "Receive", "Scope", "Send", "read_body", "send_json"]
 
 Scope = MutableMapping[str, Any]
 Message = MutableMapping[str, Any]
@@ -43,6 +43,8 @@ _BLAME: dict[type[UpstreamError], tuple[int, str]] = {
     SilentError: (504, "worker_timeout"),
 }
 RETRY_AFTER_S = 1
+PREFERRED = "miles.worker"
+"""Where a request's scope names the engine that middleware chose for it."""
 
 
 class BodyTooLargeError(Exception):
@@ -98,7 +100,10 @@ class Proxy:
         if body is None:
             return
         failed: dict[Worker, UpstreamError] = {}
+        preferred = scope.get(PREFERRED)
         while workers := self._candidates(failed):
+            if preferred is not None:
+                workers = [worker for worker in workers if worker.url == preferred] or workers
             worker = self._policy.choose(workers)
             worker.outstanding += 1
             try:

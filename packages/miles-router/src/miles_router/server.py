@@ -9,6 +9,7 @@ import logging
 import os
 import socket
 from collections.abc import Awaitable, Callable, Iterable, Sequence
+from typing import TYPE_CHECKING
 
 import uvicorn
 import uvloop
@@ -16,14 +17,16 @@ import uvloop
 from miles_api.errors import ServiceError
 
 from .app import RouterApp
+from .middleware import MiddlewareStack
 from .options import READY_PREFIX, RouterOptions, check_binding
 from .proxy import Receive, Scope, Send
 
-__all__ = ["App", "Middleware", "bind", "run_router", "with_middleware"]
+if TYPE_CHECKING:
+    from miles_api.bind import BoundHook
 
-App = Callable[[Scope, Receive, Send], Awaitable[None]]
-Middleware = Callable[..., App]
-"""What the hook `router_middleware` names, already bound: called once as `middleware(app, router=router)`."""
+__all__ = ["bind", "run_router"]
+
+_App = Callable[[Scope, Receive, Send], Awaitable[None]]
 
 _PARENT_POLL_S = 0.5
 _GRACE_S = 2
@@ -50,14 +53,14 @@ def run_router(
     options: RouterOptions,
     workers: Iterable[str] = (),
     *,
-    middleware: Sequence[Middleware] = (),
+    middleware: Sequence[BoundHook] = (),
     parent_pid: int | None = None,
 ) -> None:
     """Serve until SIGINT or SIGTERM, or until `parent_pid` is no longer the parent.
 
     Prints one line, `READY_PREFIX` and the URL, when it accepts requests; warnings go to stderr. `workers` are URLs
-    registered from the start; `middleware` wraps the application, outermost first. Raises `ConfigError` or
-    `ServiceError` if it cannot start.
+    registered from the start; `middleware` (`resolve_middleware` makes it) wraps the router, outermost first. Raises
+    `ConfigError` or `ServiceError` if it cannot start.
     """
     check_binding(options)
     logging.basicConfig(level=logging.WARNING, format="miles-router: %(message)s")
@@ -69,25 +72,18 @@ def run_router(
             return
 
 
-def with_middleware(router: RouterApp, middleware: Sequence[Middleware]) -> App:
-    """Wrap the router in its middleware, outermost first; an empty list returns the router itself."""
-    app: App = router
-    for wrap in reversed(middleware):
-        app = wrap(app, router=router)
-    return app
-
-
 async def _serve(
     options: RouterOptions,
     sock: socket.socket,
     workers: list[str],
-    middleware: Sequence[Middleware],
+    middleware: Sequence[BoundHook],
     parent_pid: int | None,
 ) -> None:
     router = RouterApp(options)
     for url in workers:
         router.registry.add(url)
-    server = _Server(_uvicorn_config(with_middleware(router, middleware)), _url_of(sock))
+    stack = MiddlewareStack(router, options, middleware) if middleware else None
+    server = _Server(_uvicorn_config(stack or router), _url_of(sock))
     await router.start()
     watcher = asyncio.create_task(_stop_without_parent(server, parent_pid)) if parent_pid else None
     # what exists now lives as long as the process: keep it out of every later collection
@@ -98,10 +94,12 @@ async def _serve(
     finally:
         if watcher is not None:
             watcher.cancel()
+        if stack is not None:
+            await stack.aclose()
         await router.close()
 
 
-def _uvicorn_config(app: App) -> uvicorn.Config:
+def _uvicorn_config(app: _App) -> uvicorn.Config:
     return uvicorn.Config(
         app,  # type: ignore[arg-type]
         interface="asgi3",

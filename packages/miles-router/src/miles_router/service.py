@@ -10,16 +10,20 @@ import subprocess
 import sys
 import threading
 import time
-from typing import IO, TYPE_CHECKING
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any
 from urllib.parse import quote, urlsplit
 
 import msgspec
 
 from miles_api.errors import ServiceError
+from miles_api.hookset import configured_hooks
 
-from .options import READY_PREFIX, TOKEN_VARIABLE, RouterOptions, check_binding
+from .options import MIDDLEWARE_HOOK, READY_PREFIX, REPORT_PATH, TOKEN_VARIABLE, RouterOptions, check_binding
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from miles_api.config import RunConfig
     from miles_api.services import Endpoint
 
@@ -38,16 +42,17 @@ _STOPPED = "the router was stopped"
 
 def create(config: RunConfig) -> Router:
     """Return the router of a run; nothing starts yet."""
-    return Router(config.group(RouterOptions))
+    return Router(config.group(RouterOptions), configured_hooks(config.args).get(MIDDLEWARE_HOOK, ()))
 
 
 class Router:
     """A `miles_api.services.RouterService` that runs `python -m miles_router` and ends with its process."""
 
-    def __init__(self, options: RouterOptions) -> None:
-        """Check the options. Raises `ConfigError`."""
+    def __init__(self, options: RouterOptions, middleware: Sequence[str] = ()) -> None:
+        """Check the options; `middleware` are references, which the child resolves. Raises `ConfigError`."""
         check_binding(options)
         self._options = options
+        self._middleware = list(middleware)
         self._lock = threading.Lock()  # `stop` may come from another thread while `start` waits
         self._stopped = False
         self._process: subprocess.Popen[str] | None = None
@@ -80,6 +85,10 @@ class Router:
     def unregister(self, endpoint: Endpoint) -> None:
         """Send an engine nothing more; what it works on finishes. An unknown engine is no error."""
         self._call("POST", f"/remove_worker?url={quote(endpoint.url, safe='')}", missing_ok=True)
+
+    def report(self) -> list[dict[str, Any]]:
+        """Say which middleware the child has loaded, from where, and how it fared; asks it. Raises `ServiceError`."""
+        return msgspec.json.decode(self._call("GET", REPORT_PATH))["hooks"] if self._middleware else []
 
     def stop(self) -> None:
         """End the child, for good; safe to call twice, before `start`, or while another thread is in it."""
@@ -137,14 +146,16 @@ class Router:
             "--max-body-bytes": options.router_max_body_bytes,
             "--parent-pid": os.getpid(),
         }
-        return [sys.executable, "-P", "-m", "miles_router", *(f"{flag}={value}" for flag, value in flags.items())]
+        middleware = [f"--miles-router-middleware-paths={reference}" for reference in self._middleware]
+        settings = [f"{flag}={value}" for flag, value in flags.items()]
+        return [sys.executable, "-P", "-m", "miles_router", *settings, *middleware]
 
     def _environment(self) -> dict[str, str]:
         environment = {name: value for name, value in os.environ.items() if name != TOKEN_VARIABLE}
         if self._options.router_token is not None:
             environment[TOKEN_VARIABLE] = self._options.router_token
         # the child must find the packages of this process, however this process found them
-        environment["PYTHONPATH"] = os.pathsep.join(path for path in sys.path if path)
+        environment["PYTHONPATH"] = os.pathsep.join(path or str(Path.cwd()) for path in sys.path)
         return environment
 
     def _read(self, stream: IO[str] | None, take: collections.abc.Callable[[str], None]) -> threading.Thread:
@@ -158,8 +169,10 @@ class Router:
         return thread
 
     def _on_line(self, line: str) -> None:
-        if line.startswith(READY_PREFIX):
+        if line.startswith(READY_PREFIX) and not self._url:
             self._url = line.removeprefix(READY_PREFIX)
+        else:  # what a middleware prints
+            print(f"miles-router: {line}", flush=True)
 
     def _on_error(self, line: str) -> None:
         self._errors.append(line)
@@ -183,7 +196,7 @@ class Router:
             time.sleep(_POLL_S)
         self._call("GET", "/health")
 
-    def _call(self, method: str, path: str, body: object = None, *, missing_ok: bool = False) -> None:
+    def _call(self, method: str, path: str, body: object = None, *, missing_ok: bool = False) -> str:
         process = self._process
         if process is None:
             raise ServiceError(_STOPPED if self._stopped else "the router is not started")
@@ -204,3 +217,4 @@ class Router:
             connection.close()
         if response.status != _OK and not (missing_ok and response.status == _NOT_FOUND):
             raise ServiceError(f"the router answered {method} {path} with {response.status}: {text}")
+        return text
