@@ -1,1 +1,1 @@
-"""Generate hooks: one file each."""
+"""Generate hooks, one file each (single_turn, multi_turn, agentic), and what they share."""

@@ -1,0 +1,97 @@
+"""Agents: user code drives the conversation through an OpenAI client, and what the model saw and said is the sample."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from miles_api.errors import HookResultError
+from miles_api.rollout_types import GenerateFnInput, GenerateFnOutput
+from miles_rollout.generate.session import Session
+from miles_rollout.generate.session_server import SessionServer
+
+if TYPE_CHECKING:
+    from miles_api.bind import BoundHook
+
+__all__ = ["Agentic"]
+
+
+class Agentic:
+    """The generate hook `agentic`, built once: `--custom-agent-function-path` runs each conversation.
+
+    The agent gets a `base_url` of its own. All it says and hears there becomes one sample; what it returns is merged
+    into the sample's metadata. `turns` counts the answers.
+    """
+
+    def __init__(self) -> None:
+        self._server = SessionServer()
+        self._aborted = False
+
+    async def __call__(self, input: GenerateFnInput) -> GenerateFnOutput:  # noqa: A002
+        """Run the agent once and return its conversation as one sample."""
+        agent, sample = input.state.hooks.need("agent"), input.sample
+        if not input.state.aborted:
+            self._aborted = False
+        session = Session(input)
+        started = time.perf_counter()
+        async with self._server.serving(session) as base_url:
+            result = await self._run(agent, input, session, base_url)
+        sample.non_generation_time += time.perf_counter() - started - session.engine_seconds
+        sample.metadata = {**sample.metadata, "turns": session.turns, **_checked(agent, input, session, result)}
+        return GenerateFnOutput(samples=sample)
+
+    async def aclose(self) -> None:
+        """Stop the server of the sessions."""
+        await self._server.aclose()
+
+    async def _run(self, agent: BoundHook, request: GenerateFnInput, session: Session, base_url: str) -> Any:
+        sample = request.sample
+        try:
+            return await agent.acall(None, base_url, sample.prompt, _request_kwargs(request), dict(sample.metadata))
+        except asyncio.CancelledError:
+            await self._abort(request)
+            raise
+        except Exception as error:
+            error.add_note(f"on sample {sample.index}, after {session.turns} answers")
+            # What an engine failed with says more than what the agent's client made of it.
+            if session.error is not None:
+                raise session.error from error
+            raise
+
+    async def _abort(self, request: GenerateFnInput) -> None:
+        """Call `agent_abort` once when the rollout is aborted: its first cancelled agent does."""
+        hook = request.state.hooks.one("agent_abort")
+        if hook is None or not request.state.aborted or self._aborted:
+            return
+        self._aborted = True
+        try:
+            await hook.acall(None, request.args)
+        except Exception as error:
+            # The rollout is over, nobody waits for this call any more; the error is counted with the hook.
+            print(f"warning: agent_abort hook {hook.reference} failed while a rollout was aborted: {error!r}")
+
+
+def _request_kwargs(request: GenerateFnInput) -> dict[str, Any]:
+    """Return what an agent passes on to `client.chat.completions.create(messages=…, **request_kwargs)`."""
+    params = request.sampling_params
+    return {
+        "model": Path(request.args.hf_checkpoint).name,
+        "temperature": params["temperature"],
+        "top_p": params["top_p"],
+        "max_tokens": params["max_new_tokens"],
+    }
+
+
+def _checked(agent: BoundHook, request: GenerateFnInput, session: Session, result: Any) -> dict[str, Any]:
+    name = f"agent hook {agent.reference}"
+    if session.error is not None:
+        raise session.error
+    if result is not None and not isinstance(result, dict):
+        agent.stats.errors += 1
+        raise HookResultError(f"{name} returned {type(result).__name__} for sample {request.sample.index}, not a dict")
+    if session.turns == 0:
+        agent.stats.errors += 1
+        raise HookResultError(f"{name} returned without one request to its base_url, for sample {request.sample.index}")
+    return result or {}

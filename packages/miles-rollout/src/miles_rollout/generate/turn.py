@@ -1,0 +1,75 @@
+"""One request to the engines: how long it may be, what it draws from, and what comes back."""
+
+from __future__ import annotations
+
+import hashlib
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from miles_api.errors import DataError, ServiceError
+
+if TYPE_CHECKING:
+    from miles_api.rollout_types import GenerateFnInput
+    from miles_api.sample import Sample
+
+__all__ = ["Answer", "ask", "room", "sampling_seed"]
+
+
+class Answer(NamedTuple):
+    """What the engine generated."""
+
+    ids: list[int]
+    log_probs: list[float]
+    """In nats, one for each id."""
+    text: str
+    meta: dict[str, Any]
+    """The engine's `meta_info`."""
+
+    def append_to(self, sample: Sample) -> None:
+        """Append the tokens to the sample's response as trained ones; take over status, versions and cache counts."""
+        sample.append_response_tokens(self.ids, log_probs=self.log_probs, text=self.text)
+        sample.update_from_meta_info(self.meta)
+
+
+def sampling_seed(rollout_seed: int, sample_index: int | None, turn: int, *, evaluation: bool = False) -> int:
+    """Derive the seed of one generation, so that it depends on nothing but these numbers."""
+    use = "eval" if evaluation else "train"
+    digest = hashlib.blake2b(f"{use}/{rollout_seed}/{sample_index}/{turn}".encode(), digest_size=4).digest()
+    return int.from_bytes(digest) >> 1
+
+
+async def ask(request: GenerateFnInput, tokens: list[int], max_new_tokens: int, turn: int, **sampling: Any) -> Answer:
+    """Let the engines continue `tokens`; `sampling` overrides the request's sampling parameters.
+
+    Raises `ServiceError` when the engine refuses, fails or contradicts itself.
+    """
+    sample, args = request.sample, request.args
+    params = {**request.sampling_params, **sampling, "max_new_tokens": max_new_tokens}
+    params.setdefault(
+        "sampling_seed", sampling_seed(args.rollout_seed, sample.index, turn, evaluation=request.evaluation)
+    )
+    reply = await request.state.post(
+        "/generate", {"input_ids": tokens, "sampling_params": params, "return_logprob": True}
+    )
+    meta = reply["meta_info"]
+    log_probs = [entry[0] for entry in meta["output_token_logprobs"]]
+    ids = [entry[1] for entry in meta["output_token_logprobs"]]
+    if "output_ids" in reply and reply["output_ids"] != ids:
+        raise ServiceError(f"sample {sample.index}: the engine's output_ids and output_token_logprobs differ")
+    return Answer(ids, log_probs, reply["text"], meta)
+
+
+def room(request: GenerateFnInput, pending: int = 0) -> int:
+    """Return how many tokens may still be generated after `pending` more tokens that were not; at least 0.
+
+    The whole response counts, tool output included. Raises `DataError` for a prompt that is too long by itself.
+    """
+    sample, context = request.sample, request.args.rollout_max_context_len
+    left = request.sampling_params["max_new_tokens"] - sample.response_length - pending
+    if context is not None:
+        left = min(left, context - len(sample.tokens) - pending)
+        if sample.response_length == 0 and len(sample.tokens) > context:
+            raise DataError(
+                f"sample {sample.index}: its prompt has {len(sample.tokens)} tokens, more than "
+                f"--rollout-max-context-len {context}; filter with --rollout-max-prompt-len"
+            )
+    return max(left, 0)

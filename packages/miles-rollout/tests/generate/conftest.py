@@ -1,0 +1,172 @@
+"""Conversations without a model: a ChatML tokenizer of characters, and an engine that says what it is told to."""
+
+from __future__ import annotations
+
+import asyncio
+import string
+from types import SimpleNamespace
+
+import pytest
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from miles_api.hookset import HookSet
+from miles_api.rollout_types import GenerateFnInput, GenerateFnOutput
+from miles_api.sample import Sample
+from miles_rollout.hook_names import CALLED_BY_LOOP
+from miles_rollout.tokenizers import load_tokenizer
+
+SPECIAL = ["<|pad|>", "<|im_start|>", "<|im_end|>"]
+# "42" is a token that the tokenizer itself never writes: another way to spell the same text.
+TOKENS = [*SPECIAL, "42", *sorted(set(string.printable))]
+TEMPLATE = """
+{%- if tools %}<|im_start|>system
+{% for tool in tools %}{{ tool | tojson }}
+{% endfor %}<|im_end|>
+{% endif %}
+{%- for m in messages %}
+{%- if m.role == "tool" %}
+{%- if loop.first or messages[loop.index0 - 1].role != "tool" %}<|im_start|>user{% endif %}
+{{- "\\n<tool_response>\\n" + m.content + "\\n</tool_response>" }}
+{%- if loop.last or messages[loop.index0 + 1].role != "tool" %}<|im_end|>
+{% endif %}
+{%- else %}<|im_start|>{{ m.role }}
+{{ m.content }}{% for call in m.tool_calls or [] %}
+<tool_call>{"name": "{{ call.function.name }}", "arguments": {{ call.function.arguments | tojson }}}</tool_call>
+{%- endfor %}<|im_end|>
+{% endif %}
+{%- endfor %}
+{%- if add_generation_prompt %}<|im_start|>assistant
+{% endif %}"""
+
+
+def save_tokenizer(folder, template=TEMPLATE):
+    backend = Tokenizer(models.WordLevel({token: i for i, token in enumerate(TOKENS)}, unk_token="<|pad|>"))
+    backend.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    backend.decoder = decoders.Fuse()
+    backend.add_special_tokens(SPECIAL)
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        pad_token="<|pad|>",
+        eos_token="<|im_end|>",
+        additional_special_tokens=["<|im_start|>"],
+    )
+    tokenizer.chat_template = template
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="session")
+def chat_dir(tmp_path_factory):
+    """A model directory with nothing but the tokenizer."""
+    return save_tokenizer(tmp_path_factory.mktemp("chatml"))
+
+
+@pytest.fixture
+def write(tmp_path):
+    """Write a module of hooks; `write(text)("name")` is a reference into it."""
+
+    def make(text):
+        file = tmp_path / f"hooks_{abs(hash(text))}.py"
+        file.write_text(text)
+        return lambda name: f"{file}:{name}"
+
+    return make
+
+
+SOURCE = """
+from miles_api.sample import Sample
+class Source:
+    def __init__(self, args):
+        self.size = args.n_samples_per_prompt
+    def get_samples(self, count):
+        ask = [{"role": "user", "content": "1 + 2?"}]
+        return [
+            [Sample(group_index=g, index=g * self.size + i, prompt=ask, label="3") for i in range(self.size)]
+            for g in range(count)
+        ]
+    def add_samples(self, samples): ...
+    def save(self, rollout_id): ...
+    def load(self, rollout_id=None): ...
+"""
+
+
+@pytest.fixture
+def chat_source(write):
+    """A data source whose prompts are chat messages."""
+    return write(SOURCE)("Source")
+
+
+class Bench:
+    """The `GenerateState` of one hook under test, with a scripted engine behind `post`."""
+
+    def __init__(self, args, script):
+        self.args, self.script, self.requests = args, list(script), []
+        self.tokenizer = load_tokenizer(args.hf_checkpoint)
+        self.hooks = HookSet(args, CALLED_BY_LOOP)
+        self.aborted = False
+        self.hold = None
+
+    def ids(self, text):
+        return self.tokenizer.encode(text, add_special_tokens=False)
+
+    def rendered(self, messages, **how):
+        return self.tokenizer.apply_chat_template(messages, tokenize=False, **how)
+
+    async def post(self, path, payload):
+        self.requests.append((path, payload))
+        if self.hold is not None:
+            await self.hold.wait()
+        said = self.script.pop(0)
+        if isinstance(said, Exception):
+            raise said
+        said = said if isinstance(said, dict) else {"text": said}
+        ids = said.get("ids") or self.ids(said["text"])
+        finish = said.get("finish", "stop")
+        if finish == "stop" and not said.get("cut"):
+            ids = [*ids, self.tokenizer.eos_token_id]
+        limit = payload["sampling_params"]["max_new_tokens"]
+        if len(ids) > limit:
+            ids, finish = ids[:limit], "length"
+        meta = {
+            "finish_reason": {"type": finish}, "weight_version": "1", "prompt_tokens": len(payload["input_ids"]),
+            "cached_tokens": 0, "output_token_logprobs": [[-0.5, i, None] for i in ids],
+        }  # fmt: skip
+        return {"text": self.tokenizer.decode(ids, skip_special_tokens=True), "output_ids": ids, "meta_info": meta}
+
+    async def generate(self, prompt="hi", *, evaluation=False, index=0, limit=1000, metadata=None, as_text=False):
+        prompt = prompt if as_text or not isinstance(prompt, str) else [{"role": "user", "content": prompt}]
+        sample = Sample(index=index, group_index=0, prompt=prompt, metadata=metadata or {})
+        params = {"temperature": 1.0, "top_p": 1.0, "top_k": -1, "max_new_tokens": limit, "skip_special_tokens": True}
+        request = GenerateFnInput(state=self, sample=sample, sampling_params=params, evaluation=evaluation)
+        output = await self.hooks.need("generate").acall(None, request)
+        assert isinstance(output, GenerateFnOutput)
+        output.samples.validate()
+        return output.samples
+
+    def run(self, *args, **kwargs):
+        """Generate one sample in an event loop of its own, and close."""
+
+        async def main():
+            try:
+                return await self.generate(*args, **kwargs)
+            finally:
+                await self.hooks.aclose()
+
+        return asyncio.run(main())
+
+
+@pytest.fixture
+def bench(args_of, chat_dir):
+    """`bench(script, **options)`: the state around a generate hook, and an engine that answers by `script`."""
+
+    def start(script=(), **values):
+        return Bench(args_of(**{"hf_checkpoint": chat_dir, **values}), script)
+
+    return start
+
+
+@pytest.fixture(scope="session")
+def kit():
+    """The template, the tokens by id, and a function that saves a tokenizer of them."""
+    return SimpleNamespace(template=TEMPLATE, tokens=TOKENS, save_tokenizer=save_tokenizer)

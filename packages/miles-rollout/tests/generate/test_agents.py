@@ -1,0 +1,447 @@
+"""Agents: what they say over HTTP becomes one sample, and what they may not do is answered clearly."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import sys
+from types import SimpleNamespace
+
+import httpx
+import pytest
+import torch
+from transformers import Qwen3Config, Qwen3ForCausalLM
+
+from miles_api.beside import beside
+from miles_api.bind import resolve
+from miles_api.errors import ConfigError, HookResultError, ServiceError
+from miles_api.hooks import REGISTRY
+from miles_api.hookset import HookSet
+from miles_api.sample import Status
+from miles_api.services import Placement
+from miles_rollout.engines.local.fleet import LocalFleet
+from miles_rollout.engines.local.options import LocalEngineOptions
+from miles_rollout.generate.chat_api import read_request
+from miles_rollout.generate.derive import derived
+from miles_rollout.hook_names import CALLED_BY_LOOP
+from miles_rollout.service import RolloutWorker
+
+# The agent of each test is put here; user code is a file, which finds it by importing nothing of ours.
+HOOKS = """
+import asyncio
+import test_agents_act
+async def agent(base_url, prompt, request_kwargs, metadata, **kwargs):
+    return await test_agents_act.act(base_url, prompt, request_kwargs, metadata)
+async def abort(args):
+    test_agents_act.aborted.append(args.hf_checkpoint)
+"""
+USER = {"role": "user", "content": "hi"}
+TOOL = {"type": "function", "function": {"name": "add", "parameters": {"type": "object"}}}
+
+
+@pytest.fixture
+def stage(monkeypatch):
+    """A module whose `act` the agent hook calls."""
+    module = SimpleNamespace(act=None, aborted=[])
+    monkeypatch.setitem(sys.modules, "test_agents_act", module)
+    return module
+
+
+@pytest.fixture
+def agents(bench, write, stage):
+    """`agents(act, script)`: a bench whose agent is `act`."""
+
+    def start(act, script=(), **values):
+        stage.act = act
+        given = {"custom_generate_function_path": "agentic", "custom_agent_function_path": write(HOOKS)("agent")}
+        return bench(script, **{**given, **values})
+
+    return start
+
+
+async def chat(base_url, messages, expect=200, **more):
+    async with httpx.AsyncClient(timeout=20, trust_env=False) as client:
+        reply = await client.post(f"{base_url}/chat/completions", json={"messages": messages, **more})
+    assert reply.status_code == expect, reply.text
+    return reply.json()
+
+
+async def said(base_url, messages, **more):
+    return (await chat(base_url, messages, **more))["choices"][0]["message"]
+
+
+def test_a_conversation_over_http_becomes_one_sample_with_what_was_said_to_the_model_masked(agents):
+    async def act(base_url, prompt, request_kwargs, metadata):
+        assert (prompt, metadata) == ([USER], {"difficulty": 3})
+        first = await said(base_url, prompt, **request_kwargs)
+        more = [*prompt, first, {"role": "user", "content": "again"}]
+        reply = await chat(base_url, more, **request_kwargs)
+        assert reply["usage"]["completion_tokens"] == len("two") + 1
+        assert reply["choices"][0]["finish_reason"] == "stop"
+        return {"grade": "good"}
+
+    state = agents(act, ["one", "two"])
+    sample = state.run([USER], metadata={"difficulty": 3})
+    said_all = [USER, {"role": "assistant", "content": "one"}, {"role": "user", "content": "again"}]
+    whole = state.rendered([*said_all, {"role": "assistant", "content": "two"}])
+    assert sample.tokens == state.ids(whole)[:-1]
+    assert sample.tokens[: -sample.response_length] == state.ids(state.rendered([USER], add_generation_prompt=True))
+    between = len(state.ids("\n<|im_start|>user\nagain<|im_end|>\n<|im_start|>assistant\n"))
+    assert sample.loss_mask == [1] * 4 + [0] * between + [1] * 4
+    assert sample.rollout_log_probs == [-0.5] * 4 + [0.0] * between + [-0.5] * 4
+    assert sample.metadata == {"difficulty": 3, "turns": 2, "grade": "good"}
+    assert (sample.status, sample.weight_versions) == (Status.COMPLETED, ["1"])
+    assert len({payload["sampling_params"]["sampling_seed"] for _, payload in state.requests}) == 2
+    assert 0 <= sample.non_generation_time < 20
+
+
+def test_what_was_generated_is_never_tokenised_again(agents, kit):
+    other = kit.tokens.index("42")
+
+    async def act(base_url, prompt, request_kwargs, metadata):
+        first = await said(base_url, prompt)
+        assert first["content"] == "42"
+        await said(base_url, [*prompt, first, USER])
+
+    state = agents(act, [{"ids": [other]}, "ok"])
+    assert state.run([USER]).tokens.count(other) == 1
+    assert other in state.requests[1][1]["input_ids"]
+
+
+def test_calls_in_the_answer_come_as_tool_calls_where_the_request_has_tools(agents):
+    text = 'adding <tool_call>{"name": "add", "arguments": {"a": 1}}</tool_call>'
+
+    async def act(base_url, prompt, request_kwargs, metadata):
+        reply = await chat(base_url, prompt, tools=[TOOL])
+        message = reply["choices"][0]["message"]
+        assert reply["choices"][0]["finish_reason"] == "tool_calls"
+        (made,) = message["tool_calls"]
+        assert (message["content"], made["function"]["name"]) == ("adding", "add")
+        assert json.loads(made["function"]["arguments"]) == {"a": 1}
+        # Clients add fields, and write an absent text in their own way.
+        message = {**message, "refusal": None, "annotations": []}
+        more = [*prompt, message, {"role": "tool", "tool_call_id": made["id"], "content": "3"}]
+        assert (await said(base_url, more, tools=[TOOL]))["content"] == "<tool_call>nonsense"
+        await chat(base_url, [*more, {"role": "assistant", "content": "<tool_call>nonsense"}, USER], expect=409)
+
+    state = agents(act, [text, "<tool_call>nonsense"])
+    sample = state.run([USER])
+    shown = "\n<|im_start|>user\n<tool_response>\n3\n</tool_response><|im_end|>\n<|im_start|>assistant\n"
+    assert shown in state.tokenizer.decode(sample.tokens)
+    assert '"name": "add"' in state.tokenizer.decode(sample.tokens[: -sample.response_length])
+
+
+def test_a_history_that_is_not_the_recorded_one_is_a_conflict_and_costs_nothing(agents):
+    async def act(base_url, prompt, request_kwargs, metadata):
+        first = await said(base_url, prompt)
+        for messages, problem in (
+            (
+                [*prompt, {**first, "content": "I never said that"}, USER],
+                "message 1 is not as this session recorded it",
+            ),
+            ([{**USER, "content": "ho"}, first, USER], "message 0 is not as"),
+            ([*prompt], "1 messages sent, 2 recorded, none is new"),
+        ):
+            reply = await chat(base_url, messages, expect=409)
+            assert problem in reply["error"]["message"]
+            assert reply["error"]["code"] == "history"
+        tools = await chat(base_url, [*prompt, first, USER], expect=409, tools=[TOOL])
+        assert "the tools are not those" in tools["error"]["message"]
+        await said(base_url, [*prompt, first, USER])
+
+    sample = agents(act, ["one", "two"]).run([USER])
+    assert sample.metadata["turns"] == 2
+
+
+@pytest.mark.parametrize(
+    ("body", "problem"),
+    [
+        ({"messages": []}, "at least one message"),
+        ({"messages": [{"content": "x"}]}, "no role"),
+        ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "not text"),
+        ({"messages": [USER, {"role": "assistant", "content": "x"}]}, "cannot be continued"),
+        ({"messages": [USER], "n": 2}, "n other than 1 is not supported"),
+        ({"messages": [USER], "logit_biases": {}}, "logit_biases is not supported"),
+        ({"messages": [USER], "temperature": 0.2}, "temperature 0.2 instead of 1.0"),
+        ({"messages": [USER], "min_p": 0.1}, "min_p 0.1 instead of 0.0"),
+        ({"messages": [USER], "max_tokens": 0}, "max_tokens 0"),
+        ({"messages": [USER], "stop": 5}, "stop is neither"),
+        ([], "not a JSON object"),
+    ],
+)
+def test_a_request_that_cannot_be_served_as_asked_is_refused(agents, body, problem):
+    async def act(base_url, prompt, request_kwargs, metadata):
+        async with httpx.AsyncClient(timeout=20, trust_env=False) as client:
+            reply = await client.post(f"{base_url}/chat/completions", json=body)
+        assert (reply.status_code, reply.json()["error"]["type"]) == (400, "invalid_request_error")
+        assert problem in reply.json()["error"]["message"]
+        text = [{"type": "text", "text": "hi"}]
+        await said(base_url, [{"role": "user", "content": text}], n=1, user="me", seed=3, stop="x", max_tokens=7)
+
+    state = agents(act, ["one"])
+    state.run([USER])
+    sampling = state.requests[0][1]["sampling_params"]
+    assert (sampling["stop"], sampling["max_new_tokens"], sampling["temperature"]) == (["x"], 7, 1.0)
+
+
+def test_an_agents_stop_strings_join_those_of_the_run():
+    body = json.dumps({"messages": [USER], "stop": ["mine"]}).encode()
+    assert read_request(body, {"stop": ["ours"]}, fixed=True).sampling["stop"] == ["ours", "mine"]
+
+
+def test_in_evaluation_an_agent_may_sample_as_it_likes(agents):
+    async def act(base_url, prompt, request_kwargs, metadata):
+        await said(base_url, prompt, temperature=0.2, top_p=0.5)
+
+    state = agents(act, ["one"])
+    state.run([USER], evaluation=True)
+    assert state.requests[0][1]["sampling_params"]["temperature"] == 0.2
+
+
+def test_a_stream_is_one_chunk_with_the_whole_answer(agents):
+    async def act(base_url, prompt, request_kwargs, metadata):
+        async with httpx.AsyncClient(timeout=20, trust_env=False) as client:
+            body = {"messages": prompt, "stream": True}
+            reply = await client.post(f"{base_url}/chat/completions", json=body)
+        assert reply.headers["content-type"].startswith("text/event-stream")
+        chunk, end, rest = reply.text.split("\n\n")
+        assert (end, rest) == ("data: [DONE]", "")
+        assert json.loads(chunk.removeprefix("data: "))["choices"][0]["delta"]["content"] == "one"
+
+    assert agents(act, ["one"]).run([USER]).metadata["turns"] == 1
+
+
+def test_a_session_is_found_by_its_id_alone_and_ends_with_its_agent(agents):
+    urls = []
+
+    async def act(base_url, prompt, request_kwargs, metadata):
+        urls.append(base_url)
+        assert base_url.startswith("http://127.0.0.1:")
+        assert len(base_url.split("/")[-2]) >= 32
+        await chat(base_url.replace("/sessions/", "/sessions/x"), prompt, expect=404)
+        await said(base_url, prompt)
+
+    async def main():
+        state = agents(act, ["one"] * 2)
+        await asyncio.gather(state.generate([USER]), state.generate([USER]))
+        assert len(set(urls)) == 2
+        await chat(urls[0], [USER], expect=404)
+        await state.hooks.aclose()
+        with pytest.raises(httpx.ConnectError):
+            await chat(urls[0], [USER])
+
+    asyncio.run(main())
+
+
+def test_a_conversation_without_room_for_more_is_cut_off_as_a_whole(agents):
+    async def act(base_url, prompt, request_kwargs, metadata):
+        first = await said(base_url, prompt)
+        reply = await chat(base_url, [*prompt, first, {"role": "user", "content": "x" * 100}])
+        assert (reply["choices"][0]["finish_reason"], reply["choices"][0]["message"]["content"]) == ("length", "")
+
+    state = agents(act, ["one"])
+    sample = state.run([USER], limit=50)
+    assert (sample.status, sample.response, sample.response_length) == (Status.TRUNCATED, "one", 4)
+
+
+def test_an_answer_cut_by_its_limit_says_so(agents):
+    async def act(base_url, prompt, request_kwargs, metadata):
+        reply = await chat(base_url, prompt, max_completion_tokens=2)
+        assert reply["choices"][0]["finish_reason"] == "length"
+
+    sample = agents(act, ["one"]).run([USER])
+    assert (sample.status, sample.response) == (Status.TRUNCATED, "on")
+
+
+def test_an_engine_that_fails_ends_the_generation_with_its_own_error(agents):
+    async def act(base_url, prompt, request_kwargs, metadata):
+        reply = await chat(base_url, prompt, expect=502)
+        assert "engine is gone" in reply["error"]["message"]
+        raise RuntimeError("my client gave up")
+
+    with pytest.raises(ServiceError, match="engine is gone") as caught:
+        agents(act, [ServiceError("engine is gone")]).run([USER])
+    assert "my client gave up" in repr(caught.value.__cause__)
+
+
+def test_an_engine_that_recovers_is_no_error(agents):
+    async def act(base_url, prompt, request_kwargs, metadata):
+        await chat(base_url, prompt, expect=502)
+        await said(base_url, prompt)
+
+    assert agents(act, [ServiceError("busy"), "one"]).run([USER]).response == "one"
+
+
+def test_what_an_agent_raises_names_hook_and_sample(agents):
+    async def act(base_url, prompt, request_kwargs, metadata):
+        await said(base_url, prompt)
+        raise KeyError("the agent's own")
+
+    with pytest.raises(KeyError, match="the agent's own") as caught:
+        agents(act, ["one"]).run([USER], index=5)
+    notes = "\n".join(caught.value.__notes__)
+    assert "raised by the agent hook" in notes
+    assert "on sample 5, after 1 answers" in notes
+
+
+@pytest.mark.parametrize(("returned", "asks", "problem"), [("text", 1, "not a dict"), (None, 0, "without one request")])
+def test_an_agent_that_returns_nonsense_or_asks_nothing_is_named(agents, returned, asks, problem):
+    async def act(base_url, prompt, request_kwargs, metadata):
+        for _ in range(asks):
+            await said(base_url, prompt)
+        return returned
+
+    with pytest.raises(HookResultError, match=rf"agent hook .*:agent returned .*{problem}|agent hook .* sample 4"):
+        agents(act, ["one"]).run([USER], index=4)
+
+
+@pytest.mark.parametrize("aborted", [True, False])
+def test_cancelled_agents_free_their_engines_and_an_aborted_rollout_calls_abort_once(agents, stage, aborted):
+    outcomes = []
+
+    async def act(base_url, prompt, request_kwargs, metadata):
+        try:
+            await said(base_url, prompt)
+        except asyncio.CancelledError:
+            outcomes.append("cancelled")
+            raise
+
+    async def main():
+        state = agents(act, ["one"] * 2)
+        state.hold = asyncio.Event()
+        tasks = [asyncio.ensure_future(state.generate([USER])) for _ in range(2)]
+        while len(state.requests) < 2:
+            await asyncio.sleep(0.01)
+        state.aborted = aborted
+        for task in tasks:
+            task.cancel()
+        results = await asyncio.gather(*tasks, return_exceptions=True)
+        assert all(isinstance(result, asyncio.CancelledError) for result in results)
+        # The requests to the engine ended too: nobody takes from the script any more.
+        state.hold.set()
+        await asyncio.sleep(0.05)
+        assert len(state.script) == 2
+        rows = {row["hook"]: row for row in state.hooks.report()}
+        assert rows["agent_abort"]["calls"] == len(stage.aborted)
+        await state.hooks.aclose()
+
+    asyncio.run(main())
+    assert outcomes == ["cancelled"] * 2
+    assert len(stage.aborted) == (1 if aborted else 0)
+
+
+def test_an_abort_that_fails_is_counted_and_said(agents, stage, capsys):
+    class Refusing(list):
+        def append(self, item):
+            raise OSError("cannot stop")
+
+    stage.aborted = Refusing()
+
+    async def act(base_url, prompt, request_kwargs, metadata):
+        await asyncio.Event().wait()
+
+    async def main():
+        state = agents(act)
+        task = asyncio.ensure_future(state.generate([USER]))
+        await asyncio.sleep(0.05)
+        state.aborted = True
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        assert state.hooks.one("agent_abort").stats.errors == 1
+        await state.hooks.aclose()
+
+    asyncio.run(main())
+    assert "agent_abort hook" in capsys.readouterr().out
+
+
+def test_an_abort_beside_the_agent_is_a_hook_of_its_own(args_of, write, stage):
+    reference = write(HOOKS)
+    hooks = HookSet(args_of(custom_agent_function_path=reference("agent")), CALLED_BY_LOOP, build=False)
+    found = hooks.one("agent_abort")
+    assert (found.spec.name, found.reference) == ("agent_abort", reference("abort"))
+    assert found.origin == hooks.one("agent").origin
+    imported = write("from os import abort\nasync def agent(u, p, r, m, **k): ...\n")
+    owner = resolve(REGISTRY["agent"], imported("agent"))
+    assert beside("agent_abort", owner) is None
+    wrong = write("async def agent(u, p, r, m, **k): ...\nasync def abort(): ...\n")
+    with pytest.raises(ConfigError, match=r"agent_abort .*:abort does not fit"):
+        HookSet(args_of(custom_agent_function_path=wrong("agent")), CALLED_BY_LOOP, build=False)
+    assert HookSet(args_of(), CALLED_BY_LOOP, build=False).one("agent_abort") is None
+
+
+def test_openais_own_client_can_drive_a_session(agents):
+    openai = pytest.importorskip("openai")
+
+    async def act(base_url, prompt, request_kwargs, metadata):
+        async with openai.AsyncOpenAI(base_url=base_url, api_key="none", max_retries=0) as client:
+            create = client.chat.completions.create
+            messages = list(prompt)
+            reply = await create(messages=messages, tools=[TOOL], **request_kwargs)
+            (made,) = reply.choices[0].message.tool_calls
+            messages += [reply.choices[0].message, {"role": "tool", "tool_call_id": made.id, "content": "3"}]
+            stream = await create(messages=messages, tools=[TOOL], stream=True, **request_kwargs)
+            text = "".join([chunk.choices[0].delta.content or "" async for chunk in stream])
+            assert text == "3"
+            with pytest.raises(openai.ConflictError, match="none is new"):
+                await create(messages=prompt, tools=[TOOL], **request_kwargs)
+
+    state = agents(act, ['<tool_call>{"name": "add", "arguments": {"a": 1}}</tool_call>', "3"])
+    assert state.run([USER]).metadata["turns"] == 2
+
+
+@pytest.fixture(scope="module")
+def engine(tmp_path_factory, kit):
+    """A real engine with a tiny random model of this tokenizer: its directory and URL."""
+    folder = tmp_path_factory.mktemp("model")
+    kit.save_tokenizer(folder)
+    torch.manual_seed(0)
+    config = Qwen3Config(
+        vocab_size=len(kit.tokens), hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=16, max_position_embeddings=512, eos_token_id=2, pad_token_id=0,
+        initializer_range=0.3,
+    )  # fmt: skip
+    Qwen3ForCausalLM(config).save_pretrained(folder)
+    fleet = LocalFleet(LocalEngineOptions(engine_start_timeout=120), str(folder), seed=0)
+    fleet.start([Placement(node="here")])
+    yield str(folder), fleet.endpoints()[0].url
+    fleet.stop()
+
+
+AGENT = """
+import httpx
+async def agent(base_url, prompt, request_kwargs, metadata, **kwargs):
+    messages = list(prompt)
+    async with httpx.AsyncClient(timeout=60, trust_env=False) as client:
+        for question in ("really?", "sure?", None):
+            body = {"messages": messages, **request_kwargs, "max_tokens": 12}
+            reply = await client.post(f"{base_url}/chat/completions", json=body)
+            answer = reply.raise_for_status().json()["choices"][0]["message"]
+            messages += [answer, {"role": "user", "content": question}]
+    return {"asked": 3}
+"""
+
+
+def test_a_rollout_of_agents_records_what_the_real_engine_generated(configure, engine, write, chat_source):
+    folder, url = engine
+    options = {"hf_checkpoint": folder, "data_source_path": chat_source, "rollout_max_response_len": 300}
+    config = configure(**options, custom_agent_function_path=write(AGENT)("agent"))
+    worker = RolloutWorker(config.replace("test", **derived(config)))
+    try:
+        worker.start(url)
+        batches = [worker.generate(i, "default")["batch"] for i in range(2)]
+        rows = {row["hook"]: row for row in worker.report()}
+    finally:
+        worker.stop()
+    batch = batches[0]
+    assert batch["tokens"] == batches[1]["tokens"], "the same seeds draw the same conversations"
+    assert (rows["agent"]["calls"], rows["generate"]["calls"], len(batch["tokens"])) == (12, 12, 6)
+    assert len({tuple(tokens) for tokens in batch["tokens"]}) > 1
+    for tokens, mask, recorded in zip(batch["tokens"], batch["loss_masks"], batch["rollout_log_probs"], strict=True):
+        score = {"input_ids": tokens, "return_logprob": True, "logprob_start_len": 0}
+        reply = httpx.post(f"{url}/generate", json={**score, "sampling_params": {"max_new_tokens": 1}}, timeout=30)
+        scored = [entry[0] for entry in reply.json()["meta_info"]["input_token_logprobs"]][-len(mask) :]
+        wanted = [value if on else 0.0 for value, on in zip(scored, mask, strict=True)]
+        assert recorded == pytest.approx(wanted, abs=1e-4)
+        assert mask.count(0) > 2 * len("really?")
+        assert 3 <= sum(mask) <= 36
