@@ -32,13 +32,13 @@ def prompt_file(tmp_path):
 
 
 @pytest.fixture
-def configure(tokenizer_dir, prompt_file):
+def configure(tokenizer_dir, prompt_file, tmp_path):
     """Build a RunConfig from flat option values."""
 
     def build(**values):
         given = {
             "hf_checkpoint": tokenizer_dir, "prompt_data": prompt_file, "label_key": "label", "rm_type": "f1",
-            "rollout_batch_size": 2, "n_samples_per_prompt": 3, **values,
+            "rollout_batch_size": 2, "n_samples_per_prompt": 3, "run_dir": str(tmp_path / "run"), **values,
         }  # fmt: skip
         config = RunConfig({name: kind() for name, kind in option_groups().items()}, {})
         assert config.group(RunOptions)
@@ -84,7 +84,7 @@ class FakeEngine:
 
         self._server = QuietServer(("127.0.0.1", 0), Handler)
         self.url = f"http://127.0.0.1:{self._server.server_port}"
-        threading.Thread(target=self._server.serve_forever, daemon=True).start()
+        threading.Thread(target=self._server.serve_forever, args=(0.02,), daemon=True).start()
 
     def close(self):
         self._server.shutdown()

@@ -7,71 +7,104 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
+from miles_api.compat import translate
 from miles_api.errors import problem_of
 from miles_api.hookset import HookSet, configured_hooks
 from miles_api.run_options import RunOptions
+from miles_rollout.budget import ErrorBudget
 from miles_rollout.engines.local.options import LocalEngineOptions, check_loopback
+from miles_rollout.generate import derive as generation
 from miles_rollout.hook_names import CALLED, CALLED_BY_LOOP
-from miles_rollout.jsonl import read_prompts
-from miles_rollout.options import DataOptions, EvalOptions, RewardOptions, RolloutOptions
+from miles_rollout.jsonl import read_prompts, takes_messages
+from miles_rollout.options import DataOptions, EvalOptions, FailureOptions, RewardOptions, RolloutOptions
 from miles_rollout.rewards.dispatch import check_rm_type
-from miles_rollout.tokenizers import load_tokenizer
+from miles_rollout.tokenizer_files import check_tokenizer
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from miles_api.config import RunConfig
 
-__all__ = ["HOOKS", "check", "idle"]
+__all__ = ["HOOKS", "check", "derived", "idle"]
 
 HOOKS = frozenset(CALLED)
 """The hooks that this package calls."""
 
+_LOOP = "inference"
+"""The default loop's short name: configuring it changes nothing."""
+_OUR_GENERATES = ("single_turn", "multi_turn", "agentic")
+"""Generate hooks that leave the reward to the reward hook."""
+
+derived = generation.derived
+
 
 def idle(config: RunConfig) -> dict[str, str]:
     """Return the hooks of this package that a run does not call, by name, with the reason."""
-    reasons: dict[str, str] = {}
-    if config.group(RunOptions).loss_type == "sft_loss":
-        reasons = dict.fromkeys((*CALLED_BY_LOOP, "eval_rollout", "eval_rollout_log"), "supervised, nothing is sampled")
-    elif "rollout" in configured_hooks(config.args):
-        reasons = dict.fromkeys(CALLED_BY_LOOP, "unless the rollout hook calls it")
-    if "data_source" in configured_hooks(config.args):
+    reasons = generation.idle(config)
+    configured = configured_hooks(config.args)
+    own_loop = configured.get("rollout", [_LOOP])
+    if config.group(RunOptions).load_debug_rollout_data is not None:
+        reasons |= dict.fromkeys(
+            (*CALLED_BY_LOOP, "sample_filter", "eval_rollout", "eval_rollout_log", "data_source", "buffer_filter"),
+            "rollouts are read from --load-debug-rollout-data",
+        )
+    elif config.group(RunOptions).loss_type == "sft_loss":
+        reasons |= dict.fromkeys(
+            (*CALLED_BY_LOOP, "eval_rollout", "eval_rollout_log"), "supervised, nothing is sampled"
+        )
+    elif translate(own_loop[0]) != _LOOP:
+        reasons |= dict.fromkeys(CALLED_BY_LOOP, "unless the rollout hook calls it")
+    if "data_source" in configured:
         reasons["buffer_filter"] = "unless the data source calls it"
     return reasons
 
 
 def check(config: RunConfig) -> Iterator[str]:
-    """Yield what does not fit: hooks, prompt files, tokenizer, reward."""
-    run, data = config.group(RunOptions), config.group(DataOptions)
-    yield from problem_of(lambda: HookSet(config.args, CALLED, build=False))
-    tokenizers: list[Any] = []
-    if run.hf_checkpoint:
-        yield from problem_of(lambda: tokenizers.append(load_tokenizer(str(run.hf_checkpoint))))
-    own_data = "data_source" in configured_hooks(config.args)
-    paths = {"--prompt-data": None if own_data else data.prompt_data}
-    if run.eval_interval is not None:
-        paths["--eval-prompt-data"] = config.group(EvalOptions).eval_prompt_data
-    for flag, path in paths.items():
-        if path is None and not (own_data and flag == "--prompt-data"):
-            yield f"{flag} is not set: name a JSONL file of prompts"
-        elif path and (tokenizers or not data.apply_chat_template):
-            yield from problem_of(lambda path=path: read_prompts(path, data, tokenizers[0] if tokenizers else None))
+    """Yield what does not fit: hooks, error budget, prompt files, tokenizer, reward."""
+    run = config.group(RunOptions)
+    for name in CALLED:
+        yield from problem_of(lambda name=name: HookSet(config.args, [name], build=False))
+    yield from problem_of(lambda: ErrorBudget(config.group(FailureOptions).hook_error_budget))
+    if run.load_debug_rollout_data is not None:
+        return
+    yield from _data(config)
     if run.loss_type != "sft_loss":
+        yield from generation.problems(config)
         yield from _reward(config)
         yield from _lengths(config)
         yield from problem_of(lambda: check_loopback(config.group(LocalEngineOptions).engine_host))
 
 
+def _data(config: RunConfig) -> Iterator[str]:
+    """Check the tokenizer and read the prompt files, from their files alone: transformers takes seconds to import."""
+    run, data, args = config.group(RunOptions), config.group(DataOptions), config.args
+    templates: list[Any] = []
+    if run.hf_checkpoint:
+        yield from problem_of(lambda: templates.append(check_tokenizer(str(run.hf_checkpoint))))
+    own_data = "data_source" in configured_hooks(args)
+    paths = {"--prompt-data": None if own_data else data.prompt_data}
+    if run.eval_interval is not None:
+        paths["--eval-prompt-data"] = config.group(EvalOptions).eval_prompt_data
+    template, messages = templates[0] if templates else None, takes_messages(args)
+    for flag, path in paths.items():
+        if path is None and not (own_data and flag == "--prompt-data"):
+            yield f"{flag} is not set: name a JSONL file of prompts"
+        elif path and (template or not data.apply_chat_template):
+            yield from problem_of(lambda path=path: read_prompts(path, data, template, messages=messages))
+
+
 def _reward(config: RunConfig) -> Iterator[str]:
     run, options = config.group(RunOptions), config.group(RewardOptions)
-    configured = set(configured_hooks(config.args))
+    named = configured_hooks(config.args)
+    configured = set(named) - ({"generate"} if named.get("generate", [""])[0] in _OUR_GENERATES else set())
+    evaluates = run.eval_interval is not None and "eval_rollout" not in configured
     if options.rm_type is not None and "reward" in configured:
         yield f"--rm-type {options.rm_type} and --custom-rm-path are both set, and only one reward can be: drop one"
     if options.rm_type is not None:
         yield from problem_of(lambda: check_rm_type(str(options.rm_type)))
     elif not {"reward", "group_reward", "generate", "rollout"} & configured:
         yield "no reward is set: pass --rm-type or --custom-rm-path"
-    elif "group_reward" in configured and run.eval_interval is not None and not options.eval_group_rm:
+    elif "group_reward" in configured and evaluates and not options.eval_group_rm:
         yield "--group-rm scores training alone: evaluation needs --eval-group-rm or an --rm-type"
 
 

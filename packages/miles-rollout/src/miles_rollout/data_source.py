@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from miles_api.errors import ConfigError, DataError
+from miles_api.errors import ConfigError, DataError, HookResultError
 from miles_api.hookset import HookSet
 from miles_api.options import options_from
 from miles_api.sample import Sample
-from miles_rollout.jsonl import Prompt, read_prompts
+from miles_rollout.jsonl import Prompt, read_prompts, takes_messages
 from miles_rollout.options import DataOptions
 from miles_rollout.tokenizers import encode, load_tokenizer
 
@@ -43,9 +43,11 @@ class RolloutDataSourceWithBuffer:
         self._path = options.prompt_data
         self._shuffle = options.rollout_shuffle
         tokenizer = load_tokenizer(args.hf_checkpoint) if options.apply_chat_template else None
-        self._prompts = self._short_enough(read_prompts(self._path, options, tokenizer))
+        self._prompts = self._short_enough(read_prompts(self._path, options, tokenizer, messages=takes_messages(args)))
         self._hooks = HookSet(args, ["buffer_filter"])
         self._buffer_filter = self._hooks.need("buffer_filter")
+        self.rollout_id: int | None = None
+        """The rollout that prompts are handed out for, once one runs; the buffer filter gets it."""
         self._buffer: list[Group] = []
         self._epoch = 0
         self._position = 0
@@ -83,8 +85,20 @@ class RolloutDataSourceWithBuffer:
         """Return `num_samples` groups of `--n-samples-per-prompt` pending samples."""
         groups: list[Group] = []
         if self._buffer:
-            groups = self._buffer_filter(self._args, None, self._buffer, num_samples)
+            groups = self._from_buffer(num_samples)
         return groups + [self._new_group() for _ in range(num_samples - len(groups))]
+
+    def _from_buffer(self, most: int) -> list[Group]:
+        """Let the buffer filter pick groups; it has to take them out of the buffer."""
+        hook, before = self._buffer_filter, len(self._buffer)
+        taken = hook(self._args, self.rollout_id, self._buffer, most)
+        who = f"buffer_filter hook {hook.reference}"
+        if not isinstance(taken, list) or len(taken) > most:
+            got = f"{len(taken)} groups" if isinstance(taken, list) else type(taken).__name__
+            raise HookResultError(f"{who} returned {got}; up to {most} groups were asked for")
+        if len(self._buffer) > before - len(taken):
+            raise HookResultError(f"{who} returned {len(taken)} groups that it left in the buffer")
+        return taken
 
     def _new_group(self) -> Group:
         if self._position == len(self._order):

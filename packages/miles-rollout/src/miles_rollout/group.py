@@ -3,121 +3,160 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import math
 from typing import TYPE_CHECKING, Any
 
-from miles_api.errors import HookResultError, SampleError
+from miles_api.errors import HookResultError
 from miles_api.rollout_types import GenerateFnInput, GenerateFnOutput, Group
-from miles_api.sample import Sample
+from miles_rollout.failures import HookFailed, named
+from miles_rollout.pristine import copy_sample, without_response
+from miles_rollout.results import checked_generation, checked_reward, checked_samples, flatten
 
 if TYPE_CHECKING:
+    from collections.abc import Coroutine
+
     from miles_api.bind import BoundHook
+    from miles_api.sample import Sample
     from miles_rollout.state import State
 
-__all__ = ["flatten", "gather", "run_group"]
+__all__ = ["gather", "run_group"]
 
 
-def flatten(groups: list[Group]) -> list[Sample]:
-    """Return all samples of `groups`, fan-outs opened, in order."""
-    return [s for group in groups for item in group for s in (item if isinstance(item, list) else [item])]
+async def run_group(state: State, group: Group, pristine: Group | None, *, evaluation: bool = False) -> Group:
+    """Generate and score the samples of one prompt, concurrently.
 
-
-async def run_group(state: State, group: Group, *, evaluation: bool = False) -> Group:
-    """Generate and score the samples of one prompt, concurrently. A hook's exception ends the rollout."""
-    results = await gather(*(_run_item(state, item, evaluation) for item in group))
-    if _scores_groups(state, evaluation):
-        await _score_group(state, flatten([results]))
+    `pristine` is an untouched copy of `group`; None where only our own defaults see the samples. Raises `HookFailed`
+    when a hook fails for good on one of them: then nothing of the group is worth keeping.
+    """
+    pairs = zip(group, pristine or itertools.repeat(None), strict=pristine is not None)
+    results = await gather(*(_run_item(state, item, clean, evaluation) for item, clean in pairs))
+    if state.scores_groups(evaluation):
+        await _score_group(state, flatten([results]), evaluation)
     return results
 
 
-async def gather(*coroutines: Any) -> list[Any]:
+async def gather(*coroutines: Coroutine[Any, Any, Any]) -> list[Any]:
     """Gather, and cancel the others when one fails, so that nothing runs on behind an error."""
     tasks = [asyncio.ensure_future(coroutine) for coroutine in coroutines]
     try:
         return await asyncio.gather(*tasks)
     except BaseException:
-        for task in tasks:
-            task.cancel()
+        this = asyncio.current_task()
+        # A cancellation of this task was passed on already; a second one would cut short what hooks clean up.
+        if not (this and this.cancelling()):
+            for task in tasks:
+                task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
         raise
 
 
-def _scores_groups(state: State, evaluation: bool) -> bool:
-    return state.rewards.eval_group_rm if evaluation else state.rewards.group_rm
-
-
-async def _run_item(state: State, item: Sample | list[Sample], evaluation: bool) -> Sample | list[Sample]:
+async def _run_item(
+    state: State, item: Sample | list[Sample], pristine: Any, evaluation: bool
+) -> Sample | list[Sample]:
     if isinstance(item, list):
-        return list(await gather(*(_run_item(state, one, evaluation) for one in item)))
+        pairs = zip(item, pristine or itertools.repeat(None), strict=pristine is not None)
+        return list(await gather(*(_run_item(state, one, clean, evaluation) for one, clean in pairs)))
     async with state.generate_fn_semaphore:
-        result = await _generate(state, item, evaluation)
-    if not _scores_groups(state, evaluation):
+        result = await _generate(state, item, pristine, evaluation)
+    if not state.scores_groups(evaluation):
         for sample in result if isinstance(result, list) else [result]:
-            await _score(state, sample)
+            await _score(state, sample, evaluation)
     return result
 
 
-async def _generate(state: State, sample: Sample, evaluation: bool) -> Sample | list[Sample]:
-    _refuse_own_hooks(sample)
-    hook = state.hooks.need("generate")
+def _hook_for(state: State, name: str, sample: Sample, reference: str | None) -> BoundHook:
+    """Return the sample's own hook, if it names one, else the run's."""
+    hook = state.hooks.need(name)
+    if reference is None:
+        return hook
+    hook.stats.skipped += 1
+    try:
+        return state.own_hook(name, reference)
+    except Exception as error:
+        raise HookFailed(hook, [sample], error) from error
+
+
+async def _generate(state: State, sample: Sample, pristine: Sample | None, evaluation: bool) -> Sample | list[Sample]:
+    hook = _hook_for(state, "generate", sample, sample.generate_function_path)
+    try:
+        return await _generate_once(state, hook, sample, evaluation)
+    except Exception as error:
+        first = error
+
+    def anew() -> Coroutine[Any, Any, Sample | list[Sample]]:
+        given = without_response(sample) if pristine is None else copy_sample(pristine)
+        return _generate_once(state, hook, given, evaluation)
+
+    return await state.guard.again(hook, [pristine or sample], first, anew, fresh=True)
+
+
+async def _generate_once(state: State, hook: BoundHook, sample: Sample, evaluation: bool) -> Sample | list[Sample]:
     params = dict(state.eval_sampling_params if evaluation else state.sampling_params)
     if hook.form.name == "input":
         request = GenerateFnInput(state=state, sample=sample, sampling_params=params, evaluation=evaluation)
-        result = await hook.acall(state.executor, request)
+        result = await state.guard.once(hook, request)
         result = result.samples if isinstance(result, GenerateFnOutput) else result
     else:
-        result = await hook.acall(state.executor, state.args, sample, params, evaluation=evaluation)
-    for one in result if isinstance(result, list) else [result]:
-        if not isinstance(one, Sample):
-            raise HookResultError(
-                f"{_named(hook)} returned {type(one).__name__} for sample {sample.index}, not a Sample"
-            )
+        result = await state.guard.once(hook, state.args, sample, params, evaluation=evaluation)
+    # Our own generation keeps its samples consistent by construction.
+    if not hook.configured:
+        return result
+    with state.guard.judging(hook):
+        result = checked_generation(result, sample, named(hook))
+        for made in result if isinstance(result, list) else [result]:
+            if made.reward is not None:
+                made.reward = checked_reward(made.reward, made, named(hook), state.reward_key(evaluation))
     return result
 
 
-def _refuse_own_hooks(sample: Sample) -> None:
-    for field in ("generate_function_path", "custom_rm_path"):
-        if getattr(sample, field) is not None:
-            raise SampleError(f"sample {sample.index} sets {field}, which this version does not call: use the flag")
-
-
-async def _score(state: State, sample: Sample) -> None:
+async def _score(state: State, sample: Sample, evaluation: bool) -> None:
     if sample.reward is not None:
-        sample.reward = _checked(state.hooks.need("generate"), sample, sample.reward)
+        state.hooks.need("reward").stats.skipped += 1
         return
-    hook = state.hooks.need("reward")
-    sample.reward = _checked(hook, sample, await hook.acall(state.executor, state.args, sample))
+    hook = _hook_for(state, "reward", sample, sample.custom_rm_path)
+    try:
+        sample.reward = await _score_once(state, hook, sample, evaluation)
+        return
+    except Exception as error:
+        first = error
+    sample.reward = await state.guard.again(hook, [sample], first, lambda: _score_once(state, hook, sample, evaluation))
 
 
-async def _score_group(state: State, samples: list[Sample]) -> None:
+async def _score_once(state: State, hook: BoundHook, sample: Sample, evaluation: bool) -> float | dict[str, float]:
+    value = await state.guard.once(hook, state.args, sample)
+    if not hook.configured and type(value) is float and math.isfinite(value):
+        return value
+    with state.guard.judging(hook):
+        checked_samples([sample], named(hook))
+        return checked_reward(value, sample, named(hook), state.reward_key(evaluation))
+
+
+async def _score_group(state: State, samples: list[Sample], evaluation: bool) -> None:
     hook = state.hooks.one("group_reward")
-    if hook is None or all(sample.reward is not None for sample in samples):
-        for sample in samples:
-            await _score(state, sample)
+    own = [sample for sample in samples if hook is None or sample.custom_rm_path is not None]
+    await gather(*(_score(state, sample, evaluation) for sample in own if sample.reward is None))
+    if hook is None:
         return
-    rewards = await hook.acall(state.executor, state.args, samples)
-    if not isinstance(rewards, list | tuple) or len(rewards) != len(samples):
-        raise HookResultError(
-            f"{_named(hook)} returned {rewards!r} for the {len(samples)} samples of group {samples[0].group_index}"
-        )
-    for sample, value in zip(samples, rewards, strict=True):
-        sample.reward = _checked(hook, sample, value)
+    if all(sample.reward is not None for sample in samples):
+        hook.stats.skipped += 1
+        return
 
+    async def one() -> list[Any]:
+        # A list of its own: what the hook adds to it or takes out of it is not the group.
+        values = await state.guard.once(hook, state.args, list(samples))
+        with state.guard.judging(hook):
+            checked_samples(samples, named(hook))
+            if hasattr(values, "tolist"):
+                values = values.tolist()
+            if not isinstance(values, list | tuple) or len(values) != len(samples):
+                raise HookResultError(
+                    f"{named(hook)} returned {values!r:.200} for the {len(samples)} samples of group "
+                    f"{samples[0].group_index}"
+                )
+            key = state.reward_key(evaluation)
+            return [checked_reward(v, s, named(hook), key) for v, s in zip(values, samples, strict=True)]
 
-def _checked(hook: BoundHook, sample: Sample, value: Any) -> float | dict[str, float]:
-    """Accept numbers (NumPy and torch scalars too) and dicts of them; name hook and sample otherwise."""
-    if isinstance(value, dict):
-        return {str(key): _number(hook, sample, part) for key, part in value.items()}
-    return _number(hook, sample, value)
-
-
-def _number(hook: BoundHook, sample: Sample, value: Any) -> float:
-    if type(value) not in (float, int, bool) and hasattr(value, "item"):
-        value = value.item()
-    if not isinstance(value, int | float) or not math.isfinite(value):
-        raise HookResultError(f"{_named(hook)} returned {value!r} for sample {sample.index}, not a finite number")
-    return float(value)
-
-
-def _named(hook: BoundHook) -> str:
-    return f"{hook.spec.name} hook {hook.reference}"
+    for sample, value in zip(samples, await state.guard.attempt(hook, samples, one), strict=True):
+        if sample.reward is None:
+            sample.reward = value

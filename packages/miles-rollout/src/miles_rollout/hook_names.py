@@ -8,7 +8,10 @@ CALLED_BY_SERVICE = (
 )  # fmt: skip
 """Called whatever the rollout hook is."""
 
-CALLED_BY_LOOP = ("generate", "reward", "group_reward", "dynamic_filter", "all_samples_process")
+CALLED_BY_LOOP = (
+    "generate", "reward", "group_reward", "dynamic_filter", "all_samples_process", "agent", "agent_abort",
+    "execute_tool", "tool_specs",
+)  # fmt: skip
 """Called by the default rollout: a rollout hook of your own calls what it likes."""
 
 CALLED = (*CALLED_BY_SERVICE, *CALLED_BY_LOOP, "buffer_filter")

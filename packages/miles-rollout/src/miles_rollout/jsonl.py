@@ -11,9 +11,10 @@ import msgspec
 from miles_api.errors import DataError, did_you_mean
 
 if TYPE_CHECKING:
+    from miles_api.args import Args
     from miles_rollout.options import DataOptions
 
-__all__ = ["Prompt", "read_prompts"]
+__all__ = ["Prompt", "read_prompts", "takes_messages"]
 
 
 class Prompt(msgspec.Struct, frozen=True):
@@ -24,11 +25,17 @@ class Prompt(msgspec.Struct, frozen=True):
     metadata: dict[str, Any]
 
 
-def read_prompts(path: str, options: DataOptions, tokenizer: Any = None) -> list[Prompt]:
+def takes_messages(args: Args) -> bool:
+    """Say whether prompts may stay chat messages: a generate or rollout hook may render them itself, as tools need."""
+    own = args.custom_generate_function_path or args.rollout_function_path
+    return bool(own) and args.loss_type != "sft_loss"
+
+
+def read_prompts(path: str, options: DataOptions, tokenizer: Any = None, *, messages: bool = False) -> list[Prompt]:
     """Read a whole JSONL prompt file; blank lines are skipped.
 
-    With `--apply-chat-template` the tokenizer turns messages into text. Raises `DataError` for a missing or empty
-    file, and for the first malformed line, naming it.
+    With `--apply-chat-template` the tokenizer turns messages into text; without it they pass only if `messages`.
+    Raises `DataError` for a missing or empty file, and for the first malformed line, naming it.
     """
     file = Path(path)
     if not file.is_file():
@@ -39,7 +46,12 @@ def read_prompts(path: str, options: DataOptions, tokenizer: Any = None) -> list
     with file.open("rb") as lines:
         for number, line in enumerate(lines, 1):
             if line.strip():
-                prompts.append(_prompt(decoder, line, options, tokenizer, f"{path}, line {number}"))
+                prompt = _prompt(decoder, line, options, tokenizer, f"{path}, line {number}")
+                if not messages and not isinstance(prompt.prompt, str):
+                    raise DataError(
+                        f"{path}, line {number}: {options.input_key!r} holds chat messages; set --apply-chat-template"
+                    )
+                prompts.append(prompt)
     if not prompts:
         raise DataError(f"prompt file {path} holds no prompt")
     return prompts
@@ -65,8 +77,6 @@ def _prompt(
         messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
         tools = row.get(options.tool_key) if options.tool_key else None
         prompt = _rendered(tokenizer, messages, tools, options, where)
-    elif not isinstance(prompt, str):
-        raise DataError(f"{where}: {options.input_key!r} holds chat messages; set --apply-chat-template")
     return Prompt(prompt, row[options.label_key] if options.label_key else None, metadata)
 
 

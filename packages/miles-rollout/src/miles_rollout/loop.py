@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-import copy
 from collections import Counter
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from miles_api.errors import DataError, HookResultError, MilesError
+from miles_api.errors import DataError, MilesError
 from miles_api.hookset import HookSet
 from miles_api.options import options_from
 from miles_api.rollout_types import (
-    DynamicFilterOutput,
     Group,
     RolloutFnConstructorInput,
     RolloutFnEvalInput,
@@ -20,15 +18,36 @@ from miles_api.rollout_types import (
     RolloutFnTrainOutput,
 )
 from miles_rollout.evaluate import evaluate
-from miles_rollout.group import flatten, run_group
+from miles_rollout.failures import HookFailed, named
+from miles_rollout.group import run_group
 from miles_rollout.hook_names import CALLED_BY_LOOP
 from miles_rollout.options import RolloutOptions
+from miles_rollout.pristine import copy_group, without_response
+from miles_rollout.results import checked_data, checked_samples, checked_verdict, flatten
 from miles_rollout.state import State
 
 if TYPE_CHECKING:
     from miles_api.args import Args
+    from miles_api.bind import BoundHook
 
 __all__ = ["InferenceRollout"]
+
+
+class _Turn(NamedTuple):
+    """A group under way."""
+
+    group: Group
+    """The samples that are being generated."""
+    pristine: Group | None
+    """A copy as they were handed out, which no hook sees; None where only our own defaults see `group`."""
+    again: bool
+    """Whether this is its second chance."""
+
+    def unused(self) -> Group:
+        """Return the group as it was handed out, to start over or to go back."""
+        if self.pristine is not None:
+            return self.pristine
+        return [without_response(sample) for sample in flatten([self.group])]
 
 
 class InferenceRollout:
@@ -40,101 +59,140 @@ class InferenceRollout:
         self._data_source = input.data_source
         self._hooks = HookSet(args, CALLED_BY_LOOP)
         self._state = State(args, self._hooks)
+        self._state.watchdog.add(hook for name in CALLED_BY_LOOP for hook in self._hooks.many(name))
         self._options: RolloutOptions = options_from(args, RolloutOptions)
         self._target: int = args.rollout_batch_size
         self._everything: list[Group] = []
-        self._dropped: Counter[str] = Counter()
+        self._dropped: list[tuple[Group, str]] = []
+        self._counts: Counter[str] = Counter()
+        self._start_over: list[Group] = []
 
     def report(self) -> list[dict[str, Any]]:
         """Say which hooks ran, for `hooks.json`."""
-        return self._hooks.report()
+        return self._state.report()
+
+    def dropped_groups(self) -> list[tuple[Group, str]]:
+        """Return the groups that the last rollout generated and filtered out, with the reasons."""
+        return self._dropped
 
     async def __call__(
         self,
         input: RolloutFnTrainInput | RolloutFnEvalInput,  # noqa: A002
     ) -> RolloutFnTrainOutput | RolloutFnEvalOutput:
         self._state.aborted = False
-        if isinstance(input, RolloutFnEvalInput):
-            return await evaluate(self._state)
-        self._everything, self._dropped = [], Counter()
+        with self._state.watchdog.watching():
+            if isinstance(input, RolloutFnEvalInput):
+                return await evaluate(self._state)
+            return await self._train()
+
+    async def _train(self) -> RolloutFnTrainOutput:
+        self._everything, self._dropped, self._counts, self._start_over = [], [], Counter(), []
         kept = await self._collect(self._target)
         kept.sort(key=lambda group: flatten([group])[0].group_index or 0)
         for hook in self._hooks.many("all_samples_process"):
-            await hook.acall(self._state.executor, self._args, self._everything, self._data_source)
-        metrics = {f"rollout/dropped/{reason}": float(n) for reason, n in self._dropped.items()}
-        return RolloutFnTrainOutput(samples=kept, metrics=metrics)
+            await self._state.guard.once(hook, self._args, self._everything, self._data_source)
+            with self._state.guard.judging(hook):
+                checked_samples(flatten(kept), named(hook))
+        metrics = {f"rollout/dropped/{reason}": float(n) for reason, n in self._counts.items()}
+        return RolloutFnTrainOutput(samples=kept, metrics=metrics | self._state.hook_metrics())
 
     async def aclose(self) -> None:
         """Close connections, and hooks that can be closed."""
-        await self._hooks.aclose()
         await self._state.close()
 
     async def _collect(self, target: int) -> list[Group]:
         kept: list[Group] = []
-        running: dict[asyncio.Task[Group], Group] = {}
+        running: dict[asyncio.Task[Group], _Turn] = {}
         first = max(self._options.over_sampling_batch_size or target, target)
+        started = False
         try:
             while len(kept) < target:
-                missing = (first if not self._everything else target) - len(kept) - len(running)
-                self._start(missing, running)
+                self._start((target if started else first) - len(kept) - len(running), running)
+                started = True
                 done, _ = await asyncio.wait(running, return_when=asyncio.FIRST_COMPLETED)
                 for task in done:
-                    group = task.result()
-                    self._everything.append(group)
                     # What finishes beyond the target stays among the running, whose prompts go back.
-                    if len(kept) < target:
-                        del running[task]
+                    if len(kept) == target:
+                        break
+                    turn = running.pop(task)
+                    try:
+                        group = task.result()
+                        self._everything.append(group)
                         if await self._keeps(group):
                             kept.append(group)
+                    except HookFailed as failure:
+                        self._lose(turn, failure)
                 self._require_progress(target)
         finally:
             await self._put_back(running)
         return kept
 
-    def _start(self, count: int, running: dict[asyncio.Task[Group], Group]) -> None:
-        """Start `count` more groups; `running` keeps their prompts as they were handed out."""
+    def _start(self, count: int, running: dict[asyncio.Task[Group], _Turn]) -> None:
+        """Start `count` more groups: those that start over, then new ones."""
+        while count > 0 and self._start_over:
+            self._run(self._start_over.pop(), running, again=True)
+            count -= 1
         if count <= 0:
             return
         groups = self._data_source.get_samples(count)
         if not groups and not running:
             raise DataError("the data source handed out no group: a rollout cannot be filled")
-        # Without filters and oversampling a group is left over only when the run fails: then no copy is worth its time.
-        may_return = bool(self._hooks.many("dynamic_filter")) or self._options.over_sampling_batch_size is not None
-        for group in groups:
-            pristine = copy.deepcopy(group) if may_return else group
-            running[asyncio.ensure_future(run_group(self._state, group))] = pristine
+        who = f"the data source {type(self._data_source).__name__}"
+        for group in checked_data(groups, count, self._args.n_samples_per_prompt, who):
+            self._state.guard.budget.started += 1
+            self._run(group, running)
+
+    def _run(self, group: Group, running: dict[asyncio.Task[Group], _Turn], *, again: bool = False) -> None:
+        pristine = copy_group(group) if self._state.shows(group) else None
+        running[asyncio.ensure_future(run_group(self._state, group, pristine))] = _Turn(group, pristine, again)
 
     async def _keeps(self, group: Group) -> bool:
-        samples = flatten([group])
-        for hook in self._hooks.many("dynamic_filter"):
-            verdict = await hook.acall(self._state.executor, self._args, samples)
-            if isinstance(verdict, bool):
-                verdict = DynamicFilterOutput(keep=verdict)
-            # Filters written for other stacks return their own class of the same shape.
-            if not isinstance(getattr(verdict, "keep", None), bool):
-                raise HookResultError(f"dynamic_filter hook {hook.reference} returned {verdict!r}, not a verdict")
+        filters = self._hooks.many("dynamic_filter")
+        for position, hook in enumerate(filters):
+            verdict = await self._verdict(hook, flatten([group]))
             if not verdict.keep:
-                self._dropped[verdict.reason or hook.reference] += 1
+                reason = verdict.reason or hook.reference
+                hook.stats.drops[reason] = hook.stats.drops.get(reason, 0) + 1
+                self._dropped.append((group, reason))
+                self._counts[reason] += 1
+                for later in filters[position + 1 :]:
+                    later.stats.skipped += 1
                 return False
         return True
 
+    async def _verdict(self, hook: BoundHook, samples: list[Any]) -> Any:
+        guard = self._state.guard
+
+        async def one() -> Any:
+            verdict = await guard.once(hook, self._args, list(samples))
+            with guard.judging(hook):
+                checked_samples(samples, named(hook))
+                return checked_verdict(verdict, named(hook))
+
+        return await guard.attempt(hook, samples, one)
+
+    def _lose(self, turn: _Turn, failure: HookFailed) -> None:
+        """Let a group that a hook failed on start over, once; then drop it, as long as the error budget lasts."""
+        if not turn.again:
+            self._start_over.append(turn.unused())
+            return
+        self._counts[self._state.guard.drop(failure)] += 1
+
     def _require_progress(self, target: int) -> None:
-        if sum(self._dropped.values()) >= self._options.max_filter_attempts * target:
-            counts = ", ".join(f"{reason}: {n}" for reason, n in self._dropped.most_common())
+        if len(self._dropped) >= self._options.max_filter_attempts * target:
+            counts = ", ".join(f"{reason}: {n}" for reason, n in self._counts.most_common())
             raise MilesError(
-                f"--dynamic-sampling-filter-path dropped {sum(self._dropped.values())} groups in one rollout of "
-                f"{target} ({counts}); --max-filter-attempts {self._options.max_filter_attempts} ends the run here"
+                f"--dynamic-sampling-filter-path dropped {len(self._dropped)} groups in one rollout of {target} "
+                f"({counts}); --max-filter-attempts {self._options.max_filter_attempts} ends the run here"
             )
 
-    async def _put_back(self, running: dict[asyncio.Task[Group], Group]) -> None:
+    async def _put_back(self, running: dict[asyncio.Task[Group], _Turn]) -> None:
         """Cancel what is not needed any more; its prompts start anew in the next rollout.
 
-        What goes back are copies taken before generation: a hook's thread may still write to the samples it was given.
+        What goes back was never given to a hook, whose thread may still write to the samples it has.
         """
-        if not running:
+        if not running and not self._start_over:
             return
         self._state.aborted = True
-        for task in running:
-            task.cancel()
-        await asyncio.gather(*running, return_exceptions=True)
-        self._data_source.add_samples(list(running.values()))
+        await self._state.guard.cancel(list(running))
+        self._data_source.add_samples([turn.unused() for turn in running.values()] + self._start_over)

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from miles_api.sample import Sample, Status
 
 if TYPE_CHECKING:
     from miles_api.args import Args
 
-__all__ = ["rollout_metrics"]
+__all__ = ["hook_metrics", "rollout_metrics"]
+
+_COUNTS = ("errors", "timeouts", "retries")
 
 
 def rollout_metrics(args: Args, samples: list[Sample]) -> dict[str, float]:
@@ -31,3 +33,28 @@ def rollout_metrics(args: Args, samples: list[Sample]) -> dict[str, float]:
         "rollout/removed": sum(sample.remove_sample for sample in samples) / size,
         "rollout/equal_groups": sum(len(values) == 1 for values in groups.values()) / len(groups),
     }
+
+
+def hook_metrics(
+    report: list[dict[str, Any]], before: dict[str, dict[str, float]]
+) -> tuple[dict[str, float], dict[str, dict[str, float]]]:
+    """Return `hooks/<hook>/calls|seconds|errors|timeouts|retries` since `before`, and the totals to pass next time.
+
+    A default hook is silent until it fails; a configured one gives calls and seconds, and counts once they are not 0.
+    """
+    totals: dict[str, dict[str, float]] = {}
+    shown: set[str] = set()
+    for line in report:
+        name = line["hook"]
+        sums = totals.setdefault(name, dict.fromkeys(("calls", "seconds", *_COUNTS), 0.0))
+        for count in sums:
+            sums[count] += line[count]
+        if (line["configured"] and line["calls"]) or any(sums[count] for count in _COUNTS):
+            shown.add(name)
+    metrics: dict[str, float] = {}
+    for name in sorted(shown):
+        earlier = before.get(name, {})
+        for count, total in totals[name].items():
+            if count not in _COUNTS or total:
+                metrics[f"hooks/{name}/{count}"] = total - earlier.get(count, 0.0)
+    return metrics, totals

@@ -8,7 +8,14 @@ import msgspec
 
 from miles_api.options import Options, UserPath
 
-__all__ = ["DataOptions", "EngineFleetOptions", "EvalOptions", "RewardOptions", "RolloutOptions"]
+__all__ = [
+    "DataOptions",
+    "EngineFleetOptions",
+    "EvalOptions",
+    "FailureOptions",
+    "RewardOptions",
+    "RolloutOptions",
+]
 
 _Positive = Annotated[int, msgspec.Meta(ge=1)]
 _Probability = Annotated[float, msgspec.Meta(gt=0, le=1)]
@@ -107,3 +114,15 @@ class EvalOptions(Options, frozen=True, kw_only=True):
     """As --rollout-top-p, in evaluation."""
     eval_max_response_len: _Positive | None = None
     """As --rollout-max-response-len, in evaluation; default: the same."""
+
+
+class FailureOptions(Options, frozen=True, kw_only=True):
+    """What happens when a hook of the rollout process raises, hangs or returns what it may not."""
+
+    hook_timeout: Annotated[float, msgspec.Meta(gt=0)] = 1800.0
+    """Seconds one call of a generate, reward, filter, conversion or logging hook may take."""
+    hook_retries: Annotated[int, msgspec.Meta(ge=0)] = 1
+    """How often a failed generate, reward or filter call is repeated before its group starts over, once."""
+    hook_error_budget: str = "16,10%"
+    """How many groups of the run may be dropped because a hook failed for good; past it the run stops with the hook's
+    own traceback. A number, a share (10%) of the groups started, or both: then the smaller counts."""

@@ -14,32 +14,38 @@ import uvloop
 from miles_api.args import Args
 from miles_api.batch import check_columns
 from miles_api.errors import HookResultError, ServiceError
-from miles_api.hookset import HookSet, close, report_of
+from miles_api.hookset import HookSet
+from miles_api.record import RecordedRollout
 from miles_api.rollout_types import (
     Group,
     RolloutFnConstructorInput,
     RolloutFnEvalInput,
-    RolloutFnEvalOutput,
     RolloutFnTrainInput,
     RolloutFnTrainOutput,
 )
 from miles_api.run_options import RunOptions
-from miles_api.sample import Sample
-from miles_rollout.evaluate import eval_metrics
-from miles_rollout.group import flatten
+from miles_rollout.data_source import RolloutDataSourceWithBuffer
+from miles_rollout.evaluate import checked_evaluation, eval_metrics
+from miles_rollout.failures import Guard, named
 from miles_rollout.hook_names import CALLED_BY_SERVICE
 from miles_rollout.identity import require_identity
-from miles_rollout.metrics import rollout_metrics
+from miles_rollout.metrics import hook_metrics, rollout_metrics
+from miles_rollout.recording import Recorder
+from miles_rollout.results import checked_groups, checked_rewards, checked_samples, flatten
+from miles_rollout.running import announce
 
 if TYPE_CHECKING:
     from miles_api.bind import BoundHook
     from miles_api.config import RunConfig
+    from miles_api.sample import Sample
 
 __all__ = ["RolloutWorker", "create"]
 
 
 _COLLECT_AFTER = 100_000
 """Container objects allocated between two runs of the garbage collector; Python's default is 700."""
+_CLOSING = 60.0
+"""Seconds that all hooks together may take to close."""
 
 
 def create(config: RunConfig) -> RolloutWorker:
@@ -52,138 +58,195 @@ class RolloutWorker:
 
     def __init__(self, config: RunConfig) -> None:
         self._config = config
-        self._shown = config.group(RunOptions).report_samples
-        self._runner = asyncio.Runner(loop_factory=uvloop.new_event_loop)
-        # Not `Runner.run`: its signal handling prints the finished task, so the whole rollout, to no use.
-        self._wait = self._runner.get_loop().run_until_complete
+        self._run = config.group(RunOptions)
+        self._loop = uvloop.new_event_loop()
+        # Not `asyncio.Runner.run`: its signal handling prints the finished task, so the whole rollout, to no use.
+        self._wait = self._loop.run_until_complete
+        self._recorder: Recorder | None = None
+        self._seen: dict[str, dict[str, float]] = {}
 
     def start(self, router_url: str) -> None:
         """Resolve hooks, read the prompts, build the rollout hook. `router_url` is empty when no engine runs."""
         address = urlsplit(router_url)
         where = {"sglang_router_ip": address.hostname or "", "sglang_router_port": address.port or 0}
         self._args = Args({**self._config.flat(), **where})
+        announce(self._args)
+        self._guard = Guard(self._args)
         self._hooks = HookSet(self._args, CALLED_BY_SERVICE)
         self._source_args = self._args.fork()
-        self._data_source = self._hooks.need("data_source").target(self._source_args)
-        self._rollout = self._ready(self._hooks.need("rollout"))
-        eval_hook = self._hooks.one("eval_rollout")
-        if eval_hook is None or eval_hook.reference == self._rollout.reference:
-            self._eval = self._rollout
-        else:
-            self._eval = self._ready(eval_hook)
+        # Recorded rollouts bring their prompts along.
+        replayed = self._run.load_debug_rollout_data is not None
+        source = None if replayed else self._hooks.build("data_source", self._source_args)
+        self._data_source: Any = source and source.target
+        self._rollout = self._built("rollout")
+        self._eval = self._rollout if self._hooks.one("eval_rollout") is None else self._built("eval_rollout")
+        if self._run.save_debug_rollout_data:
+            self._recorder = Recorder(
+                self._run.save_debug_rollout_data, self._config.public(), append=self._run.load is not None
+            )
         # What is loaded by now stays, and requests leave few cycles: the default collector took a fifth of a rollout.
         gc.collect()
         gc.freeze()
         gc.set_threshold(_COLLECT_AFTER)
 
-    def _ready(self, hook: BoundHook) -> BoundHook:
-        """Build the class form, once."""
-        if not hook.constructs:
-            return hook
-        return hook.built(RolloutFnConstructorInput(args=hook.view or self._args, data_source=self._data_source))
+    def _built(self, name: str) -> BoundHook:
+        """Build the class form, once; an evaluation hook that is the rollout hook is the same instance."""
+        view = self._hooks.need(name).view or self._args
+        hook = self._hooks.build(name, RolloutFnConstructorInput(args=view, data_source=self._data_source))
+        assert hook is not None
+        return hook
 
     def _call(self, hook: BoundHook, request: RolloutFnTrainInput | RolloutFnEvalInput) -> Any:
+        """Make a whole rollout or evaluation, without deadline: how long one takes is the user's business."""
         if isinstance(hook.form.stub, type):
             arguments: tuple[Any, ...] = (request,)
         else:
             arguments = (self._args, request.rollout_id, self._data_source, request.evaluation)
-        return self._run(hook, *arguments)
-
-    def _run(self, hook: BoundHook, *arguments: Any) -> Any:
-        """Call a hook of either colour and wait for it."""
         if hook.is_async:
             return self._wait(hook.acall(None, *arguments))
         result = hook(*arguments)
         return self._wait(_awaited(result)) if inspect.isawaitable(result) else result
 
+    def _once(self, hook: BoundHook, *arguments: Any, **keywords: Any) -> Any:
+        """Call a hook that runs once a rollout: within the deadline, and what it raises stops the run.
+
+        Not repeated: nobody knows what it had changed by then.
+        """
+        if not hook.configured and not hook.is_async:
+            return hook(*arguments, **keywords)
+        return self._wait(self._guard.once(hook, *arguments, **keywords))
+
     def generate(self, rollout_id: int, weight_version: str) -> dict[str, Any]:
         """Produce one rollout and its columns."""
         started = time.perf_counter()
+        if isinstance(self._data_source, RolloutDataSourceWithBuffer):
+            self._data_source.rollout_id = rollout_id
         request = RolloutFnTrainInput(rollout_id=rollout_id, weight_version=weight_version)
-        output = self._call(self._rollout, request)
-        if isinstance(output, list):
-            output = RolloutFnTrainOutput(samples=output)
-        self._require_groups(output)
+        output = self._checked_output(self._call(self._rollout, request))
         generated = time.perf_counter()
-        for hook in self._hooks.many("sample_filter"):
-            self._run(hook, self._args, output.samples)
+        if self._data_source is not None:
+            self._filter(output)
+            _require_version(flatten(output.samples), weight_version)
         samples = sorted(flatten(output.samples), key=lambda s: (s.group_index or 0, s.index or 0))
-        _require_version(samples, weight_version)
-        batch = self._columns(samples)
-        metrics = {**rollout_metrics(self._args, samples), **output.metrics}
+        record = self._record_of(output, rollout_id, weight_version)
+        try:
+            raw, rewards = self._rewards(samples)
+            record.raw_rewards, record.rewards = list(raw), list(rewards)
+            batch = self._columns(samples, raw, rewards)
+            record.metrics = metrics = {**rollout_metrics(self._args, samples), **output.metrics}
+        finally:
+            # Written even when conversion fails: then it is most wanted.
+            if self._recorder:
+                self._recorder.write(record)
         seconds = {"generate": generated - started, "convert": time.perf_counter() - generated}
-        suppressed = [
-            hook(rollout_id, self._args, samples, output.metrics, seconds["generate"])
-            for hook in self._hooks.many("rollout_log")
-        ]
+        logs = self._hooks.many("rollout_log")
+        extra = output.metrics
+        suppressed = [self._once(log, rollout_id, self._args, samples, extra, seconds["generate"]) for log in logs]
+        report = self.report()
         return {
             "batch": batch,
-            "metrics": {} if any(value is True for value in suppressed) else metrics,
-            "samples": _shown(output.samples, self._shown),
+            "metrics": {} if any(value is True for value in suppressed) else metrics | self._hook_metrics(report),
+            "samples": _shown(output.samples, self._run.report_samples),
             "seconds": seconds,
-            "hooks": self.report(),
+            "hooks": report,
         }
 
-    def _require_groups(self, output: Any) -> None:
-        name = self._rollout.reference
-        if not isinstance(output, RolloutFnTrainOutput):
-            raise HookResultError(f"rollout hook {name} returned {type(output).__name__}, not RolloutFnTrainOutput")
-        if not output.samples or not all(isinstance(s, Sample) for s in flatten(output.samples)):
-            raise HookResultError(f"rollout hook {name} returned {len(output.samples)} groups that are not of Samples")
-        require_identity(output.samples, f"rollout hook {name}")
+    def _record_of(self, output: RolloutFnTrainOutput, rollout_id: int, weight_version: str) -> RecordedRollout:
+        if self._recorder is None:
+            return RecordedRollout(rollout_id=rollout_id)
+        dropped = getattr(self._rollout.target, "dropped_groups", list)()
+        return self._recorder.rollout(rollout_id, weight_version, output.samples, dropped)
 
-    def _columns(self, samples: list[Sample]) -> dict[str, Any]:
-        raw, rewards = self._hooks.need("reward_post_process")(self._args, samples)
-        if len(raw) != len(samples) or len(rewards) != len(samples):
-            raise HookResultError(
-                f"reward_post_process returned {len(raw)} and {len(rewards)} rewards for {len(samples)} samples"
-            )
-        convert = self._hooks.need("convert_samples")
-        batch = convert(self._args, samples, raw_rewards=list(raw), rewards=list(rewards))
-        check_columns(batch)
+    def _checked_output(self, output: Any) -> RolloutFnTrainOutput:
+        who = named(self._rollout)
+        if isinstance(output, list):
+            output = RolloutFnTrainOutput(samples=output)
+        with self._guard.judging(self._rollout):
+            if not isinstance(output, RolloutFnTrainOutput):
+                raise HookResultError(f"{who} returned {type(output).__name__}, not RolloutFnTrainOutput")
+            checked_groups(output.samples, self._args.rollout_batch_size, who)
+            if self._rollout.configured:
+                checked_samples(flatten(output.samples), who)
+            require_identity(output.samples, who)
+        return output
+
+    def _filter(self, output: RolloutFnTrainOutput) -> None:
+        for hook in self._hooks.many("sample_filter"):
+            self._once(hook, self._args, output.samples)
+            with self._guard.judging(hook):
+                checked_groups(output.samples, self._args.rollout_batch_size, f"what {named(hook)} left:")
+                checked_samples(flatten(output.samples), named(hook))
+
+    def _rewards(self, samples: list[Sample]) -> tuple[list[float], list[float]]:
+        hook = self._hooks.need("reward_post_process")
+        result = self._once(hook, self._args, samples if not hook.configured else list(samples))
+        with self._guard.judging(hook):
+            if hook.configured:
+                checked_samples(samples, named(hook))
+            return checked_rewards(result, samples, named(hook))
+
+    def _columns(self, samples: list[Sample], raw: list[float], rewards: list[float]) -> dict[str, Any]:
+        hook = self._hooks.need("convert_samples")
+        batch = self._once(hook, self._args, samples, raw_rewards=list(raw), rewards=list(rewards))
+        with self._guard.judging(hook):
+            if not isinstance(batch, dict):
+                raise HookResultError(f"{named(hook)} returned {type(batch).__name__}, not a dict of columns")
+            check_columns(batch)
         return batch
 
     def evaluate(self, rollout_id: int, weight_version: str) -> dict[str, Any]:
         """Run the evaluation hook and return its metrics."""
         request = RolloutFnEvalInput(rollout_id=rollout_id, weight_version=weight_version)
-        output = self._call(self._eval, request)
-        if isinstance(output, dict):
-            output = RolloutFnEvalOutput(data=output)
-        if not isinstance(output, RolloutFnEvalOutput):
-            raise HookResultError(
-                f"eval_rollout hook {self._eval.reference} returned {type(output).__name__}, not RolloutFnEvalOutput"
-            )
+        result = self._call(self._eval, request)
+        with self._guard.judging(self._eval):
+            output = checked_evaluation(result, named(self._eval))
         log = self._hooks.one("eval_rollout_log")
-        silent = log is not None and log(rollout_id, self._args, output.data, output.metrics) is True
+        silent = log is not None and self._once(log, rollout_id, self._args, output.data, output.metrics) is True
         samples = [s for part in output.data.values() for s in part["samples"]]
         metrics = {} if silent else {**eval_metrics(output.data), **output.metrics}
-        shown = _shown([[s] for s in samples], self._shown)
+        if self._recorder:
+            self._recorder.write(self._recorder.evaluation(rollout_id, weight_version, samples, metrics))
+        shown = _shown([[s] for s in samples], self._run.report_samples)
         return {"metrics": metrics, "samples": shown, "hooks": self.report()}
 
     def save(self, rollout_id: int, directory: str) -> None:
         """Write the data source's state to a staging directory."""
         self._source_args.save = directory
-        self._data_source.save(rollout_id)
+        if self._data_source is not None:
+            self._data_source.save(rollout_id)
 
     def load(self, rollout_id: int, directory: str) -> None:
         """Restore the data source's state."""
         self._source_args.load = directory
-        self._data_source.load(rollout_id)
+        if self._data_source is not None:
+            self._data_source.load(rollout_id)
 
     def report(self) -> list[dict[str, Any]]:
         """Say which hooks this process has and how they fared, for `hooks.json`."""
-        built = {hook.spec.name: hook for hook in (self._eval, self._rollout)}
-        own = [report_of(built[hook["hook"]]) if hook["hook"] in built else hook for hook in self._hooks.report()]
         # The default rollout and data source call hooks of their own.
         inner = [getattr(part, "report", list)() for part in (self._data_source, self._rollout.target)]
-        return [*own, *inner[0], *inner[1]]
+        return [*self._hooks.report(), *inner[0], *inner[1]]
+
+    def _hook_metrics(self, report: list[dict[str, Any]]) -> dict[str, float]:
+        """Return what each hook did since the last rollout: configured hooks, and defaults that failed."""
+        metrics, self._seen = hook_metrics(report, self._seen)
+        return metrics
 
     def stop(self) -> None:
-        """Close the rollout hook and every other hook that can be closed."""
-        for target in (self._rollout.target, self._eval.target)[: 1 if self._eval is self._rollout else 2]:
-            self._wait(close(target))
-        self._wait(self._hooks.aclose())
-        self._runner.close()
+        """Close every hook that can be closed, and the event loop, whatever still runs in it."""
+        if self._recorder:
+            self._recorder.close()
+        self._guard.close()
+        try:
+            self._wait(asyncio.wait_for(self._hooks.aclose(), _CLOSING))
+        finally:
+            left = asyncio.all_tasks(self._loop)
+            for task in left:
+                task.cancel()
+            if left:
+                # A hook that swallows its cancellation is not waited for.
+                self._wait(asyncio.wait(left, timeout=self._guard.grace))
+            self._loop.close()
 
 
 async def _awaited(result: Any) -> Any:

@@ -4,24 +4,30 @@ from __future__ import annotations
 
 import asyncio
 import functools
-from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
 import aiohttp
 import msgspec
 
 from miles_api.errors import ServiceError
+from miles_api.hooks import REGISTRY
+from miles_api.hookset import HookSet
 from miles_api.options import options_from
+from miles_api.sample import Sample
+from miles_rollout import running
+from miles_rollout.failures import Guard
 from miles_rollout.options import EngineFleetOptions, EvalOptions, RewardOptions, RolloutOptions
 from miles_rollout.tokenizers import load_tokenizer
+from miles_rollout.watchdog import Watchdog
 
 if TYPE_CHECKING:
     from miles_api.args import Args
-    from miles_api.hookset import HookSet
+    from miles_api.bind import BoundHook
+    from miles_api.rollout_types import Group
 
 __all__ = ["State"]
 
-_HOOK_THREADS = 8
+_SEES_SAMPLES = ("generate", "reward", "group_reward", "dynamic_filter")
 _ERROR_BODY = 500
 
 
@@ -38,7 +44,11 @@ class State:
         self.options: RolloutOptions = options_from(args, RolloutOptions)
         fleet: EngineFleetOptions = options_from(args, EngineFleetOptions)
         self.concurrency = self.options.sglang_server_concurrency * fleet.rollout_num_engines
-        self.executor = ThreadPoolExecutor(_HOOK_THREADS, thread_name_prefix="hook")
+        self.guard = Guard(args)
+        self.watchdog = Watchdog(self.guard.options.hook_timeout)
+        self._shows_all: bool | None = None
+        self._own: dict[tuple[str, str], HookSet] = {}
+        self._eval_key = self.rewards.eval_reward_key or self.rewards.reward_key
         self.sampling_params = _sampling_params(self.options, args.rollout_temperature)
         self.eval_sampling_params = _eval_params(self.sampling_params, options_from(args, EvalOptions))
         self._base_url = f"http://{args.sglang_router_ip}:{args.sglang_router_port}"
@@ -52,6 +62,8 @@ class State:
     @functools.cached_property
     def generate_fn_semaphore(self) -> asyncio.Semaphore:
         """Bounds how many generations run at once, over all engines."""
+        # Every generation starts here, inside the event loop: hooks of older stacks ask for this loop's state.
+        running.claim(self)
         return asyncio.Semaphore(self.concurrency)
 
     @functools.cached_property
@@ -59,6 +71,52 @@ class State:
         connector = aiohttp.TCPConnector(limit=self.concurrency, keepalive_timeout=3600)
         timeout = aiohttp.ClientTimeout(total=self.options.generate_timeout)
         return aiohttp.ClientSession(connector=connector, timeout=timeout)
+
+    def scores_groups(self, evaluation: bool) -> bool:
+        """Say whether whole groups are scored, by the group reward."""
+        return self.rewards.eval_group_rm if evaluation else self.rewards.group_rm
+
+    def reward_key(self, evaluation: bool) -> str | None:
+        """Return which entry of a dict reward counts."""
+        return self._eval_key if evaluation else self.rewards.reward_key
+
+    def shows(self, group: Group) -> bool:
+        """Say whether other code than our own defaults gets to see the samples of `group` before they are kept."""
+        if self._shows_all is None:
+            hooks = [hook for name in _SEES_SAMPLES for hook in self.hooks.many(name)]
+            self._shows_all = any(hook.configured for hook in hooks)
+        if self._shows_all:
+            return True
+        # What was begun before has to be kept as it was.
+        return any(
+            not isinstance(sample, Sample)
+            or sample.generate_function_path is not None
+            or sample.custom_rm_path is not None
+            or sample.response_length > 0
+            for sample in group
+        )
+
+    def own_hook(self, name: str, reference: str) -> BoundHook:
+        """Return the hook that a sample names for itself, resolved like the run's own, once for each reference."""
+        if (name, reference) not in self._own:
+            view = self.args.fork()
+            setattr(view, str(REGISTRY[name].field), reference)
+            # One flag serves two hooks; a sample's own reward scores that sample.
+            view.group_rm = False
+            self._own[name, reference] = HookSet(view, [name])
+            self.watchdog.add(self._own[name, reference].many(name))
+        return self._own[name, reference].need(name)
+
+    def report(self) -> list[dict[str, Any]]:
+        """Say which hooks ran, those that samples named included."""
+        return [line for hooks in (self.hooks, *self._own.values()) for line in hooks.report()]
+
+    def hook_metrics(self) -> dict[str, float]:
+        """Return what hooks did to the event loop and to their threads, where it is bad news."""
+        metrics = {f"hooks/{name}/blocked": float(n) for name, n in self.watchdog.blocked.items()}
+        self.watchdog.blocked.clear()
+        hung = self.guard.hung()
+        return metrics | ({"hooks/hung_threads": float(hung)} if hung else {})
 
     async def post(self, path: str, payload: dict[str, Any]) -> dict[str, Any]:
         """POST JSON to the router; raise `ServiceError` with status and body when it is refused."""
@@ -77,10 +135,12 @@ class State:
         return self._decode(body)
 
     async def close(self) -> None:
-        """Close the connections and the hook threads."""
+        """Close the connections, the hook threads, and hooks that can be closed."""
+        for hooks in (self.hooks, *self._own.values()):
+            await hooks.aclose()
         if "_session" in self.__dict__:
             await self._session.close()
-        self.executor.shutdown(wait=False, cancel_futures=True)
+        self.guard.close()
 
 
 def _sampling_params(options: RolloutOptions, temperature: float) -> dict[str, Any]:

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import functools
-from pathlib import Path
+import importlib
 from typing import Any
 
-from transformers import AutoTokenizer
-
 from miles_api.errors import DataError
+from miles_rollout.tokenizer_files import require_tokenizer
 
 __all__ = ["encode", "load_tokenizer"]
 
@@ -16,11 +15,11 @@ __all__ = ["encode", "load_tokenizer"]
 @functools.cache
 def load_tokenizer(path: str) -> Any:
     """Load the tokenizer of `--hf-checkpoint`; `DataError` if the directory holds none. Runs no code from it."""
-    folder = Path(path)
-    if folder.is_dir() and not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json")):
-        raise DataError(f"--hf-checkpoint {path} holds no tokenizer (tokenizer.json or tokenizer_config.json)")
+    require_tokenizer(path)
+    # transformers takes seconds to import, and checks and replayed rollouts need no tokenizer.
+    transformers = importlib.import_module("transformers")
     try:
-        return AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+        return transformers.AutoTokenizer.from_pretrained(path, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise DataError(f"--hf-checkpoint {path}: the tokenizer does not load: {error}") from error
 
