@@ -6,8 +6,8 @@ import pytest
 
 import miles_api.hooks  # noqa: F401  (fills the registry)
 from miles_api import Args
-from miles_api.abi import golden_facts
 from miles_api.errors import ConfigError
+from miles_api.golden import golden_facts
 from miles_api.hook_options import HookOptions
 from miles_api.hookset import HookSet, configured_hooks
 from miles_api.spec import REGISTRY

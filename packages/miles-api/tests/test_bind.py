@@ -207,3 +207,25 @@ def test_errors_of_a_hook_are_its_own_and_are_counted():
         "raised by the reward hook mine",
         "on sample 3: prompt '2+2', response '', label '4'",
     ]
+
+
+def test_an_async_hook_is_counted_timed_and_given_its_own_args():
+    async def reward(args, sample):
+        await asyncio.sleep(0)
+        return args.seed
+
+    hook = bound("reward", reward, Args({"seed": 3}))
+    assert asyncio.run(hook.acall(None, Args({"seed": 4}), None)) == 3
+    assert hook.stats.calls == 1
+    assert hook.stats.seconds > 0
+
+
+def test_a_hook_called_by_keyword_gets_its_own_args():
+    def provider(args, **others):
+        args.seen = True
+
+    view = Args({"seed": 1})
+    shared = Args({"seed": 2})
+    names = dict.fromkeys(REGISTRY["model_provider"].forms[0].signature.parameters)
+    bound("model_provider", provider, view)(**{**names, "args": shared})
+    assert (view.overlay(), shared.overlay()) == ({"seen": True}, {})

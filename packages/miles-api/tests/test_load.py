@@ -1,7 +1,7 @@
 import pytest
 
 from miles_api.errors import HookLoadError
-from miles_api.load import import_reference, origin_of
+from miles_api.load import find, import_reference, origin_of
 
 
 def load(reference):
@@ -54,9 +54,36 @@ def test_a_file_that_raises_on_import_says_what_it_raised(tmp_path):
 
 
 def test_the_origin_names_file_hash_and_distribution(hook_file):
-    origin = origin_of(load(f"{hook_file}:score"))
+    origin = origin_of(find(f"{hook_file}:score", short_names="", flag=""))
     assert origin.file == str(hook_file)
     assert len(origin.sha256) == 64
-    import msgspec
+    assert origin.distribution == ""
+    assert origin_of(find("msgspec.structs:asdict", short_names="", flag="")).distribution == "msgspec"
 
-    assert origin_of(msgspec.structs.asdict).distribution == "msgspec"
+
+def test_the_origin_of_a_partial_is_that_of_its_function(hook_file):
+    hook_file.write_text("import functools\n\ndef score(k, args, sample): ...\n\nhalf = functools.partial(score, 2)\n")
+    assert origin_of(find(f"{hook_file}:half", short_names="", flag="")).file == str(hook_file)
+
+
+def test_the_origin_of_a_value_is_the_module_that_the_reference_names(tmp_path):
+    file = tmp_path / "tools.py"
+    file.write_text("SPECS = [{'type': 'function'}]\n")
+    assert origin_of(find(f"{file}:SPECS", short_names="", flag="")).file == str(file)
+
+
+@pytest.mark.parametrize(
+    ("body", "reference", "missing"),
+    [
+        ("from megatron_that_is_not.core import x\n", "needs.py:fn", "megatron_that_is_not"),
+        ("x = 1\n", "no_such_package.fn", None),
+        ("x = 1\n", "json.no_such_module.fn", None),
+        ("raise ImportError('libcuda.so.1')\n", "needs.py:fn", None),
+        ("x = 1\n", "needs.py:fn", None),
+    ],
+)
+def test_a_hook_that_needs_a_package_this_process_lacks_says_which(tmp_path, body, reference, missing):
+    (tmp_path / "needs.py").write_text(body)
+    with pytest.raises(HookLoadError) as error:
+        load(f"{tmp_path}/{reference}" if reference.startswith("needs") else reference)
+    assert error.value.missing == missing

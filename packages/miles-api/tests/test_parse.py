@@ -127,6 +127,18 @@ def test_several_references_are_a_list_and_one_stays_a_string():
     assert "takes one reference" in problems(["--custom-rm-path", "json:dumps,json:loads"])
 
 
+def test_the_same_reference_twice_is_an_error(run_file):
+    assert "names json:dumps twice" in problems(["--dynamic-sampling-filter-path", "json:dumps,json:loads,json:dumps"])
+    file = run_file('[hooks]\nrollout_sample_filter_path = ["json:dumps", "json:dumps"]\n')
+    assert "run.toml: rollout_sample_filter_path" in problems([file])
+    one = run_file('[hooks]\nrollout_sample_filter_path = ["json:dumps"]\n')
+    assert parse.parse_run([one]).args.rollout_sample_filter_path == "json:dumps"
+
+
+def test_the_run_file_may_come_after_flags(run_file):
+    assert parse.parse_run(["--toy-size", "5", run_file("[run]\nseed = 9\n"), "--toy-on"]).args.seed == 9
+
+
 def test_a_run_file_that_is_not_toml_or_not_there_is_named(run_file):
     assert "is not TOML" in problems([run_file("a = \n")])
     text = problems(["--toy-sise", "3", "nowhere.toml"])

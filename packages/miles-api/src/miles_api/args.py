@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 from typing import TYPE_CHECKING, Any
 
 from miles_api.errors import did_you_mean
+from miles_api.older_options import older_option
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -12,28 +14,49 @@ if TYPE_CHECKING:
 __all__ = ["Args"]
 
 
+class _NoOptionError(AttributeError):
+    """Finds the nearest name when it is shown: `getattr(args, "mine", None)` in a hook need not wait for that."""
+
+    def __str__(self) -> str:
+        return f"args has no option {self.name!r}{did_you_mean(str(self.name), self.obj)}"  # type: ignore[arg-type]
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return AttributeError, (str(self),)
+
+
 class Args:
     """Read any option by name. A write lands in this view's own overlay and nobody else sees it.
 
     The overlay exists because hooks written for other stacks keep state on `args`; `overlay()` lists what was written.
+    Lists and dicts are handed out as this view's own copies, so that `args.rollout_stop.append(…)` is such a write too.
     Copies and pickles carry the overlay along.
     """
 
-    __slots__ = ("_options", "_overlay")
+    __slots__ = ("_copies", "_options", "_overlay")
 
     def __init__(self, options: Mapping[str, Any], overlay: Mapping[str, Any] | None = None) -> None:
         object.__setattr__(self, "_options", options)
         object.__setattr__(self, "_overlay", dict(overlay or {}))
+        object.__setattr__(self, "_copies", {})
 
     def __getattr__(self, name: str) -> Any:
-        if name.startswith("__"):
-            raise AttributeError(name)
         if name in self._overlay:
             return self._overlay[name]
         try:
-            return self._options[name]
+            value = self._options[name]
         except KeyError:
-            raise AttributeError(f"args has no option {name!r}{did_you_mean(name, self._options)}") from None
+            return self._older(name)
+        if type(value) is list or type(value) is dict:
+            # Threads may be first at the same time: all of them must get the same copy.
+            return self._copies[name] if name in self._copies else self._copies.setdefault(name, copy.deepcopy(value))
+        return value
+
+    def _older(self, name: str) -> Any:
+        """Return an option that only older stacks have."""
+        try:
+            return older_option(name, self._options)
+        except KeyError:
+            raise _NoOptionError(name=name, obj=self) from None
 
     def __setattr__(self, name: str, value: Any) -> None:
         self._overlay[name] = value
@@ -53,17 +76,18 @@ class Args:
         return sorted(self)
 
     def __repr__(self) -> str:
-        return f"Args({len(self._options)} options, {len(self._overlay)} written)"
+        return f"Args({len(self._options)} options, {len(self.overlay())} written)"
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return Args, (dict(self._options), dict(self._overlay))
+        return Args, (dict(self._options), self.overlay())
 
     def __copy__(self) -> Args:
-        return Args(self._options, self._overlay)
+        return Args(self._options, self.overlay())
 
     def overlay(self) -> dict[str, Any]:
         """Return what was written to this view, by name."""
-        return dict(self._overlay)
+        changed = {name: value for name, value in self._copies.items() if value != self._options[name]}
+        return {**changed, **self._overlay}
 
     def fork(self) -> Args:
         """Return a view of the same options with an empty overlay: one for each hook reference."""

@@ -5,15 +5,19 @@ from __future__ import annotations
 import asyncio
 import functools
 import inspect
-import time
+import sys
+from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
 import msgspec
 
 from miles_api.args import Args
 from miles_api.compat import adapt
+from miles_api.deprecation import warn_of_deprecations
+from miles_api.errors import HookVersionError
 from miles_api.fit import Fit, fit, is_async
-from miles_api.load import Origin, import_reference, origin_of
+from miles_api.load import Found, Origin, find, origin_of, unwrapped
+from miles_api.negotiate import HookAbi, abi_of, require_compatible
 from miles_api.sample import Sample
 
 if TYPE_CHECKING:
@@ -21,7 +25,10 @@ if TYPE_CHECKING:
 
     from miles_api.spec import Form, HookSpec
 
-__all__ = ["BoundHook", "HookStats", "bind", "resolve"]
+__all__ = ["DEFAULT", "BoundHook", "HookStats", "bind", "resolve"]
+
+DEFAULT = "default"
+"""The reference of a hook that the run does not name: an installed package's own."""
 
 
 class HookStats(msgspec.Struct):
@@ -46,15 +53,28 @@ class BoundHook:
     Where the stub has `args`, the hook gets a view of its own, so that what it writes there is seen by nobody else.
     """
 
-    def __init__(self, spec: HookSpec, reference: str, target: Any, how: Fit, view: Args | None) -> None:
+    def __init__(
+        self,
+        spec: HookSpec,
+        reference: str,
+        target: Any,
+        how: Fit,
+        view: Args | None,
+        *,
+        origin: Origin,
+        abi: HookAbi,
+    ) -> None:
         self.spec = spec
         self.reference = reference
         self.target = target
         self.view = view
         self.is_async = is_async(target)
-        self.origin: Origin = origin_of(target)
+        self.origin = origin
+        self.abi = abi
+        """The ABI it was written for."""
         self.stats = HookStats()
         self._how = how
+        self._args_at = _args_position(how.form)
 
     def __repr__(self) -> str:
         return f"BoundHook({self.spec.name} = {self.reference})"
@@ -69,22 +89,35 @@ class BoundHook:
         """Whether it is a class that still has to be built."""
         return self._how.constructs
 
+    @property
+    def checkable(self) -> bool:
+        """Whether its signature could be checked; a bare `(*args, **kwargs)` says nothing and gets everything."""
+        return self._how.checkable
+
+    @property
+    def configured(self) -> bool:
+        """Whether the run names it; False for a default."""
+        return self.reference != DEFAULT
+
     def built(self, *arguments: Any) -> BoundHook:
-        """Return a hook that calls an instance of this one's class."""
-        how = Fit(self._how.form, self._how.keywords, False)
-        return BoundHook(self.spec, self.reference, self.target(*arguments), how, self.view)
+        """Return a hook that calls a new instance of this one's class. Its exceptions name the hook."""
+        try:
+            instance = self.target(*arguments)
+        except Exception as error:
+            error.add_note(f"raised while the {self.spec.name} hook {self.reference} was built")
+            raise
+        return self.calling(instance)
 
-    def _mine(self, args: tuple[Any, ...], keywords: dict[str, Any]) -> functools.partial[Any]:
-        """Return the call with the hook's own view of `args` and without the keywords it does not take."""
-        wanted = self._how.keywords
-        kept = {k: self._own(v) for k, v in keywords.items() if wanted is None or k in wanted}
-        return functools.partial(self.target, *map(self._own, args), **kept)
-
-    def _own(self, value: Any) -> Any:
-        return self.view if isinstance(value, Args) and self.view is not None else value
+    def calling(self, instance: Any) -> BoundHook:
+        """Return a hook that calls `instance`, built from this one's class."""
+        how = msgspec.structs.replace(self._how, constructs=False)
+        return BoundHook(self.spec, self.reference, instance, how, self.view, origin=self.origin, abi=self.abi)
 
     def _note(self, error: BaseException, args: tuple[Any, ...]) -> None:
         """Count an error, and say under the traceback which hook it was and on which sample."""
+        # A call that we cancel has not failed.
+        if isinstance(error, asyncio.CancelledError):
+            return
         self.stats.errors += 1
         if not isinstance(error, Exception):
             return
@@ -95,41 +128,83 @@ class BoundHook:
                 f"label {sample.label!r:.200}"
             )
 
+    def _mine(self, args: tuple[Any, ...], keywords: dict[str, Any]) -> tuple[Any, ...]:
+        """Return the positional arguments with the hook's own view of `args`; take out keywords it does not accept."""
+        view, at = self.view, self._args_at
+        if view is not None and at < len(args) and isinstance(args[at], Args):
+            args = (view, *args[1:]) if at == 0 else (*args[:at], view, *args[at + 1 :])
+        if keywords:
+            if view is not None and isinstance(keywords.get("args"), Args):
+                keywords["args"] = view
+            wanted = self._how.keywords
+            if wanted is not None and not keywords.keys() <= wanted:
+                for name in keywords.keys() - wanted:
+                    del keywords[name]
+        return args
+
     def __call__(self, *args: Any, **keywords: Any) -> Any:
         """Call a `def` hook in this thread. Exceptions are the hook's own and are not wrapped."""
-        started = time.perf_counter()
-        self.stats.calls += 1
+        stats = self.stats
+        stats.calls += 1
+        started = perf_counter()
         try:
-            return self._mine(args, keywords)()
+            return self.target(*self._mine(args, keywords), **keywords)
         except BaseException as error:
             self._note(error, args)
             raise
         finally:
-            self.stats.seconds += time.perf_counter() - started
+            stats.seconds += perf_counter() - started
 
     async def acall(self, executor: Executor | None, *args: Any, **keywords: Any) -> Any:
         """Call the hook from an event loop: a `def` runs in `executor`, so that it cannot block the loop."""
-        started = time.perf_counter()
-        self.stats.calls += 1
-        call = self._mine(args, keywords)
+        stats = self.stats
+        stats.calls += 1
+        started = perf_counter()
         try:
-            result = call() if self.is_async else await asyncio.get_running_loop().run_in_executor(executor, call)
+            mine = self._mine(args, keywords)
+            if self.is_async:
+                return await self.target(*mine, **keywords)
+            call = functools.partial(self.target, *mine, **keywords)
+            result = await asyncio.get_running_loop().run_in_executor(executor, call)
             # A plain function may hand back an awaitable: a decorator around an `async def`, say.
             return await result if inspect.isawaitable(result) else result
         except BaseException as error:
             self._note(error, args)
             raise
         finally:
-            self.stats.seconds += time.perf_counter() - started
+            stats.seconds += perf_counter() - started
+
+
+def _args_position(form: Form) -> int:
+    """Return where the stub has `args`, or a place that no call reaches: looked up once, not in every call."""
+    names = list(form.signature.parameters)
+    return names.index("args") if "args" in names and not isinstance(form.stub, type) else sys.maxsize
 
 
 def resolve(spec: HookSpec, reference: str, view: Args | None = None) -> BoundHook:
     """Import `reference` and check it. Raises a `HookError` that explains itself."""
-    found = import_reference(reference, short_names=spec.group, flag=spec.flag or spec.name)
-    return bind(spec, reference, found, view)
+    found = find(reference, short_names=spec.group, flag=spec.flag or spec.name)
+    return _bind(spec, reference, found, view)
 
 
-def bind(spec: HookSpec, reference: str, found: Any, view: Args | None = None) -> BoundHook:
-    """Check `found` against the stub; `view` is what the hook gets as `args`."""
-    found = adapt(spec, reference, found)
-    return BoundHook(spec, reference, found, fit(spec, reference, found), view)
+def bind(spec: HookSpec, reference: str, target: Any, view: Args | None = None) -> BoundHook:
+    """Check a loaded `target` against the stub; `view` is what the hook gets as `args`.
+
+    Raises `HookVersionError` for one of another ABI, `HookSignatureError` for one that does not fit the stub.
+    """
+    return _bind(spec, reference, Found(target, ""), view)
+
+
+def _bind(spec: HookSpec, reference: str, found: Found, view: Args | None) -> BoundHook:
+    # What the user wrote says where it is from and for which ABI; an adapter around it would speak for us.
+    origin = origin_of(found)
+    try:
+        abi = abi_of(unwrapped(found.target), origin.distribution)
+    except HookVersionError as error:
+        raise HookVersionError(f"{spec.flag or spec.name} {reference}: {error}") from error
+    require_compatible(spec, reference, abi)
+    target = adapt(spec, reference, found.target)
+    how = fit(spec, reference, target, abi)
+    if reference != DEFAULT:
+        warn_of_deprecations(spec, reference, how)
+    return BoundHook(spec, reference, target, how, view, origin=origin, abi=abi)

@@ -14,7 +14,7 @@ from miles_api.errors import ConfigError
 from miles_api.load import entry_points
 from miles_api.options import Options, option_kind
 
-__all__ = ["DERIVED", "RunConfig", "option_groups"]
+__all__ = ["DERIVED", "HookValues", "RunConfig", "option_groups"]
 
 DERIVED = "derived"
 """The source of a value that follows from other options."""
@@ -38,6 +38,14 @@ def option_groups() -> dict[str, type[Options]]:
     return groups
 
 
+class HookValues(msgspec.Struct, frozen=True):
+    """The options that the hooks of one name brought along, as plain values: another process may lack their class."""
+
+    values: dict[str, Any]
+    secret: frozenset[str] = frozenset()
+    """Those that are never written to a file."""
+
+
 class RunConfig(msgspec.Struct, frozen=True):
     """The resolved options of a run. Framework code takes its own group; only hooks see the flat `args`."""
 
@@ -45,8 +53,8 @@ class RunConfig(msgspec.Struct, frozen=True):
     """Option Structs by TOML table."""
     sources: dict[str, str]
     """Where each value that is not a default came from: a TOML file, `command line` or `derived`."""
-    extra: dict[str, Any] = {}
-    """Option Structs that hooks brought along, by hook name."""
+    extra: dict[str, HookValues] = {}
+    """Options that hooks brought along, by hook name."""
 
     @classmethod
     def of(cls, *groups: Options) -> RunConfig:
@@ -68,13 +76,13 @@ class RunConfig(msgspec.Struct, frozen=True):
 
     def flat(self) -> dict[str, Any]:
         """Return every option by name."""
-        structs = [*self.groups.values(), *self.extra.values()]
-        return {field: getattr(options, field) for options in structs for field in options.__struct_fields__}
+        flat = {field: getattr(group, field) for group in self.groups.values() for field in group.__struct_fields__}
+        return {**flat, **{field: value for brought in self.extra.values() for field, value in brought.values.items()}}
 
     def public(self) -> dict[str, Any]:
         """Return every option by name but the secret ones: what may be written to files and sent to loggers."""
-        structs = [*self.groups.values(), *self.extra.values()]
-        return {key: value for options in structs for key, value in _public(options).items()}
+        parts = [*self.groups.values(), *self.extra.values()]
+        return {key: value for part in parts for key, value in _public(part).items()}
 
     def replace(self, source: str = DERIVED, **changes: Any) -> RunConfig:
         """Return a config with other values, recorded as coming from `source`."""
@@ -97,6 +105,8 @@ class RunConfig(msgspec.Struct, frozen=True):
 
 def _public(options: msgspec.Struct) -> dict[str, Any]:
     """Return the values that may be written to a file: a token or password (`extra={"secret": True}`) may not."""
+    if isinstance(options, HookValues):
+        return {key: value for key, value in options.values.items() if key not in options.secret}
     secret = {info.name for info in msgspec.structs.fields(options) if option_kind(info.type).secret}
     return {key: value for key, value in msgspec.structs.asdict(options).items() if key not in secret}
 
@@ -120,4 +130,4 @@ def _toml(value: Any) -> str:
         return "{" + ", ".join(f"{json.dumps(str(k))} = {_toml(v)}" for k, v in value.items()) + "}"
     if isinstance(value, list | tuple):
         return "[" + ", ".join(_toml(item) for item in value) + "]"
-    return json.dumps(value, ensure_ascii=False)
+    return json.dumps(value, ensure_ascii=False, default=str)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -16,9 +15,12 @@ __all__ = [
     "HookLoadError",
     "HookResultError",
     "HookSignatureError",
+    "HookVersionError",
+    "MilesDeprecationWarning",
     "MilesError",
     "SampleError",
     "ServiceError",
+    "WireError",
     "did_you_mean",
     "problem_of",
 ]
@@ -40,6 +42,10 @@ class SampleError(MilesError):
     """A `Sample` or a batch column contradicts itself."""
 
 
+class WireError(MilesError):
+    """A value that cannot travel between processes or into a dump, or bytes that are no sample."""
+
+
 class ServiceError(MilesError):
     """An engine, the router or a trainer did not start, died or answered with an error."""
 
@@ -51,17 +57,33 @@ class HookError(MilesError):
 class HookLoadError(HookError):
     """A reference names nothing that can be imported."""
 
+    def __init__(self, message: str, *, missing: str | None = None) -> None:
+        super().__init__(message)
+        self.missing = missing
+        """The top-level module that its import needs and this process lacks, such as `megatron`; None when the
+        reference itself names what is not there. A hook of a trainer rank may load there and not here."""
+
 
 class HookSignatureError(HookError):
     """A hook cannot be called the way Miles calls it."""
+
+
+class HookVersionError(HookError):
+    """A hook was written for an ABI that this build does not speak."""
 
 
 class HookResultError(HookError):
     """A hook returned something its signature does not allow."""
 
 
+class MilesDeprecationWarning(FutureWarning):
+    """A run configures something that a later major version will not have. Shown without `-W`, unlike most."""
+
+
 def did_you_mean(name: str, known: Iterable[str]) -> str:
     """Return `; did you mean 'x'?` for the nearest of `known`, or an empty string."""
+    import difflib  # noqa: PLC0415  a tenth of `import miles_api`, and only errors need it
+
     near = difflib.get_close_matches(name, list(known), n=1, cutoff=0.65)
     return f"; did you mean {near[0]!r}?" if near else ""
 

@@ -8,7 +8,9 @@ from typing import Any
 
 import msgspec
 
+from miles_api.abi import ABI, shown
 from miles_api.errors import HookSignatureError
+from miles_api.negotiate import HookAbi, newer_keywords
 from miles_api.spec import Form, HookSpec
 
 __all__ = ["Fit", "fit", "is_async"]
@@ -21,19 +23,25 @@ class Fit(msgspec.Struct, frozen=True):
     """How Miles will call a hook."""
 
     form: Form
-    keywords: frozenset[str] | None
-    """Which keyword-only arguments it takes; None takes all."""
-    constructs: bool
+    keywords: frozenset[str] | None = None
+    """Which arguments it takes by name; None takes all."""
+    constructs: bool = False
     """True for a class that is built first, and then called or used."""
+    named: frozenset[str] = frozenset()
+    """Those of the stub's keywords that its signature spells out."""
+    checkable: bool = True
+    """False where the signature says nothing: a bare `(*args, **kwargs)`, or a built-in without one."""
 
 
-def fit(spec: HookSpec, reference: str, found: Any) -> Fit:
+def fit(spec: HookSpec, reference: str, found: Any, abi: HookAbi | None = None) -> Fit:
     """Choose the form that `found` fits; raise `HookSignatureError` showing both sides when none or two fit.
 
-    Nothing is called or built. The outer callable counts: a decorator's own signature, not that of what it wraps.
+    Nothing is called or built. The outer callable counts: a decorator's own signature, not that of what it wraps. A
+    hook of an older ABI gets no keyword that came after it by a parameter that merely has the same name.
     """
     if spec.kind == "value":
-        return Fit(spec.forms[0], None, False)
+        return Fit(spec.forms[0])
+    abi = abi or HookAbi(ABI, "the current one")
     if not callable(found):
         raise _refuse(spec, reference, f"is a {type(found).__name__}, not something to call")
     class_forms = [form for form in spec.forms if isinstance(form.stub, type)]
@@ -41,14 +49,16 @@ def fit(spec: HookSpec, reference: str, found: Any) -> Fit:
         raise _refuse(spec, reference, f"is not a class; a {spec.name} is one")
     if isinstance(found, type) and class_forms:
         _require_methods(spec, reference, found, class_forms[0])
-        form, keywords = _require_fit(spec, reference, found, [(class_forms[0], _signature(found))])
-        return Fit(form, keywords, True)
+        how = _require_fit(spec, reference, found, [(class_forms[0], _signature(found))], abi)
+        return msgspec.structs.replace(how, constructs=True)
     constructs = isinstance(found, type)
+    if constructs:
+        _require_buildable(spec, reference, found)
     signature = _without_self(found) if constructs else _signature(found)
     forms = [(form, signature) for form in spec.forms if not isinstance(form.stub, type)]
-    form, keywords = _require_fit(spec, reference, found, forms)
-    _require_color(spec, reference, form, is_async(found))
-    return Fit(form, keywords, constructs)
+    how = _require_fit(spec, reference, found, forms, abi)
+    _require_color(spec, reference, how.form, is_async(found))
+    return msgspec.structs.replace(how, constructs=constructs)
 
 
 def is_async(found: Any) -> bool:
@@ -78,16 +88,38 @@ def _without_self(cls: type) -> inspect.Signature | None:
     return signature.replace(parameters=list(signature.parameters.values())[1:])
 
 
+def _require_buildable(spec: HookSpec, reference: str, found: type) -> None:
+    """A class that stands for a function is built with `args` or with nothing, and called."""
+    if not any("__call__" in vars(base) for base in found.__mro__):
+        raise _refuse(spec, reference, "is a class without __call__; miles builds it once and then calls it")
+    signature = _signature(found)
+    if signature is None:
+        return
+    problems = []
+    for arguments in ([None], []):
+        try:
+            signature.bind(*arguments)
+        except TypeError as error:
+            problems.append(str(error))
+    if len(problems) == 2:  # noqa: PLR2004  neither way fits
+        shown = f"{found.__qualname__}{signature}"
+        raise _refuse(spec, reference, f"is built as cls(args) or cls(), it declares {shown}: {problems[0]}")
+
+
 def _require_fit(
-    spec: HookSpec, reference: str, found: Any, candidates: list[tuple[Form, inspect.Signature | None]]
-) -> tuple[Form, frozenset[str] | None]:
-    fits: list[tuple[Form, frozenset[str] | None]] = []
+    spec: HookSpec,
+    reference: str,
+    found: Any,
+    candidates: list[tuple[Form, inspect.Signature | None]],
+    abi: HookAbi,
+) -> Fit:
+    fits: list[Fit] = []
     problems: list[str] = []
     for form, signature in candidates:
         if signature is None:
-            return form, None
+            return Fit(form, checkable=False)
         try:
-            fits.append((form, _bind(spec, form, signature)))
+            fits.append(_bind(spec, form, signature, newer_keywords(spec, abi)))
         except TypeError as error:
             problems.append(str(error))
     if len(fits) > 1 and _catches_all(candidates[0][1]):
@@ -100,21 +132,28 @@ def _require_fit(
     raise _refuse(
         spec,
         reference,
-        f"does not fit\n  miles calls: {calls}\n  it declares: {name}{candidates[0][1]}\n  problem:     {problem}",
+        f"does not fit\n  miles calls: {calls}\n  it declares: {name}{candidates[0][1]}\n  problem:     {problem}\n"
+        f"  versions:    miles calls by ABI {shown(ABI)}, it was written for {abi}",
     )
 
 
-def _bind(spec: HookSpec, form: Form, theirs: inspect.Signature) -> frozenset[str] | None:
-    """Bind the call that Miles makes; return the keyword-only arguments to pass, None for all."""
+def _bind(spec: HookSpec, form: Form, theirs: inspect.Signature, withheld: frozenset[str]) -> Fit:
+    """Bind the call that Miles makes; raises `TypeError` where it does not fit."""
+    by_name = form.named(spec.by_keyword)
     ours = [p for p in form.signature.parameters.values() if p.name != "self" and p.kind not in _VARIADIC]
+    positional = [None for p in ours if p.name not in by_name]
     takes_any_keyword = any(p.kind is _P.VAR_KEYWORD for p in theirs.parameters.values())
-    by_name = ours if spec.by_keyword else [p for p in ours if p.kind is _P.KEYWORD_ONLY]
-    positional = [None for p in ours if p not in by_name]
-    accepted = {p.name for p in by_name if takes_any_keyword or _takes_name(theirs, p.name)}
+    named = frozenset(name for name in by_name - withheld if _takes_name(theirs, name))
+    # A newer keyword goes into **kwargs, unless a parameter of the hook's own has its name.
+    clashing = {name for name in withheld if _takes_name(theirs, name)}
+    accepted = frozenset(by_name - clashing) if takes_any_keyword else named
     if spec.by_keyword and not accepted:
         raise TypeError("takes none of the arguments")
     theirs.bind(*positional, **dict.fromkeys(accepted))
-    return None if takes_any_keyword else frozenset(accepted)
+    every = takes_any_keyword and not clashing
+    kinds = {p.kind for p in theirs.parameters.values()}
+    bare = bool(kinds) and kinds <= set(_VARIADIC)
+    return Fit(form, None if every else accepted, named=named, checkable=not bare)
 
 
 def _takes_name(signature: inspect.Signature, name: str) -> bool:

@@ -16,7 +16,10 @@ import msgspec
 from miles_api.compat import translate
 from miles_api.errors import HookLoadError, did_you_mean
 
-__all__ = ["Origin", "entry_points", "import_reference", "origin_of", "provider"]
+__all__ = ["Found", "Origin", "entry_points", "find", "import_reference", "origin_of", "provider", "unwrapped"]
+
+_USER_MODULE = "miles_user_"
+"""How the modules of `path/file.py` references begin."""
 
 
 class Origin(msgspec.Struct, frozen=True, kw_only=True):
@@ -27,6 +30,16 @@ class Origin(msgspec.Struct, frozen=True, kw_only=True):
     """Of the source file; empty for objects without one."""
     distribution: str
     version: str
+
+
+class Found(msgspec.Struct, frozen=True):
+    """What a reference names."""
+
+    target: Any
+    module: str
+    """The name of the module that the reference names, which a value (a list of tools) cannot say itself."""
+    distribution: tuple[str, str] | None = None
+    """Name and version of the distribution that registered a short name."""
 
 
 @functools.cache
@@ -40,6 +53,10 @@ def entry_points(group: str) -> dict[str, list[importlib.metadata.EntryPoint]]:
 
 def provider(group: str, name: str) -> Any:
     """Load the one object that `group` offers under `name`; none or two is a `HookLoadError` naming both sides."""
+    return _point(group, name).load()
+
+
+def _point(group: str, name: str) -> importlib.metadata.EntryPoint:
     points = entry_points(group).get(name, [])
     if len({point.value for point in points}) > 1:
         owners = " and ".join(f"{point.dist.name if point.dist else '?'} ({point.value})" for point in points)
@@ -49,36 +66,61 @@ def provider(group: str, name: str) -> Any:
         raise HookLoadError(
             f"no installed package offers {group} {name!r}{did_you_mean(name, known)} (installed: {known or 'none'})"
         )
-    return points[0].load()
+    return points[0]
 
 
 def import_reference(reference: str, *, short_names: str, flag: str) -> Any:
+    """Import what `reference` names, as `find` does, and return the object alone."""
+    return find(reference, short_names=short_names, flag=flag).target
+
+
+def find(reference: str, *, short_names: str, flag: str) -> Found:
     """Import what `reference` names; `short_names` is the entry-point group searched for a bare name.
 
-    Raises `HookLoadError` naming the flag, the reference and the nearest name.
+    Raises `HookLoadError` naming the flag, the reference and the nearest name; its `missing` says which other package
+    the import lacked.
     """
     reference = translate(reference)
     try:
-        if not any(mark in reference for mark in (".", ":", "/")):
-            return provider(short_names, reference)
-        module_name, _, attribute = reference.rpartition(":")
-        if not module_name:
-            if reference.endswith(".py"):
-                raise HookLoadError(f"name the function in the file: {reference}:function")
-            module_name, _, attribute = reference.rpartition(".")
-        module = _import_file(module_name) if module_name.endswith(".py") else importlib.import_module(module_name)
-        return _attribute(module, attribute)
+        return _find(reference, short_names)
     except HookLoadError as error:
-        raise HookLoadError(f"{flag} {reference}: {error}") from error
+        raise HookLoadError(f"{flag} {reference}: {error}", missing=error.missing) from error
     except Exception as error:
-        raise HookLoadError(f"{flag} {reference} does not import: {type(error).__name__}: {error}") from error
+        raise HookLoadError(
+            f"{flag} {reference} does not import: {type(error).__name__}: {error}",
+            missing=_missing(error, reference, short_names),
+        ) from error
+
+
+def _find(reference: str, short_names: str) -> Found:
+    if not any(mark in reference for mark in (".", ":", "/")):
+        point = _point(short_names, reference)
+        dist = point.dist
+        return Found(point.load(), point.module, (dist.name, dist.version) if dist else None)
+    module_name, _, attribute = reference.rpartition(":")
+    if not module_name:
+        if reference.endswith(".py"):
+            raise HookLoadError(f"name the function in the file: {reference}:function")
+        module_name, _, attribute = reference.rpartition(".")
+    module = _import_file(module_name) if module_name.endswith(".py") else importlib.import_module(module_name)
+    return Found(_attribute(module, attribute), module.__name__)
+
+
+def _missing(error: Exception, reference: str, short_names: str) -> str | None:
+    """Return the top-level module that an import lacked, unless it is the one that the reference itself names."""
+    if not isinstance(error, ModuleNotFoundError) or not error.name:
+        return None
+    named = _point(short_names, reference).module if reference in entry_points(short_names) else reference
+    lacked = error.name.partition(".")[0]
+    own = "" if ".py:" in named else named.partition(":")[0].partition(".")[0]
+    return None if lacked == own else lacked
 
 
 def _attribute(module: Any, dotted: str) -> Any:
     found = module
     for part in dotted.split("."):
         if not hasattr(found, part):
-            names = [name for name in vars(found) if not name.startswith("_")]
+            names = [name for name in dir(found) if not name.startswith("_")]
             where = getattr(module, "__file__", None) or module.__name__
             raise HookLoadError(f"{where} has no {part!r}{did_you_mean(part, names)}")
         found = getattr(found, part)
@@ -91,7 +133,7 @@ def _import_file(path: str) -> Any:
     if not file.is_file():
         near = did_you_mean(file.name, [p.name for p in file.parent.glob("*.py")]) if file.parent.is_dir() else ""
         raise HookLoadError(f"there is no file {file}{near}")
-    name = f"miles_user_{file.stem}_{hashlib.sha256(str(file).encode()).hexdigest()[:8]}"
+    name = f"{_USER_MODULE}{file.stem}_{hashlib.sha256(str(file).encode()).hexdigest()[:8]}"
     spec = importlib.util.spec_from_file_location(name, file)
     if spec is None or spec.loader is None:
         raise HookLoadError(f"{file} is not a Python file")
@@ -109,18 +151,31 @@ def _import_file(path: str) -> Any:
     return module
 
 
-def origin_of(found: Any) -> Origin:
-    """Say which file and distribution an object comes from."""
-    module = sys.modules.get(getattr(found, "__module__", None) or type(found).__module__)
-    file = getattr(module, "__file__", None) or ""
+def unwrapped(target: Any) -> Any:
+    """Return the function behind `functools.partial`, which says neither where it is from nor its ABI."""
+    while isinstance(target, functools.partial):
+        target = target.func
+    return target
+
+
+def origin_of(found: Found) -> Origin:
+    """Say which file and distribution a loaded object comes from."""
+    target = unwrapped(found.target)
+    own = getattr(target, "__module__", None) or found.module or type(target).__module__
+    file = getattr(sys.modules.get(own), "__file__", None) or ""
     digest = hashlib.sha256(Path(file).read_bytes()).hexdigest() if file and Path(file).is_file() else ""
-    name, version = _distribution((module.__name__ if module else "").partition(".")[0])
+    package = own.partition(".")[0]
+    # Several distributions may share a namespace package: the one that registered the short name knows better.
+    registered = found.distribution if package == found.module.partition(".")[0] else None
+    name, version = registered or _distribution(package)
     return Origin(file=file, sha256=digest, distribution=name, version=version)
 
 
 @functools.cache
 def _distribution(package: str) -> tuple[str, str]:
     """Return name and version of the distribution that holds a top-level package, or two empty strings."""
+    if package.startswith(_USER_MODULE):
+        return "", ""
     # An editable install lists no files: there the distribution is looked up by the package's own name.
     for name in [*_packages_to_distributions().get(package, []), package.replace("_", "-")]:
         try:

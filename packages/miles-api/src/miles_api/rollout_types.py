@@ -78,18 +78,24 @@ class RolloutFnEvalInput(msgspec.Struct, kw_only=True):
         return True
 
 
-class RolloutFnTrainOutput(msgspec.Struct, kw_only=True):
+class RolloutFnTrainOutput(msgspec.Struct):
     """The groups of one rollout and scalars about how they came to be."""
 
     samples: list[Group]
     metrics: dict[str, float] = msgspec.field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        self.metrics = self.metrics or {}
 
-class RolloutFnEvalOutput(msgspec.Struct, kw_only=True):
+
+class RolloutFnEvalOutput(msgspec.Struct):
     """`data`: `{dataset: {"rewards": [...], "truncated": [...], "samples": [...]}}`."""
 
     data: dict[str, dict[str, Any]]
     metrics: dict[str, float] = msgspec.field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.metrics = self.metrics or {}
 
 
 class GenerateFnInput(msgspec.Struct, kw_only=True):
@@ -106,14 +112,19 @@ class GenerateFnInput(msgspec.Struct, kw_only=True):
         return self.state.args
 
 
-class GenerateFnOutput(msgspec.Struct, kw_only=True):
+class GenerateFnOutput(msgspec.Struct):
     """The finished sample, or several when the generation fanned out."""
 
     samples: Sample | list[Sample]
 
 
-class DynamicFilterOutput(msgspec.Struct, kw_only=True):
+class DynamicFilterOutput(msgspec.Struct):
     """Whether a group stays in the rollout; dropped groups are counted by `reason`."""
 
     keep: bool
     reason: str | None = None
+
+    def __post_init__(self) -> None:
+        # A comparison of tensors gives a tensor of one truth value.
+        if hasattr(self.keep, "item"):
+            self.keep = bool(self.keep.item())

@@ -8,7 +8,9 @@ from typing import Any, Literal, TypeVar
 
 import msgspec
 
-__all__ = ["REGISTRY", "Form", "HookSpec", "Moment", "hook", "second_form"]
+from miles_api.abi import Version
+
+__all__ = ["REGISTRY", "Deprecation", "Form", "HookSpec", "Moment", "hook", "second_form"]
 
 Stub = TypeVar("Stub", bound=Callable[..., Any])
 Side = Literal["rollout", "train", "router"]
@@ -24,6 +26,36 @@ class Form(msgspec.Struct, frozen=True):
     signature: inspect.Signature
     is_async: bool
 
+    def named(self, by_keyword: bool = False) -> set[str]:
+        """Return the parameters that Miles passes by name: the keyword-only ones, or all with `by_keyword`."""
+        unnamed = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+        return {
+            name
+            for name, parameter in self.signature.parameters.items()
+            if parameter.kind is inspect.Parameter.KEYWORD_ONLY
+            or (by_keyword and name != "self" and parameter.kind not in unnamed)
+        }
+
+
+class Deprecation(msgspec.Struct, frozen=True):
+    """Something that the next major ABI will not have."""
+
+    since: str
+    """The ABI that deprecated it: `1.3`."""
+    instead: str
+    """What to do instead: `use reward`."""
+
+    @classmethod
+    def of(cls, text: str) -> Deprecation:
+        """Read `1.3: use reward`; both parts are required."""
+        since, _, instead = (part.strip() for part in text.partition(":"))
+        if not (all(part.isdigit() for part in since.split(".")) and instead):
+            raise ValueError(f"{text!r} does not read as `1.3: what to use instead`")
+        return cls(since, instead)
+
+    def __str__(self) -> str:
+        return f"since {self.since}: {self.instead}"
+
 
 class HookSpec(msgspec.Struct, kw_only=True):
     """Everything Miles knows about one hook; derived from its stub."""
@@ -35,7 +67,7 @@ class HookSpec(msgspec.Struct, kw_only=True):
     """The switch that turns this hook's flag from its first meaning to this one: `--group-rm`."""
     stage: str
     side: Side
-    since: tuple[int, int]
+    since: Version
     kind: Kind
     many: bool
     """True where the flag takes several references, called in order."""
@@ -49,6 +81,13 @@ class HookSpec(msgspec.Struct, kw_only=True):
     moment: Moment
     """When a run must have called it: once at the start, in every rollout, with each evaluation or checkpoint. A
     configured hook that was not called by then is an error; `sometimes` demands nothing."""
+    shares: str | None = None
+    """The hook with which it shares its instance and its `args` where both name the same reference."""
+    added: dict[str, Version] = {}
+    """The ABI that each keyword came with, where that is later than the hook's own."""
+    deprecated: Deprecation | None = None
+    deprecated_arguments: dict[str, Deprecation] = {}
+    """By keyword."""
 
     @property
     def field(self) -> str | None:
@@ -71,7 +110,7 @@ REGISTRY: dict[str, HookSpec] = {}
 def hook(  # noqa: PLR0913  a declaration names everything
     *,
     flag: str | None,
-    since: tuple[int, int],
+    since: Version,
     side: Side,
     default: str,
     moment: Moment,
@@ -81,10 +120,17 @@ def hook(  # noqa: PLR0913  a declaration names everything
     many: bool = False,
     by_keyword: bool = False,
     either_color: bool = False,
+    shares: str | None = None,
+    added: dict[str, Version] | None = None,
+    deprecated: str | None = None,
+    deprecated_arguments: dict[str, str] | None = None,
 ) -> Callable[[Stub], Stub]:
     """Declare a hook by its stub: a function, or a Protocol class for hooks that are classes.
 
-    Keyword-only parameters of the stub may be left out by an implementation; all others must be taken.
+    Keyword-only parameters of the stub may be left out by an implementation; all others must be taken. A keyword that
+    came after the hook is named in `added` with its ABI: `added={"budget": (1, 1)}`. What the next major will not have
+    is named in `deprecated="1.3: use reward"` or `deprecated_arguments={"budget": "1.3: use limit"}`. A `ValueError` at
+    import says what is wrong with a declaration.
     """
 
     def declare(stub: Stub) -> Stub:
@@ -92,10 +138,16 @@ def hook(  # noqa: PLR0913  a declaration names everything
         taken = {(other.flag, other.needs) for other in REGISTRY.values() if other.flag}
         if hook_name in REGISTRY or (flag, needs) in taken:
             raise ValueError(f"hook {hook_name} ({flag}) is declared twice")
+        form = _form("plain", stub)
+        unknown = {*(added or {}), *(deprecated_arguments or {})} - form.named(by_keyword)
+        if unknown:
+            raise ValueError(f"hook {hook_name} passes no keyword {', '.join(sorted(unknown))}")
         REGISTRY[hook_name] = HookSpec(
             name=hook_name, flag=flag, needs=needs, stage=stub.__module__.rsplit(".", 1)[-1], side=side, since=since,
             kind=kind, many=many, by_keyword=by_keyword, either_color=either_color, default=default, moment=moment,
-            forms=[_form("plain", stub)],
+            forms=[form], shares=shares, added=added or {},
+            deprecated=Deprecation.of(deprecated) if deprecated else None,
+            deprecated_arguments={key: Deprecation.of(text) for key, text in (deprecated_arguments or {}).items()},
         )  # fmt: skip
         return stub
 

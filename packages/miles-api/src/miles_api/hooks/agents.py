@@ -21,7 +21,11 @@ async def agent(
 ) -> dict[str, Any] | None:
     """Run one conversation against an OpenAI-compatible session at `base_url`.
 
-    Called once per sample, concurrently. What it returns is merged into the sample's metadata.
+    Called once per sample, concurrently. `request_kwargs` (model, temperature, top_p, max_tokens) go into each
+    `client.chat.completions.create(messages=…, **request_kwargs)`; any API key will do. All that the model sees and
+    says at `base_url` becomes the sample, and what it did not say itself is left out of the loss: each request has to
+    repeat the conversation unchanged and add to it, and one that does not is answered 409. What it returns is merged
+    into the sample's metadata.
     """
     raise NotImplementedError
 
@@ -37,7 +41,8 @@ async def agent(
 async def agent_abort(args: Args, /) -> None:
     """Stop all conversations under way.
 
-    Called when a rollout is aborted. It has no flag: a function `abort` in the agent function's module is taken.
+    Called once when a rollout is aborted while agents run, after the first of them was cancelled. It has no flag: a
+    function `abort` that is defined in the agent function's module is taken.
     """
     raise NotImplementedError
 
@@ -46,7 +51,8 @@ async def agent_abort(args: Args, /) -> None:
 async def execute_tool(name: str, params: dict[str, Any], /) -> str:
     """Run one tool call of the multi-turn generate and return its output as text.
 
-    Called concurrently, once per parsed tool call.
+    Called concurrently, once per parsed tool call; a call that cannot be parsed is answered without it. An exception
+    is a failure of the whole conversation: for what the model should see and react to, return text.
     """
     raise NotImplementedError
 

@@ -40,7 +40,8 @@ def convert_samples(
 def rollout_data_postprocess(args: Args, rollout_id: int, rollout_data: dict[str, Any], /) -> None:
     """Change the trainer's columns in place: per-sample 1-D tensors, whole responses on every CP rank.
 
-    Called on every rank of the last pipeline stage, once per rollout, after log-probs and advantages and before
-    normalisers and micro-batches, so changed loss masks count in denominators.
+    Called on every rank of the last pipeline stage, once per rollout, after log-probs and advantages (which a
+    supervised loss does not have) and before normalisers and micro-batches, so changed loss masks count in
+    denominators. Tokens, lengths and sample indices may not change; a column may be added, one entry a sample.
     """
     raise NotImplementedError

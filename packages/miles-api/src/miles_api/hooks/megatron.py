@@ -29,7 +29,8 @@ def megatron_init(args: Args, /) -> None:
 def before_log_prob(args: Args, model: Any, store_prefix: str, /) -> None:
     """Prepare the model for a pass that only computes log-probs.
 
-    Called on every rank before each such pass; `store_prefix` is `""` (actor), `"ref_"` or `"teacher_"`.
+    Called on every rank before each such pass; `store_prefix` is `""` (actor), `"ref_"` or `"teacher_"`. `model` is
+    Megatron's list of chunks, each wrapped for data parallelism.
     """
     raise NotImplementedError
 
@@ -47,7 +48,9 @@ def before_train_step(
 ) -> None:
     """Look at or change model, optimizer and schedule before an optimizer step.
 
-    Called on every rank, before the forward pass of each step.
+    Called on every rank, before the forward pass of each step that trains anything; `step_id` counts from 0 in each
+    rollout. `optimizer` and `opt_param_scheduler` are Megatron's own: a learning rate set in `optimizer.param_groups`
+    is that of this step, and the schedule sets the next one.
     """
     raise NotImplementedError
 

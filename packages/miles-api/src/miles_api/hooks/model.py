@@ -30,6 +30,9 @@ def model_provider(
 ) -> Any:
     """Build the Megatron model of one pipeline stage.
 
-    Called by keyword, once per virtual stage on every rank. The framework adds a critic's head.
+    Called by keyword, once per virtual stage on every rank. Return a GPTModel without weights: the framework loads
+    them, wraps the model and adds a critic's head. `config` is Megatron's TransformerConfig, `hf_config` the
+    checkpoint's `config.json`, `pg_collection` Megatron's ProcessGroupCollection. The default, to be called with the
+    same keywords and changed, is `miles_train.megatron.model.gpt_model`.
     """
     raise NotImplementedError

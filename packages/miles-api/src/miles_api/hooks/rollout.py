@@ -60,6 +60,7 @@ class RolloutFn(Protocol):
     moment="eval",
     either_color=True,
     default="the configured rollout hook",
+    shares="rollout",
 )
 def eval_rollout(args: Args, rollout_id: int, data_source: Any, evaluation: bool = True, /) -> RolloutFnEvalOutput:
     """Produce one evaluation; `evaluation` is always true.

@@ -23,7 +23,13 @@ if TYPE_CHECKING:
 class RouterMiddleware(Protocol):
     """Wrap the router's ASGI app: observe, route, reject, delay or record requests.
 
-    Built once in the router process, outermost first; called for every request.
+    Built once in the router process, outermost first; called for every request that the router lets in, except
+    `/health` and its own `/hooks`. Raise, and the client gets a 500 that names the middleware; the router lives on.
+    `router` has `workers` (url, healthy, outstanding, weight_version of each engine), `options`, and
+    `prefer(scope, url)`, which sends this request to one engine while it is healthy.
+
+    Bodies pass as they are: whoever changes the tokens of a request or an answer must declare it with a class attribute
+    `changes_tokens = True`, which the run reports. `aclose()` or `close()` is called at the end.
     """
 
     def __init__(self, app: Callable[..., Awaitable[None]], /, *, router: Any) -> None: ...

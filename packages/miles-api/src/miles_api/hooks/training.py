@@ -24,7 +24,9 @@ if TYPE_CHECKING:
 def advantage(args: Args, rollout_data: dict[str, Any], /) -> None:
     """Set `advantages` and `returns` in `rollout_data`: one fp32 tensor of response length for each sample.
 
-    Called once per rollout on every rank of the last pipeline stage, after log-probs; responses are whole.
+    Called once per rollout on every rank of the last pipeline stage, after log-probs, in the place of the estimator;
+    responses are whole. `log_probs` holds the old log-probs of every sample: recomputed, or the engine's with
+    `--use-rollout-logprobs`. Values must be finite, those of masked tokens too.
     """
     raise NotImplementedError
 
@@ -45,8 +47,12 @@ def loss(
     """Compute the loss of one micro-batch, with `--loss-type custom_loss`.
 
     Called for every micro-batch on the last pipeline stage. `log_probs_and_entropy(logits, entropy=False)` gives
-    per-sample response tensors, scaled by the rollout temperature and right under TP and CP. Loss and metrics are sums
-    over samples (over tokens with `--calculate-per-token-loss`); the framework divides.
+    per-sample response tensors, scaled by the rollout temperature and right under TP and CP; it may be called any
+    number of times. `logits` are the rows of the packed `batch["tokens"]`, this rank's part of the vocabulary. Where
+    the rollout has rewards, the batch has `advantages`, `returns` and the old `log_probs`. Loss and metrics are sums
+    over samples (over tokens with `--calculate-per-token-loss`), metrics numbers or scalar tensors; of a metric named
+    `…_max` the largest is kept. The framework divides. `parallel.tp`, `.pp`, `.cp` and `.dp` each have `size`, `rank`
+    and `group`.
     """
     raise NotImplementedError
 
@@ -73,8 +79,11 @@ def importance_weights(
 ) -> tuple[Tensor, list[Tensor], dict[str, Tensor]]:
     """Correct the policy-gradient loss for the gap between trainer and engine.
 
-    Called by keyword for every micro-batch, with `--use-tis` or `--get-mismatch-metrics`. `pg_loss` has length
-    `sum(response_lengths)`. Returns the new loss, the masks (numerators only) and per-token 1-D metrics.
+    Called by keyword for every micro-batch, with `--use-tis` or `--get-mismatch-metrics`; with the latter alone only
+    the metrics count. `pg_loss` has length `sum(response_lengths)`. `train_log_probs` are the recomputed old log-probs,
+    or the current ones, detached, where none were recomputed. Returns the new loss, finite everywhere; the masks, which
+    may take tokens out of the numerators and leave the denominators as they are; and metrics, 1-D over the same tokens,
+    averaged with the original masks (of those named `…_max` the largest unmasked one is kept).
     """
     raise NotImplementedError
 
@@ -95,6 +104,8 @@ def pg_loss_reducer(
 ) -> Callable[[Tensor], Tensor]:
     """Return the function that reduces a per-token policy loss to the sum over this micro-batch's samples.
 
-    Called for every micro-batch; whole responses on every CP rank; the framework divides by the step's samples.
+    Called for every micro-batch with the original masks; whole responses on every CP rank. The function reduces the
+    policy loss alone, after importance weights; the entropy bonus and metrics keep the default. The framework divides
+    by the step's samples (by its tokens with `--calculate-per-token-loss`).
     """
     raise NotImplementedError

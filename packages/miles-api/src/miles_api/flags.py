@@ -1,0 +1,48 @@
+"""One command-line flag for each field of an option Struct."""
+
+from __future__ import annotations
+
+import argparse
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+
+from miles_api.options import OptionKind, field_docs, flag_of, option_kind
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+__all__ = ["add_option_flags", "option_strings"]
+
+
+def add_option_flags(parser: argparse.ArgumentParser, groups: Mapping[str, type[msgspec.Struct]]) -> None:
+    """Add one flag for each field, with the group's docstring as heading and the field's as help.
+
+    Values stay text: what converts and checks them is the Struct.
+    """
+    for name, kind in groups.items():
+        section = parser.add_argument_group(name, (kind.__doc__ or "").strip().partition("\n")[0])
+        docs = field_docs(kind)
+        for field, info in zip(kind.__struct_fields__, msgspec.structs.fields(kind), strict=True):
+            section.add_argument(flag_of(field), **_settings(option_kind(info.type), info.default, docs, field))
+
+
+def option_strings(kind: type[msgspec.Struct]) -> dict[str, str]:
+    """Return every flag that `add_option_flags` adds for a group, with its field."""
+    fields = {flag_of(info.name): info.name for info in msgspec.structs.fields(kind)}
+    switches = [info.name for info in msgspec.structs.fields(kind) if option_kind(info.type).base is bool]
+    return {**fields, **{"--no-" + flag_of(name)[2:]: name for name in switches}}
+
+
+def _settings(kind: OptionKind, default: Any, docs: dict[str, str], field: str) -> dict[str, Any]:
+    text = " ".join(docs.get(field, "").split())
+    if default not in (None, msgspec.NODEFAULT):
+        text += f" (default: {default})"
+    settings: dict[str, Any] = {"dest": field, "default": argparse.SUPPRESS, "help": text.replace("%", "%%")}
+    if kind.base is bool:
+        return {**settings, "action": argparse.BooleanOptionalAction}
+    settings["metavar"] = "{" + ",".join(map(str, kind.base)) + "}" if isinstance(kind.base, tuple) else field.upper()
+    if kind.base is list:
+        settings["action"] = "append"
+        settings["help"] += " (repeat the flag for each)"
+    return settings

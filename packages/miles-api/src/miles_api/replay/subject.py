@@ -1,0 +1,89 @@
+"""One call of a replay: what it is about, and what came of it."""
+
+from __future__ import annotations
+
+import traceback
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+
+from miles_api.errors import MilesError
+from miles_api.rollout_types import Group
+
+if TYPE_CHECKING:
+    from types import TracebackType
+
+    from miles_api.sample import Sample
+
+__all__ = ["Failure", "Reply", "Subject", "failure_of", "samples_of", "timed_out"]
+
+_OURS = str(Path(__file__).parent.parent)
+_FRAMES = 3
+_MOST_TEXT = 500
+
+
+class Subject(msgspec.Struct):
+    """What one call is about."""
+
+    number: int
+    """Which call of the record it is."""
+    rollout_id: int
+    evaluation: bool
+    groups: list[Group]
+    """The recorded samples: a hook gets copies of them."""
+    dropped: str | None = None
+    """The reason with which a filter dropped the group; None: it was kept."""
+    raw_rewards: list[float] | None = None
+    rewards: list[float] | None = None
+
+    @property
+    def name(self) -> str:
+        """Say which one it is, in words."""
+        where = f"{'evaluation of ' if self.evaluation else ''}rollout {self.rollout_id}"
+        samples = samples_of(self.groups)
+        if len(samples) == 1:
+            return f"sample {samples[0].index} ({where})"
+        if len(self.groups) == 1 and samples:
+            return f"group {samples[0].group_index} ({where})"
+        return where
+
+
+class Failure(msgspec.Struct):
+    """An exception of a hook, or what is wrong with its result, in a form that travels between processes."""
+
+    kind: str
+    message: str
+    frames: list[str] = []
+    """The last frames of the traceback that are not ours, each in one line."""
+
+
+class Reply(msgspec.Struct):
+    """What came of one call."""
+
+    number: int
+    seconds: float
+    result: Any = None
+    failure: Failure | None = None
+
+
+def samples_of(groups: list[Group]) -> list[Sample]:
+    """Return all samples, fan-outs opened, in order."""
+    return [one for group in groups for item in group for one in (item if isinstance(item, list) else [item])]
+
+
+def failure_of(error: BaseException) -> Failure:
+    """Describe an exception by the user's own frames; ours say nothing to the author of a hook."""
+    return Failure(type(error).__name__, f"{error!s:.{_MOST_TEXT}}", _own_frames(error, error.__traceback__))
+
+
+def timed_out(seconds: float) -> Failure:
+    """Describe a call that ran past its deadline."""
+    return Failure("TimeoutError", f"ran past --timeout {seconds:g} s")
+
+
+def _own_frames(error: BaseException, trace: TracebackType | None) -> list[str]:
+    if isinstance(error, MilesError):
+        return []
+    frames = [frame for frame in traceback.extract_tb(trace) if not frame.filename.startswith(_OURS)]
+    return [f"{frame.filename}:{frame.lineno} in {frame.name}: {frame.line}" for frame in frames[-_FRAMES:]]
