@@ -1,0 +1,71 @@
+"""The pages of docs/ against all packages; what miles-api alone can tell is in that package's tests."""
+
+import re
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+
+from miles_api.parse import parse_run
+from miles_api.run_options import RunOptions
+from miles_api.testing.options import ReliedOn
+from miles_rollout import failures
+from miles_rollout.hook_names import CALLED_BY_LOOP, CALLED_BY_SERVICE
+from miles_rollout.options import FailureOptions
+from miles_router.check import HOOKS as OF_ROUTER
+from miles_train.train_hooks import TRAIN_HOOKS
+
+ROOT = Path(__file__).parent.parent
+sys.path.append(str(ROOT / "docs"))
+
+from hook_facts import BY_LOOP, FAILURES, ONCE  # noqa: E402
+from run_blocks import run_blocks  # noqa: E402
+
+
+def test_the_blocks_of_writing_a_hook_that_start_runs_run_and_say_what_is_shown(quickstart_data, tmp_path):
+    quickstart = tmp_path / "examples" / "quickstart"
+    (quickstart / "data").mkdir(parents=True)
+    shutil.copy(ROOT / "examples" / "quickstart" / "reward.py", quickstart)
+    shutil.copytree(quickstart_data / "model", quickstart / "data" / "warm")
+    shutil.copy(quickstart_data / "train.jsonl", quickstart / "data")
+    sections = ["Five minutes", "Several in a row", "In a run", "When it fails"]
+    assert run_blocks(ROOT / "docs" / "writing-a-hook.md", tmp_path, sections) > 15
+
+
+def test_the_table_of_failures_follows_who_calls_each_hook():
+    deadlines = {names: deadline for names, deadline, *_ in FAILURES}
+    assert BY_LOOP == CALLED_BY_LOOP
+    assert set(ONCE) == {*CALLED_BY_SERVICE, "all_samples_process"} - {"rollout", "eval_rollout", "data_source"}
+    assert set(TRAIN_HOOKS) in [set(names) for names in deadlines]
+    assert set(OF_ROUTER) in [set(names) for names in deadlines]
+
+
+def test_every_name_that_hooks_may_rely_on_can_be_read_in_a_run():
+    args = parse_run([]).args
+    lacking = [name for name in (*RunOptions.__struct_fields__, *ReliedOn.__struct_fields__) if not hasattr(args, name)]
+    assert lacking == []
+
+
+@pytest.mark.parametrize("field", FailureOptions.__struct_fields__)
+def test_the_defaults_of_the_failure_policy_are_those_that_the_page_names(field):
+    text = (ROOT / "docs" / "writing-a-hook.md").read_text()
+    flag = f"`--{field.replace('_', '-')}`"
+    default = getattr(FailureOptions(), field)
+    shown = f"{default:g}" if isinstance(default, float) else str(default)
+    assert re.search(rf"{flag} [^(]*\(`?{re.escape(shown)}\b", text), f"{flag} … ({shown})"
+
+
+def test_the_number_of_threads_and_of_saved_samples_are_those_that_the_page_names():
+    text = (ROOT / "docs" / "writing-a-hook.md").read_text()
+    assert (failures._THREADS, failures._SAVED) == (8, 16)
+    assert "a thread, of which there are eight" in text
+    assert "up to sixteen of them" in text
+
+
+def test_every_file_that_the_page_on_security_names_is_there():
+    text = (ROOT / "docs" / "security.md").read_text()
+    named = set(re.findall(r"`(miles_\w+/[\w/.]+\.\w+)`", text))
+    assert len(named) > 15
+    missing = [name for name in named if not list(ROOT.glob(f"packages/*/src/{name}"))]
+    assert missing == []
