@@ -53,7 +53,7 @@ def test_the_defaults_of_the_failure_policy_are_those_that_the_page_names(field)
     flag = f"`--{field.replace('_', '-')}`"
     default = getattr(FailureOptions(), field)
     shown = f"{default:g}" if isinstance(default, float) else str(default)
-    assert re.search(rf"{flag} [^(]*\(`?{re.escape(shown)}\b", text), f"{flag} … ({shown})"
+    assert re.search(rf"{flag} [^(]*\(`?{re.escape(shown)}(?!\w)", text), f"{flag} … ({shown})"
 
 
 def test_the_number_of_threads_and_of_saved_samples_are_those_that_the_page_names():

@@ -149,7 +149,7 @@ def test_only_a_hook_of_the_trainer_may_lack_a_package_here(installed, hook_file
     installed(train=side(hooks=["megatron_init"]), rollout=side(hooks=["rollout_log"]))
     file = hook_file("import megatron_that_is_not_here\ndef fn(args, *more):\n    pass\n")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("miles_api.hook_rows._TRAINER_ONLY", ("megatron_that_is_not_here",))
+        patch.setattr("miles_api.hook_rows.TRAINER_PACKAGES", ("megatron_that_is_not_here",))
         report = words(flag, f"{file}:fn")
     assert bool(report.problems) is refused
     if not refused:

@@ -119,6 +119,7 @@ def test_a_training_batch_comes_back_as_plain_lists(tmp_path):
     (record,) = read_dump(tmp_path / "dump")
     assert record == RecordedTrainBatch(7, columns)
     assert repr(record) == repr(RecordedTrainBatch(7, columns))
+    assert {type(entry) for name in ("tokens", "advantages", "loss_masks") for entry in record.columns[name]} == {list}
 
 
 def test_a_dump_of_rollouts_takes_no_training_batch(tmp_path):

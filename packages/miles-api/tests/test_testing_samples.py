@@ -278,6 +278,7 @@ def forgets_the_metrics(rollout_id, args, data, extra_metrics):
         ("convert_samples", infinite_reward, "not a finite number", "rewards"),
         ("rollout_log", logs_and_says_yes, "returned 'yes'", None),
         ("rollout_log", logs_in_order, "reordered", None),
+        ("eval_rollout_log", lambda rollout_id, args, data, extra_metrics: 1, "returned 1, not True", None),
         ("eval_rollout_log", forgets_the_metrics, "changed the evaluation's data", None),
     ],
 )  # fmt: skip

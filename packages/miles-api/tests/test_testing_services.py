@@ -231,9 +231,14 @@ def test_a_tool_of_the_specification_that_answers_with_no_text_is_found(tmp_path
     async def only_strangers(name, params):
         return 4 if name == "add" else "no such tool"
 
+    async def only_its_own(name, params):
+        return "4" if name == "add" else None
+
     (tmp_path / "tools.py").write_text(f"SPECS = [{ADD!r}]\n")
-    error = refused("execute_tool", only_strangers, generate_tool_specs_path=f"{tmp_path}/tools.py:SPECS")
-    assert error.check == "runs the tool add"
+    specs = f"{tmp_path}/tools.py:SPECS"
+    assert refused("execute_tool", only_strangers, generate_tool_specs_path=specs).check == "runs the tool add"
+    unknown = refused("execute_tool", only_its_own, generate_tool_specs_path=specs)
+    assert unknown.check == "answers a call of a tool that does not exist with text"
 
 
 def test_a_tool_that_fails_only_when_called_several_times_at_once_is_found():

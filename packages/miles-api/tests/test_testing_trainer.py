@@ -135,6 +135,10 @@ def reduces_at_once(total_lengths, response_lengths, loss_masks, calculate_per_t
     return loss_masks[0].sum()
 
 
+def reduces_without_gradient(total_lengths, response_lengths, loss_masks, calculate_per_token_loss=False):
+    return lambda values: values.detach().sum() * 0.0
+
+
 def ignores_masks(total_lengths, response_lengths, loss_masks, calculate_per_token_loss=False):
     return lambda values: values.sum()
 
@@ -188,6 +192,7 @@ def moves_the_checkpoint(args, rollout_id, checkpoint_dir, hf_checkpoint_dir):
         ("importance_weights", weights_with_nan, "has NaN or infinity", "pg_loss"),
         ("importance_weights", masks_in_one_tensor, "is not a list of one tensor", "loss_masks"),
         ("importance_weights", metrics_as_text, "gave metrics as a str", None),
+        ("pg_loss_reducer", reduces_without_gradient, "has no gradient to token values", None),
         ("pg_loss_reducer", reduces_at_once, "not a function of token values", None),
         ("before_log_prob", breaks_for_the_reference, "has NaN or infinity", "0.weight"),
         ("before_train_step", no_rate, "not a finite number", "learning rate"),

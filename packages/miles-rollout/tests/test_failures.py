@@ -142,6 +142,18 @@ def test_a_group_starts_over_from_what_the_data_source_handed_out(hostile, name,
     assert module_of(tmp_path / f"{name}.py").calls == ["say 0>", "say 0>"]
 
 
+def test_a_generation_is_repeated_on_a_sample_that_no_attempt_has_touched(hostile, tmp_path):
+    body = """
+        calls.append((sample.prompt, dict(sample.metadata), list(sample.tokens)))
+        sample.prompt, sample.metadata["seen"], sample.tokens = "!", 1, [7]
+        if len(calls) < 6: raise ValueError("not yet")
+        return GOOD
+    """
+    running = hostile("generate", body, hook_retries=2, rollout_batch_size=1, n_samples_per_prompt=1)
+    running.generate(0, "1")
+    assert module_of(tmp_path / "generate.py").calls == [("say 0>", {}, [])] * 6
+
+
 @every_hook
 @pytest.mark.parametrize("kind", ["async", "def", "swallows its cancellation"])
 def test_a_hook_that_hangs_is_given_up_and_named(hostile, name, kind):
@@ -166,6 +178,8 @@ def test_a_hung_thread_does_not_take_the_others_along(hostile):
     assert len(result["batch"]["tokens"]) == 6
     assert result["metrics"]["hooks/reward/timeouts"] == 1.0
     assert result["metrics"]["hooks/hung_threads"] == 1.0
+    # The thread still has the sample: the group started over instead.
+    assert stats(running, "reward")["retries"] == 0
 
 
 def test_the_run_stops_when_half_of_the_threads_hang(hostile):
@@ -177,8 +191,8 @@ def test_the_run_stops_when_half_of_the_threads_hang(hostile):
 
 def test_waiting_for_a_thread_does_not_count_against_the_deadline(hostile):
     body = "time.sleep(0.4)\nreturn GOOD"
-    running = hostile("reward", body, sync=True, hook_timeout=1.0, n_samples_per_prompt=10)
-    assert len(running.generate(0, "1")["batch"]["tokens"]) == 20
+    running = hostile("reward", body, sync=True, hook_timeout=1.0, n_samples_per_prompt=16)
+    assert len(running.generate(0, "1")["batch"]["tokens"]) == 32
     assert stats(running, "reward")["timeouts"] == 0
 
 

@@ -8,7 +8,18 @@ from typing import TYPE_CHECKING
 from miles_api.abi import shown
 from miles_api.batch import TrainBatch
 from miles_api.hooks import REGISTRY
-from miles_api.sample import Sample
+from miles_api.rollout_types import (
+    DynamicFilterOutput,
+    GenerateFnInput,
+    GenerateFnOutput,
+    GenerateState,
+    RolloutFnConstructorInput,
+    RolloutFnEvalInput,
+    RolloutFnEvalOutput,
+    RolloutFnTrainInput,
+    RolloutFnTrainOutput,
+)
+from miles_api.sample import PrefixCacheInfo, Sample, SpecInfo
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -17,9 +28,14 @@ if TYPE_CHECKING:
 
 __all__ = ["golden_facts"]
 
+_TYPES = (
+    DynamicFilterOutput, GenerateFnInput, GenerateFnOutput, PrefixCacheInfo, RolloutFnConstructorInput,
+    RolloutFnEvalInput, RolloutFnEvalOutput, RolloutFnTrainInput, RolloutFnTrainOutput, SpecInfo,
+)  # fmt: skip
+
 
 def golden_facts(registry: Mapping[str, HookSpec] = REGISTRY) -> list[str]:
-    """Return one sorted line for each hook form, hook method, batch column and Sample field."""
+    """Return one sorted line for each hook form, hook method, batch column and field of a type that hooks see."""
     facts = [_hook_fact(spec, form) for spec in registry.values() for form in spec.forms]
     facts += [
         f"method {spec.name}.{name}{inspect.signature(method)}"
@@ -30,6 +46,10 @@ def golden_facts(registry: Mapping[str, HookSpec] = REGISTRY) -> list[str]:
     required = TrainBatch.__required_keys__
     facts += [f"column {name}: {'required' if name in required else 'optional'}" for name in TrainBatch.__annotations__]
     facts += [f"sample {name}: {Sample.__annotations__[name]}" for name in Sample.__struct_fields__]
+    facts += [
+        f"{kind.__name__} {name}: {kind.__annotations__[name]}" for kind in _TYPES for name in kind.__struct_fields__
+    ]
+    facts += [f"GenerateState {name}" for name in GenerateState.__annotations__]
     return sorted(facts)
 
 

@@ -14,15 +14,13 @@ from miles_api.bind import BoundHook, resolve
 from miles_api.errors import HookError, HookLoadError
 from miles_api.hooks import REGISTRY
 from miles_api.hookset import configured_hooks
+from miles_api.load import TRAINER_PACKAGES
 
 if TYPE_CHECKING:
     from miles_api.config import RunConfig
     from miles_api.spec import HookSpec
 
 __all__ = ["HookRow", "rows_of"]
-
-_TRAINER_ONLY = ("megatron", "transformer_engine", "torch", "miles_train")
-"""What a machine that only starts runs need not have: a hook of the trainer may import it."""
 
 
 class HookRow(msgspec.Struct, kw_only=True):
@@ -86,7 +84,7 @@ def _row(bound: BoundHook) -> HookRow:
 def _trainer_package(error: HookError) -> str | None:
     """Return the package whose absence alone kept a hook of the trainer from being imported, or None."""
     missing = error.missing if isinstance(error, HookLoadError) else None
-    return missing if (missing or "").partition(".")[0] in _TRAINER_ONLY else None
+    return missing if (missing or "").partition(".")[0] in TRAINER_PACKAGES else None
 
 
 def _deferred(spec: HookSpec, reference: str, missing: str) -> HookRow:

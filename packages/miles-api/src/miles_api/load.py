@@ -16,7 +16,20 @@ import msgspec
 from miles_api.compat import translate
 from miles_api.errors import HookLoadError, did_you_mean
 
-__all__ = ["Found", "Origin", "entry_points", "find", "import_reference", "origin_of", "provider", "unwrapped"]
+__all__ = [
+    "TRAINER_PACKAGES",
+    "Found",
+    "Origin",
+    "entry_points",
+    "find",
+    "import_reference",
+    "origin_of",
+    "provider",
+    "unwrapped",
+]
+
+TRAINER_PACKAGES = ("torch", "megatron", "transformer_engine", "miles_train")
+"""What a hook of the trainer may import and a machine without trainer need not have."""
 
 _USER_MODULE = "miles_user_"
 """How the modules of `path/file.py` references begin."""

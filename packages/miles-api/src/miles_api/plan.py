@@ -30,10 +30,12 @@ def plan_lines(report: CheckReport) -> list[str]:
     without = [] if "train" in services else ["no trainer starts"]
     if "engines" not in services:
         without.append("no engine starts" + (", so nothing is evaluated" if run.eval_interval is not None else ""))
+    sizes = (run.rollout_batch_size, run.n_samples_per_prompt, run.num_steps_per_rollout, run.global_batch_size)
+    prompts, group, steps, step = map(_known, sizes)
     lines = [
-        f"plan: {run.num_rollout} rollouts × {run.rollout_batch_size} prompts × {run.n_samples_per_prompt} samples, "
-        f"{run.num_steps_per_rollout} optimizer steps of {run.global_batch_size} each; {run.loss_type}",
-        f"{_INDENT}model {run.hf_checkpoint}, run directory {run.run_dir}",
+        f"plan: {run.num_rollout} rollouts × {prompts} prompts × {group} samples, "
+        f"{steps} optimizer steps of {step} each; {run.loss_type}",
+        f"{_INDENT}model {_known(run.hf_checkpoint)}, run directory {run.run_dir}",
         *(_INDENT + text for text in without),
         *(_INDENT + _hook_line(row) for row in report.hooks),
         *(_INDENT + note for note in report.notes),
@@ -73,3 +75,8 @@ def report_json(report: CheckReport) -> dict[str, Any]:
         "plan": plan,
         "hooks": msgspec.to_builtins(report.hooks),
     }
+
+
+def _known(value: object) -> object:
+    """Return `?` for what is not set: the report says so among the problems."""
+    return "?" if value is None else value

@@ -73,7 +73,7 @@ def save_failed(args: Args, hook: BoundHook, subject: list[Sample]) -> str:
             writer.write(record)
     except (MilesError, OSError, TypeError, ValueError) as error:
         return f" (the sample could not be saved: {error})"
-    return f" (replay with: miles hooks run {path})"
+    return f" (replay with: miles hooks run {hook.reference} --as {hook.spec.name} --samples {path})"
 
 
 def _header(config: dict[str, Any]) -> DumpHeader:

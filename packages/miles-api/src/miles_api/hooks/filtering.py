@@ -67,6 +67,6 @@ def sample_filter(args: Args, data: list[Group], /) -> None:
 def all_samples_process(args: Args, all_samples: list[Group], data_source: Any, /) -> None:
     """Look at everything the rollout generated, dropped groups included.
 
-    Called once per rollout, after the filters and before conversion.
+    Called once per rollout, after the dynamic filters, before the sample filters and conversion.
     """
     raise NotImplementedError

@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING, Any
 
 from miles_api.args import Args
 from miles_api.bind import BoundHook, bind, resolve
-from miles_api.errors import ConfigError, did_you_mean
+from miles_api.errors import ConfigError, HookLoadError, did_you_mean
 from miles_api.given import Given
 from miles_api.hooks import REGISTRY
-from miles_api.load import unwrapped
+from miles_api.load import TRAINER_PACKAGES, unwrapped
 from miles_api.testing.case import Case, case_of
 from miles_api.testing.options import flat_options
-from miles_api.testing.result import Report
+from miles_api.testing.result import ConformanceSkip, Report
 from miles_api.testing.samples import Maker
 from miles_api.testing.trial import Trial
 
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from miles_api.sample import Sample
+    from miles_api.spec import HookSpec
 
 __all__ = ["check_bound", "check_hook"]
 
@@ -43,8 +44,18 @@ def check_hook(name: str, fn: Any, /, *, samples: Sequence[Sample] | None = None
     if name not in REGISTRY:
         raise ConfigError(f"there is no hook {name!r}{did_you_mean(name, REGISTRY)}")
     spec = REGISTRY[name]
-    bound = resolve(spec, fn) if isinstance(fn, str) else bind(spec, _name_of(fn), fn)
+    bound = _loaded(spec, fn) if isinstance(fn, str) else bind(spec, _name_of(fn), fn)
     return check_bound(bound, {key: Given(value, _SOURCE) for key, value in options.items()}, samples)
+
+
+def _loaded(spec: HookSpec, reference: str) -> BoundHook:
+    try:
+        return resolve(spec, reference)
+    except HookLoadError as error:
+        missing = (error.missing or "").partition(".")[0]
+        if spec.side == "train" and missing in TRAINER_PACKAGES:
+            raise ConformanceSkip(f"{reference} needs {missing}, which is not installed here") from error
+        raise
 
 
 def check_bound(bound: BoundHook, given: Mapping[str, Given], samples: Sequence[Sample] | None = None) -> Report:

@@ -6,10 +6,7 @@ import msgspec
 
 from miles_api.errors import HookError, MilesError
 
-__all__ = ["TRAINER_PACKAGES", "ConformanceError", "ConformanceSkip", "Report"]
-
-TRAINER_PACKAGES = ("torch", "megatron", "transformer_engine", "miles_train")
-"""What a hook of the trainer may import and this machine need not have."""
+__all__ = ["ConformanceError", "ConformanceSkip", "Report"]
 
 
 class ConformanceError(HookError, AssertionError):

@@ -14,10 +14,11 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from miles_api.errors import MilesError
 from miles_api.hookset import close
+from miles_api.load import TRAINER_PACKAGES
 from miles_api.plain import make_plain, plain_number
 from miles_api.sample import Sample
 from miles_api.testing.engine import Engine
-from miles_api.testing.result import TRAINER_PACKAGES, ConformanceError, ConformanceSkip
+from miles_api.testing.result import ConformanceError, ConformanceSkip
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence

@@ -83,9 +83,6 @@ def _require_generated(trial: Trial, prompt: Sample, result: Any) -> list[Sample
         finished = one.status != Status.PENDING or one.response_length > 0
         trial.require(finished, "is pending and has no response", sample=one, field="status")
         trial.require(len(one.tokens) > one.response_length, "has no prompt token", sample=one, field="tokens")
-        if one.reward is not None:
-            for name, value in one.reward.items() if isinstance(one.reward, dict) else [("reward", one.reward)]:
-                trial.number(value, name, one)
     return made
 
 
@@ -152,7 +149,8 @@ def _train(trial: Trial, source: MemorySource, rollout_id: int) -> list[Any]:
     for sample in samples:
         trial.require(sample.status != Status.PENDING, "is still pending", sample=sample, field="status")
         trial.require(sample.reward is not None, "was not scored", sample=sample, field="reward")
-        trial.number(sample.get_reward_value(trial.args), "reward", sample)
+        # A dict of rewards needs the key that trains.
+        sample.get_reward_value(trial.args)
     _require_metrics(trial, output.metrics)
     return groups
 

@@ -175,7 +175,12 @@ def _load(directory: Path, config: Any = None) -> Any:
     extra = {} if config is None else {"config": config}
     try:
         model, report = AutoModelForCausalLM.from_pretrained(
-            directory, dtype=torch.float32, attn_implementation="sdpa", output_loading_info=True, **extra
+            directory,
+            dtype=torch.float32,
+            attn_implementation="sdpa",
+            output_loading_info=True,
+            trust_remote_code=False,
+            **extra,
         )
     except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
         raise CheckpointError(f"transformers cannot load {directory}: {error}") from error

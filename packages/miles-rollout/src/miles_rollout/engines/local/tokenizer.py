@@ -133,7 +133,7 @@ def _through_transformers(directory: Path) -> tuple[Tokenizer | None, Any]:
     from transformers import AutoTokenizer  # noqa: PLC0415
 
     try:
-        slow: Any = AutoTokenizer.from_pretrained(directory)
+        slow: Any = AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise CheckpointError(f"the tokenizer in {directory} cannot be loaded: {error}") from error
     backend = getattr(slow, "backend_tokenizer", None)
