@@ -229,3 +229,115 @@ def test_a_hook_called_by_keyword_gets_its_own_args():
     names = dict.fromkeys(REGISTRY["model_provider"].forms[0].signature.parameters)
     bound("model_provider", provider, view)(**{**names, "args": shared})
     assert (view.overlay(), shared.overlay()) == ({"seen": True}, {})
+
+
+class Source:
+    def __init__(self, args): ...
+    def get_samples(self, num_samples): ...
+    def add_samples(self, samples): ...
+    def save(self, rollout_id): ...
+    def load(self, rollout_id=None): ...
+
+
+class Middleware:
+    def __init__(self, app): ...
+    async def __call__(self, scope, receive, send): ...
+
+
+class Rollout:
+    def __init__(self, input): ...
+    def __call__(self, input): ...
+
+
+def _save_nothing(self): ...
+
+
+async def _save_later(self, rollout_id): ...
+
+
+def _yield_samples(self, num_samples):
+    yield
+
+
+async def _scope_alone(self, scope): ...
+
+
+@pytest.mark.parametrize(
+    ("name", "cls", "method", "problem"),
+    [
+        ("data_source", Source, {"save": _save_nothing}, r"calls: data_source\.save\(rollout_id, /\)\n.*declares: "),
+        ("data_source", Source, {"add_samples": None}, "its add_samples is a NoneType, not a method"),
+        ("data_source", Source, {"save": _save_later}, "its save must be `def`, it is `async def`"),
+        ("data_source", Source, {"get_samples": _yield_samples}, "its get_samples is a generator"),
+        ("router_middleware", Middleware, {"__call__": lambda self, a, b, c: None}, "__call__ must be `async def`"),
+        ("router_middleware", Middleware, {"__call__": _scope_alone}, "too many positional arguments"),
+        ("rollout", Rollout, {"__call__": lambda self: None}, "too many positional arguments"),
+        ("rollout", Rollout, {"__call__": None}, "its __call__ is a NoneType"),
+    ],
+)
+def test_a_class_whose_method_cannot_be_called_as_miles_does_is_refused(name, cls, method, problem):
+    assert bound(name, cls).constructs
+    with pytest.raises(HookSignatureError, match=problem):
+        bound(name, type("Mine", (cls,), method))
+
+
+def test_methods_may_be_static_or_given_by_a_property_or_take_anything_and_a_rollout_may_be_async():
+    class Mine(Source):
+        add_samples = staticmethod(lambda samples: None)
+        save = classmethod(lambda cls, rollout_id: None)
+        load = property(lambda self: print)
+
+        def get_samples(*anything): ...
+
+    class Async(Rollout):
+        async def __call__(self, *inputs): ...
+
+    assert bound("data_source", Mine).constructs
+    assert bound("rollout", Async).constructs
+
+
+def _yielding(*args):
+    yield 0.0
+
+
+async def _async_yielding(*args):
+    yield 0.0
+
+
+class _Yielding:
+    def __call__(self, args, sample):
+        yield 0.0
+
+
+def _older_loss(args, batch, logits, sum_of_sample_mean):
+    yield logits
+
+
+@pytest.mark.parametrize(
+    ("name", "target"),
+    [
+        ("reward", _yielding),
+        ("reward", _async_yielding),
+        ("reward", _Yielding),
+        ("reward", _Yielding()),
+        ("reward", functools.partial(_yielding, 1)),
+        ("before_log_prob", _yielding),
+        ("loss", _older_loss),
+    ],
+)
+def test_a_generator_whose_body_a_call_would_not_run_is_refused(name, target):
+    with pytest.raises(HookSignatureError, match="is a generator: calling it runs nothing"):
+        bound(name, target)
+
+
+def test_the_call_of_a_class_may_take_no_self():
+    class Score:
+        @staticmethod
+        def __call__(args, sample):
+            return 3
+
+    class Partial:
+        __call__ = functools.partial(lambda weight, args, sample: weight, 4)
+
+    assert bound("reward", Partial).built()(None, None) == 4
+    assert bound("reward", Score).built()(None, None) == 3

@@ -154,7 +154,8 @@ def test_only_a_hook_of_the_trainer_may_lack_a_package_here(installed, hook_file
     assert bool(report.problems) is refused
     if not refused:
         (row,) = report.hooks
-        assert (row.called, row.checkable, row.file, len(row.sha256)) == (True, False, file, 64)
+        # The file that the reference names need not be the one that defines the hook, which a rank will hash.
+        assert (row.called, row.checkable, row.file, row.sha256) == (True, False, file, "")
         assert row.note == "checked on a trainer rank: megatron_that_is_not_here is not installed here"
 
 
@@ -174,7 +175,6 @@ def test_the_abort_beside_an_agent_is_shown_as_a_hook(installed, hook_file):
 @pytest.mark.parametrize(
     ("flags", "expected"),
     [
-        (["--loss-type", "custom_loss"], "needs --custom-loss-function-path"),
         (["--custom-loss-function-path", "FILE:loss"], "with --loss-type custom_loss only, not with policy_loss"),
         (["--generate-execute-tool-function-path", "FILE:tool"], "needs --generate-tool-specs-path"),
         (["--generate-tool-specs-path", "FILE:specs"], "needs --generate-execute-tool-function-path"),
@@ -265,8 +265,8 @@ def test_what_a_package_derives_is_part_of_the_run_and_of_its_plan(installed, ho
 
 
 def test_check_all_raises_what_the_report_says(installed):
-    config = parse.parse_run(["--loss-type", "custom_loss"])
-    with pytest.raises(ConfigError, match=r"batch size: set --rollout-batch-size[^\n]*\n.*needs --custom-loss"):
+    config = parse.parse_run(["--debug-rollout-only", "--load", "/ckpt"])
+    with pytest.raises(ConfigError, match=r"batch size: set --rollout-batch-size[^\n]*\n.*cannot --load /ckpt"):
         check.check_all(config)
 
 

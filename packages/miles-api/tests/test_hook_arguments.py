@@ -292,3 +292,15 @@ def test_checks_get_what_is_wrong_with_options_and_not_what_does_not_load(hook):
     parse.parse_run(["--buffer-filter-path", "nowhere.fn", *hook("parser.add_argument('place')")], problems=found)
     assert len(found) == 1
     assert "which is not a --flag" in found[0]
+
+
+@pytest.mark.parametrize(
+    "brings", ["class options(msgspec.Struct):\n        size: int = 1", "def add_arguments(p): ..."]
+)
+def test_options_of_a_middleware_are_refused_since_the_routers_process_gets_none(write, brings):
+    call = "async def __call__(self, scope, receive, send): ..."
+    text = f"import msgspec\nclass Cache:\n    def __init__(self, app): ...\n    {call}\n    {brings}\n"
+    reference = write("cache.py", text) + ":Cache"
+    assert f"the router_middleware hook {reference} brings options" in problems(
+        ["--miles-router-middleware-paths", reference]
+    )

@@ -87,3 +87,10 @@ def test_a_hook_that_needs_a_package_this_process_lacks_says_which(tmp_path, bod
     with pytest.raises(HookLoadError) as error:
         load(f"{tmp_path}/{reference}" if reference.startswith("needs") else reference)
     assert error.value.missing == missing
+
+
+def test_a_file_that_exits_on_import_is_a_hook_that_does_not_load(tmp_path):
+    file = tmp_path / "script.py"
+    file.write_text("import sys\ndef fn(): ...\nsys.exit(0)\n")
+    with pytest.raises(HookLoadError, match="does not import: SystemExit: 0"):
+        load(f"{file}:fn")

@@ -1,3 +1,4 @@
+import math
 import sys
 import tomllib
 from typing import Annotated
@@ -182,3 +183,9 @@ def test_a_secret_is_never_written_to_the_config(monkeypatch):
     assert config.args.door_key == "sesame"
     assert "sesame" not in config.to_toml()
     assert "door_key" not in config.public()
+
+
+def test_a_number_that_is_not_finite_reads_back_from_the_resolved_config():
+    numbers = {"a": math.inf, "b": [-math.inf], "c": {"d": math.nan}}
+    text = config_module.RunConfig({}, {}, {"reward": config_module.HookValues(numbers)}).to_toml()
+    assert str(tomllib.loads(text)["hooks"]["reward"]) == str(numbers)

@@ -122,6 +122,13 @@ def test_a_training_batch_comes_back_as_plain_lists(tmp_path):
     assert {type(entry) for name in ("tokens", "advantages", "loss_masks") for entry in record.columns[name]} == {list}
 
 
+def test_numbers_and_text_beyond_msgpack_travel_in_records_too(tmp_path):
+    record = RecordedRollout(1, groups=[RecordedGroup([Sample(index=2**70, response="\ud800")], dropped="\ud800")])
+    with DumpWriter(tmp_path / "dump", a_header()) as writer:
+        writer.write(record)
+    assert list(read_dump(tmp_path / "dump")) == [record]
+
+
 def test_a_dump_of_rollouts_takes_no_training_batch(tmp_path):
     with DumpWriter(tmp_path / "dump", a_header()) as writer, pytest.raises(WireError, match="rollout dump: it cannot"):
         writer.write(RecordedTrainBatch(0, {}))

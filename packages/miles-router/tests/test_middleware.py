@@ -14,8 +14,9 @@ import pytest
 from miles_api.config import RunConfig
 from miles_api.errors import ConfigError, ServiceError
 from miles_router import Router, RouterOptions
-from miles_router.check import HOOKS, check, idle
+from miles_router.check import HOOKS, idle
 from miles_router.command import command
+from miles_router.middleware import resolve_middleware
 from miles_router.service import create
 
 PASSING = """
@@ -157,6 +158,34 @@ def test_a_middleware_that_neither_answers_nor_passes_on_is_named(serve, routed,
     asyncio.run(main())
 
 
+def test_a_middleware_may_pass_requests_on_from_a_task_of_its_own(serve, routed, engine):
+    class Batching(Passing):
+        def __init__(self, app):
+            super().__init__(app)
+            self.waiting = asyncio.Queue()
+            self.worker = asyncio.get_running_loop().create_task(self.work())
+
+        async def work(self):
+            while True:
+                request, done = await self.waiting.get()
+                await self.app(*request)
+                done.set_result(None)
+
+        async def __call__(self, *request):
+            done = asyncio.get_running_loop().create_future()
+            await self.waiting.put((request, done))
+            # Who asks must not wait for a worker that has died.
+            await asyncio.wait({done, self.worker}, return_when=asyncio.FIRST_COMPLETED)
+
+    async def main():
+        async with serve(engine()) as url, routed(url, middleware=[Batching]) as r:
+            assert [(await r.post()).status_code for _ in range(2)] == [200, 200]
+            row = await hook_of(r, "Batching")
+            assert (row["calls"], row["errors"]) == (2, 0)
+
+    asyncio.run(main())
+
+
 def test_an_error_inside_is_not_blamed_on_the_middleware_around_it(routed, monkeypatch):
     async def main():
         async with routed(middleware=[Passing]) as r:
@@ -261,15 +290,13 @@ def test_a_middleware_that_cannot_be_built_ends_the_start_with_its_own_words(tmp
         router.start()
 
 
-def test_the_check_names_every_middleware_that_does_not_load_or_fit(references, tmp_path):
+def test_every_middleware_that_does_not_load_or_fit_is_named(references, tmp_path):
     assert frozenset({"router_middleware"}) == HOOKS
-    (tmp_path / "odd.py").write_text("class Odd:\n    def __init__(self): ...\n    async def __call__(self, s): ...\n")
-    wrong = [f"{tmp_path}/odd.py:Odd", f"{tmp_path}/passing.py:Pasing", references[0]]
-    config = RunConfig.of(RouterOptions()).replace("test", miles_router_middleware_paths=wrong)
-    (problem,) = check(config)
-    assert "miles calls: router_middleware(app, /, *, router)" in problem
-    assert "did you mean 'Passing'" in problem
-    assert not list(check(config.replace("test", miles_router_middleware_paths=references)))
+    (tmp_path / "odd.py").write_text("class Odd:\n    def __init__(self): ...\n    async def __call__(self, *a): ...\n")
+    with pytest.raises(ConfigError) as error:
+        resolve_middleware([f"{tmp_path}/odd.py:Odd", f"{tmp_path}/passing.py:Pasing", references[0]])
+    assert "miles calls: router_middleware(app, /, *, router)" in str(error.value)
+    assert "did you mean 'Passing'" in str(error.value)
 
 
 def test_middleware_is_idle_where_no_router_starts():

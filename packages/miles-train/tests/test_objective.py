@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from miles_train.objective import logprob_gap, plan_steps, samples_that_pull
+from miles_train.metrics import Metrics
+from miles_train.objective import add_loss_metrics, logprob_gap, plan_steps, samples_that_pull
 
 
 def make_data(masks, advantages=None):
@@ -45,7 +46,7 @@ def test_a_step_in_which_no_sample_runs_anywhere_is_counted_and_empty():
     assert plan.steps_skipped == 1
 
 
-def test_a_rank_without_a_running_sample_joins_with_its_shortest_when_another_rank_has_one():
+def test_a_rank_without_a_running_sample_joins_with_its_shortest_which_counts_in_no_metric():
     data = make_data([[1], [1], [1]])
     other_rank = [[3.0, 3.0, 2.0, 2.0]]
     plan = plan_steps(
@@ -55,8 +56,13 @@ def test_a_rank_without_a_running_sample_joins_with_its_shortest_when_another_ra
         per_token=False,
         sum_over_ranks=lambda counts: [[a + b for a, b in zip(counts[0], other_rank[0], strict=True)]],
     )
-    assert plan.steps[0].positions == [2]
-    assert plan.steps[0].loss_denominator == 6
+    [step] = plan.steps
+    assert step.positions == [2]
+    assert step.loss_denominator == 6
+    metrics = Metrics()
+    add_loss_metrics(metrics, [{"loss": 0.0, "mine": 5.0, "mine_max": 7.0}], step, loss_weight=1.0, weight=1.0)
+    # A sample that no metric's denominator counts adds to none.
+    assert metrics.gather(contribute=True) == {"loss": 0.0}
 
 
 def test_the_gap_ignores_masked_tokens_and_needs_the_engines_log_probs():

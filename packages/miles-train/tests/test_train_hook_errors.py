@@ -8,10 +8,12 @@ from importlib import import_module
 import pytest
 import torch
 
+from miles_api.bind import bind
 from miles_api.errors import ConfigError, HookResultError, MilesError
+from miles_api.hooks import REGISTRY
 from miles_train.importance import truncated_importance_sampling
 from miles_train.options import ObjectiveOptions
-from miles_train.train_hooks import TRAIN_HOOKS, check_train_hooks, idle_train_hooks
+from miles_train.train_hooks import TRAIN_HOOKS, HookCalls, check_train_hooks, idle_train_hooks
 
 tiny = import_module("packages.miles-train.tests.tiny_trainer")
 make_batch, make_config, hooked = tiny.make_batch, tiny.make_config, tiny.hooked
@@ -158,3 +160,13 @@ def test_truncated_importance_sampling_cuts_weights_off_and_ignores_masked_token
     assert metrics["tis"].isfinite().all()
     loss.sum().backward()
     assert pg_loss.grad.tolist() == pytest.approx(weights)
+
+
+@pytest.mark.parametrize("result", ["later()", "(x for x in [])", "endless()"])
+def test_a_hook_that_returns_what_it_has_not_run_yet_is_an_error_and_not_a_call_without_effect(result):
+    names = {}
+    exec("async def later(): ...\nasync def endless(): yield\ndef init(args): return " + result, names)
+    hook = bind(REGISTRY["megatron_init"], "mine", names["init"])
+    with pytest.raises(HookResultError, match=r"the megatron_init hook mine: it returned a \w+ that never ran"):
+        HookCalls(None, {"megatron_init": [hook]}).call_each("megatron_init", None)
+    assert (hook.stats.calls, hook.stats.errors) == (1, 1)

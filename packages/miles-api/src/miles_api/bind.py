@@ -15,7 +15,7 @@ from miles_api.args import Args
 from miles_api.compat import adapt
 from miles_api.deprecation import warn_of_deprecations
 from miles_api.errors import HookVersionError
-from miles_api.fit import Fit, fit, is_async
+from miles_api.fit import Fit, fit, is_async, require_no_generator
 from miles_api.load import Found, Origin, find, origin_of, unwrapped
 from miles_api.negotiate import HookAbi, abi_of, require_compatible
 from miles_api.sample import Sample
@@ -203,6 +203,7 @@ def _bind(spec: HookSpec, reference: str, found: Found, view: Args | None) -> Bo
     except HookVersionError as error:
         raise HookVersionError(f"{spec.flag or spec.name} {reference}: {error}") from error
     require_compatible(spec, reference, abi)
+    require_no_generator(spec, reference, found.target)
     target = adapt(spec, reference, found.target)
     how = fit(spec, reference, target, abi)
     if reference != DEFAULT:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import math
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
@@ -130,4 +131,6 @@ def _toml(value: Any) -> str:
         return "{" + ", ".join(f"{json.dumps(str(k))} = {_toml(v)}" for k, v in value.items()) + "}"
     if isinstance(value, list | tuple):
         return "[" + ", ".join(_toml(item) for item in value) + "]"
+    if isinstance(value, float) and not math.isfinite(value):
+        return repr(value)  # inf and nan, which JSON has no word for
     return json.dumps(value, ensure_ascii=False, default=str)

@@ -13,7 +13,7 @@ from miles_api.errors import HookSignatureError
 from miles_api.negotiate import HookAbi, newer_keywords
 from miles_api.spec import Form, HookSpec
 
-__all__ = ["Fit", "fit", "is_async"]
+__all__ = ["Fit", "fit", "is_async", "require_no_generator"]
 
 _P = inspect.Parameter
 _VARIADIC = (_P.VAR_POSITIONAL, _P.VAR_KEYWORD)
@@ -57,17 +57,31 @@ def fit(spec: HookSpec, reference: str, found: Any, abi: HookAbi | None = None) 
     signature = _without_self(found) if constructs else _signature(found)
     forms = [(form, signature) for form in spec.forms if not isinstance(form.stub, type)]
     how = _require_fit(spec, reference, found, forms, abi)
-    _require_color(spec, reference, how.form, is_async(found))
+    _require_color(spec, reference, how.form.is_async, is_async(found))
     return msgspec.structs.replace(how, constructs=constructs)
 
 
 def is_async(found: Any) -> bool:
     """Say whether calling `found` (or an instance of it) gives something to await."""
+    return inspect.iscoroutinefunction(_called(found))
+
+
+def require_no_generator(spec: HookSpec, reference: str, found: Any) -> None:
+    """Refuse a hook with `yield` in it; asked before an adapter of an older signature hides what it wraps."""
+    if spec.kind != "value":
+        _require_no_generator(spec, reference, _called(found))
+
+
+def _called(found: Any) -> Any:
+    """Return what runs when `found`, or an instance of it, is called."""
     if isinstance(found, type):
-        return inspect.iscoroutinefunction(found.__call__)
-    if inspect.isroutine(found) or isinstance(found, functools.partial):
-        return inspect.iscoroutinefunction(found)
-    return inspect.iscoroutinefunction(type(found).__call__)
+        return found.__call__
+    return found if inspect.isroutine(found) or isinstance(found, functools.partial) else type(found).__call__
+
+
+def _require_no_generator(spec: HookSpec, reference: str, called: Any, what: str = "") -> None:
+    if inspect.isgeneratorfunction(called) or inspect.isasyncgenfunction(called):
+        raise _refuse(spec, reference, f"{what}is a generator: calling it runs nothing; `return` the result")
 
 
 def _refuse(spec: HookSpec, reference: str, problem: str) -> HookSignatureError:
@@ -81,11 +95,13 @@ def _signature(found: Any) -> inspect.Signature | None:
         return None
 
 
-def _without_self(cls: type) -> inspect.Signature | None:
-    signature = _signature(cls.__call__)
-    if signature is None:
-        return None
-    return signature.replace(parameters=list(signature.parameters.values())[1:])
+def _without_self(cls: type, name: str = "__call__") -> inspect.Signature | None:
+    """Return the signature of a method as its instances have it: what a static method or `*args` takes stays."""
+    signature, held = _signature(getattr(cls, name)), inspect.getattr_static(cls, name)
+    if signature is None or isinstance(held, staticmethod | classmethod) or not hasattr(held, "__get__"):
+        return signature
+    first, *others = [*signature.parameters.values()] or [None]
+    return signature if first is None or first.kind is _P.VAR_POSITIONAL else signature.replace(parameters=others)
 
 
 def _require_buildable(spec: HookSpec, reference: str, found: type) -> None:
@@ -127,7 +143,7 @@ def _require_fit(
     if len(fits) == 1:
         return fits[0]
     name = getattr(found, "__qualname__", type(found).__name__)
-    calls = "\n           or: ".join(f"{spec.name}{_shown(form)}" for form, _ in candidates)
+    calls = "\n           or: ".join(f"{spec.name}{_shown(form.signature)}" for form, _ in candidates)
     problem = " / ".join(problems) if not fits else f"it fits {len(fits)} forms; give its parameters the stub's count"
     raise _refuse(
         spec,
@@ -165,23 +181,51 @@ def _catches_all(signature: inspect.Signature | None) -> bool:
     return signature is not None and any(p.kind is _P.VAR_POSITIONAL for p in signature.parameters.values())
 
 
-def _shown(form: Form) -> str:
-    parameters = [p.replace(annotation=_P.empty) for p in form.signature.parameters.values() if p.name != "self"]
+def _shown(signature: inspect.Signature) -> str:
+    parameters = [p.replace(annotation=_P.empty) for p in signature.parameters.values() if p.name != "self"]
     return str(inspect.Signature(parameters))
 
 
 def _require_methods(spec: HookSpec, reference: str, found: type, form: Form) -> None:
     """Require every method of the stub; `__call__` must be the class's own, since every class can be called."""
     stubs = [base for base in form.stub.__mro__ if base.__module__.startswith("miles_api.")]
-    wanted = {name for base in stubs for name, value in vars(base).items() if inspect.isfunction(value)}
-    wanted = {name for name in wanted if name == "__call__" or not name.startswith("_")}
+    methods = {name: value for base in stubs[::-1] for name, value in vars(base).items() if inspect.isfunction(value)}
+    wanted = {name: stub for name, stub in methods.items() if name == "__call__" or not name.startswith("_")}
     has = {name for base in found.__mro__ if base is not object for name in vars(base)}
-    if wanted - has:
-        raise _refuse(spec, reference, f"lacks {', '.join(sorted(wanted - has))}; the {spec.name} class has them")
+    if wanted.keys() - has:
+        raise _refuse(
+            spec, reference, f"lacks {', '.join(sorted(wanted.keys() - has))}; the {spec.name} class has them"
+        )
+    for name, stub in wanted.items():
+        _require_method(spec, reference, found, name, stub)
 
 
-def _require_color(spec: HookSpec, reference: str, form: Form, awaits: bool) -> None:
+def _require_method(spec: HookSpec, reference: str, cls: type, name: str, stub: Any) -> None:
+    """Require that a method can be called as the stub's, by position, and is awaited where that is."""
+    method = getattr(cls, name)
+    if not callable(method):
+        # A property says only of an instance what it gives.
+        if hasattr(method, "__get__"):
+            return
+        raise _refuse(spec, reference, f"does not fit: its {name} is a {type(method).__name__}, not a method")
+    _require_no_generator(spec, reference, _called(method), f"does not fit: its {name} ")
+    ours, theirs = inspect.signature(stub), _without_self(cls, name)
+    try:
+        if theirs is not None:
+            theirs.bind(*[None] * (len(ours.parameters) - 1))
+    except TypeError as error:
+        raise _refuse(
+            spec,
+            reference,
+            f"does not fit\n  miles calls: {spec.name}.{name}{_shown(ours)}\n"
+            f"  it declares: {cls.__qualname__}.{name}{theirs}\n  problem:     {error}",
+        ) from error
+    _require_color(spec, reference, inspect.iscoroutinefunction(stub), is_async(method), name)
+
+
+def _require_color(spec: HookSpec, reference: str, wanted: bool, awaits: bool, method: str = "") -> None:
     """Refuse `async def` where Miles calls synchronously, and `def` where it awaits."""
-    if not spec.either_color and form.is_async != awaits:
-        wanted, got = ("async def", "def") if form.is_async else ("def", "async def")
-        raise _refuse(spec, reference, f"must be `{wanted}`, it is `{got}`")
+    if not spec.either_color and wanted != awaits:
+        right, got = ("async def", "def") if wanted else ("def", "async def")
+        whose = f"does not fit: its {method} " if method else ""
+        raise _refuse(spec, reference, f"{whose}must be `{right}`, it is `{got}`")

@@ -98,7 +98,7 @@ def find(reference: str, *, short_names: str, flag: str) -> Found:
         return _find(reference, short_names)
     except HookLoadError as error:
         raise HookLoadError(f"{flag} {reference}: {error}", missing=error.missing) from error
-    except Exception as error:
+    except (Exception, SystemExit) as error:  # a script exits when it is imported
         raise HookLoadError(
             f"{flag} {reference} does not import: {type(error).__name__}: {error}",
             missing=_missing(error, reference, short_names),
@@ -119,7 +119,7 @@ def _find(reference: str, short_names: str) -> Found:
     return Found(_attribute(module, attribute), module.__name__)
 
 
-def _missing(error: Exception, reference: str, short_names: str) -> str | None:
+def _missing(error: BaseException, reference: str, short_names: str) -> str | None:
     """Return the top-level module that an import lacked, unless it is the one that the reference itself names."""
     if not isinstance(error, ModuleNotFoundError) or not error.name:
         return None

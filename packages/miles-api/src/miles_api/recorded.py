@@ -107,8 +107,8 @@ def _message(record: Record, *, carefully: bool) -> dict[str, Any]:
     fields["groups"] = [group.dropped for group in record.groups]
     message = {name: codec.carried(value, f"{who}: {name}") for name, value in fields.items()}
     message["groups"] = [
-        {"samples": group_message(group.samples, carefully=carefully), "dropped": group.dropped}
-        for group in record.groups
+        {"samples": group_message(group.samples, carefully=carefully), "dropped": dropped}
+        for group, dropped in zip(record.groups, message["groups"], strict=True)
     ]
     return {"type": "rollout", **message}
 

@@ -106,10 +106,12 @@ class GenerateFnInput(msgspec.Struct, kw_only=True):
     sample: Sample
     sampling_params: dict[str, Any]
     evaluation: bool = False
+    args: Args = None  # type: ignore[assignment]  filled in below
+    """The hook's own view of the options; `state.args` for a caller that names none."""
 
-    @property
-    def args(self) -> Args:
-        return self.state.args
+    def __post_init__(self) -> None:
+        if self.args is None:
+            self.args = self.state.args
 
 
 class GenerateFnOutput(msgspec.Struct):

@@ -53,8 +53,6 @@ def check_run_options(config: RunConfig) -> Iterator[str]:
 
 
 def _companions(run: RunOptions, hooks: set[str], prompts_name_tools: bool) -> Iterator[str]:
-    if run.loss_type == "custom_loss" and "loss" not in hooks:
-        yield "--loss-type custom_loss needs --custom-loss-function-path"
     if "loss" in hooks and run.loss_type != "custom_loss":
         yield f"--custom-loss-function-path is called with --loss-type custom_loss only, not with {run.loss_type}"
     if "execute_tool" in hooks and "tool_specs" not in hooks and not prompts_name_tools:

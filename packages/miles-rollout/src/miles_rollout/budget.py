@@ -11,6 +11,8 @@ __all__ = ["ErrorBudget"]
 
 _FORM = re.compile(r"(?P<count>\d+)|(?P<share>\d+(\.\d+)?)%|(?P<both>\d+)\s*,\s*(?P<part>\d+(\.\d+)?)%")
 
+_EVERYTHING = 100.0
+
 
 class ErrorBudget:
     """Counts groups that were started and groups that were lost; both over the whole run in this process."""
@@ -24,6 +26,8 @@ class ErrorBudget:
         if found is None:
             raise ConfigError(f"--hook-error-budget {text!r} is neither a number, a share (10%) nor both (16,10%)")
         count, share = found["count"] or found["both"], found["share"] or found["part"]
+        if share is not None and float(share) >= _EVERYTHING:
+            raise ConfigError(f"--hook-error-budget {text!r} would let every group fail: a share has to be below 100%")
         self.text = text
         self._count = math.inf if count is None else int(count)
         self._share = math.inf if share is None else float(share) / 100

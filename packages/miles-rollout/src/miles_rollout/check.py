@@ -9,7 +9,7 @@ import msgspec
 
 from miles_api.compat import translate
 from miles_api.errors import problem_of
-from miles_api.hookset import HookSet, configured_hooks
+from miles_api.hookset import configured_hooks
 from miles_api.run_options import RunOptions
 from miles_rollout.budget import ErrorBudget
 from miles_rollout.engines.local.options import LocalEngineOptions, check_loopback
@@ -60,10 +60,8 @@ def idle(config: RunConfig) -> dict[str, str]:
 
 
 def check(config: RunConfig) -> Iterator[str]:
-    """Yield what does not fit: hooks, error budget, prompt files, tokenizer, reward."""
+    """Yield what does not fit: error budget, prompt files, tokenizer, reward. `miles_api` checks that hooks load."""
     run = config.group(RunOptions)
-    for name in CALLED:
-        yield from problem_of(lambda name=name: HookSet(config.args, [name], build=False))
     yield from problem_of(lambda: ErrorBudget(config.group(FailureOptions).hook_error_budget))
     if run.load_debug_rollout_data is not None:
         return

@@ -14,6 +14,7 @@ from miles_api.options import options_from
 from miles_api.sample import Sample
 from miles_rollout.jsonl import Prompt, read_prompts, takes_messages
 from miles_rollout.options import DataOptions
+from miles_rollout.pristine import copied
 from miles_rollout.tokenizers import encode, load_tokenizer
 
 if TYPE_CHECKING:
@@ -112,7 +113,7 @@ class RolloutDataSourceWithBuffer:
             group.append(
                 Sample(
                     group_index=self._next_group, index=self._next_sample, rollout_id=self._next_sample,
-                    prompt=prompt.prompt, label=prompt.label, metadata=dict(prompt.metadata),
+                    prompt=copied(prompt.prompt), label=copied(prompt.label), metadata=copied(prompt.metadata),
                 )
             )  # fmt: skip
             self._next_sample += 1

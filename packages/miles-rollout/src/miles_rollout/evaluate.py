@@ -14,7 +14,7 @@ from miles_rollout.failures import HookFailed
 from miles_rollout.group import gather, run_group
 from miles_rollout.jsonl import read_prompts, takes_messages
 from miles_rollout.options import DataOptions, EvalOptions
-from miles_rollout.pristine import copy_group
+from miles_rollout.pristine import copied, copy_group
 from miles_rollout.results import flatten
 
 if TYPE_CHECKING:
@@ -70,8 +70,8 @@ def _groups(state: State, options: EvalOptions) -> list[Group]:
     return [
         [
             Sample(
-                group_index=number, index=number * n + i, prompt=prompt.prompt, label=prompt.label,
-                metadata=dict(prompt.metadata),
+                group_index=number, index=number * n + i, prompt=copied(prompt.prompt), label=copied(prompt.label),
+                metadata=copied(prompt.metadata),
             )
             for i in range(n)
         ]

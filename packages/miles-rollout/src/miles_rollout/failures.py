@@ -10,12 +10,14 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
+from types import AsyncGeneratorType, CoroutineType, GeneratorType
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 from miles_api.errors import ConfigError, DataError, HookError, HookResultError, MilesError
 from miles_api.options import options_from
 from miles_rollout.budget import ErrorBudget
 from miles_rollout.options import FailureOptions
+from miles_rollout.pristine import copy_sample, restore
 from miles_rollout.recording import save_failed
 from miles_rollout.threads import HookCall, HookThreads
 
@@ -26,7 +28,7 @@ if TYPE_CHECKING:
     from miles_api.bind import BoundHook
     from miles_api.sample import Sample
 
-__all__ = ["Guard", "HookFailed", "HookStopsRunError", "HookTimeoutError", "named"]
+__all__ = ["Guard", "HookFailed", "HookStopsRunError", "HookTimeoutError", "count_drop", "named"]
 
 Result = TypeVar("Result")
 
@@ -36,7 +38,10 @@ _BACK_OFF = 0.1
 _GRACE = 5.0
 """Seconds a cancelled hook may take to clean up before it is left behind."""
 _SAVED = 16
-"""Failing samples written to the run directory; a larger budget is not a reason to fill a disk."""
+"""Dropped samples written to the run directory; a larger budget is not a reason to fill a disk."""
+_REASONS = 64
+"""Reasons that drops are counted under; a filter may put a number in its text."""
+_NEVER_RAN = {GeneratorType: "a generator", AsyncGeneratorType: "an async generator", CoroutineType: "a coroutine"}
 
 _left_behind: set[asyncio.Future[Any]] = set()
 """Held until they end: to collect a coroutine that catches everything would run it again, perhaps for ever."""
@@ -65,6 +70,15 @@ def named(hook: BoundHook) -> str:
     return f"{hook.spec.name} hook {hook.reference}"
 
 
+def count_drop(hook: BoundHook, reason: str) -> str:
+    """Count what a hook dropped and return the reason it counts under: `other` once there are many of them."""
+    drops = hook.stats.drops
+    if reason not in drops and len(drops) >= _REASONS:
+        reason = "other"
+    drops[reason] = drops.get(reason, 0) + 1
+    return reason
+
+
 class Guard:
     """Calls hooks under the failure policy; one for each event loop."""
 
@@ -75,7 +89,7 @@ class Guard:
         self.threads = HookThreads(_THREADS)
         self.grace = min(_GRACE, self.options.hook_timeout)
         """Seconds that a cancelled call is waited for."""
-        self._saved = 0
+        self._dropped = 0
 
     async def once(self, hook: BoundHook, *arguments: Any, **keywords: Any) -> Any:
         """Call a hook within the deadline, without retries; its own exceptions come through."""
@@ -96,17 +110,31 @@ class Guard:
         if task.cancelled():
             hook.stats.errors += 1
             raise HookResultError(f"{named(hook)} raised CancelledError, though nobody had cancelled it")
-        return task.result()
+        result = task.result()
+        if type(result) in _NEVER_RAN:
+            _refuse(hook, result)
+        return result
 
     async def attempt(
         self, hook: BoundHook, subject: list[Sample], one: Callable[[], Awaitable[Result]], *, fresh: bool = False
     ) -> Result:
         """Await `one()`, a call and the check of its result, and repeat it when it fails; see `again`."""
+        before = None if fresh else self.before(hook, subject)
         try:
             return await one()
         except Exception as error:
             first = error
-        return await self.again(hook, subject, first, one, fresh=fresh)
+        return await self.again(hook, subject, first, one, fresh=fresh, before=before)
+
+    def before(self, hook: BoundHook, subject: list[Sample]) -> list[Sample] | None:
+        """Return copies of the samples that a hook is about to be called with, for `again`; None if it needs none."""
+        if not hook.configured or not self.options.hook_retries:
+            return None
+        try:
+            return [copy_sample(sample) for sample in subject]
+        except Exception:
+            # A hook before this one left something in them that no copy can be made of: the group starts over instead.
+            return None
 
     async def again(
         self,
@@ -116,9 +144,11 @@ class Guard:
         one: Callable[[], Awaitable[Result]],
         *,
         fresh: bool = False,
+        before: list[Sample] | None = None,
     ) -> Result:
         """Repeat a call that failed with `error`, up to `--hook-retries` times; else raise `HookFailed`.
 
+        What the failed call had done to the samples is undone from `before`; without it the group starts over.
         A call that was given up may still write to the samples it holds: unless `one` takes `fresh` samples every
         time, it is not repeated and the group starts over. What is not the hook's fault comes through at once: a
         wrong option or prompt, and an engine that fails under the default generation.
@@ -129,12 +159,15 @@ class Guard:
                 self.stop(HookFailed(hook, subject, error), "the run stops")
             if _is_not_its_fault(hook, error):
                 raise error
-            lost = isinstance(error, HookTimeoutError) and not fresh
+            spoilt = hook.configured and before is None
+            lost = not fresh and (spoilt or isinstance(error, HookTimeoutError))
             if lost or tries >= self.options.hook_retries:
-                raise HookFailed(hook, subject, error) from error
+                raise HookFailed(hook, before or subject, error) from error
             hook.stats.retries += 1
             await asyncio.sleep(_BACK_OFF * 2**tries)
             tries += 1
+            for sample, copy in zip(subject, before or (), strict=False):
+                restore(sample, copy)
             try:
                 return await one()
             except Exception as next_error:
@@ -153,14 +186,15 @@ class Guard:
     def drop(self, failure: HookFailed) -> str:
         """Spend the budget on a lost group and return the reason to count it under; past the budget, stop the run."""
         reason = f"hook_error:{failure.hook.spec.name}"
-        failure.hook.stats.drops[reason] = failure.hook.stats.drops.get(reason, 0) + 1
+        count_drop(failure.hook, reason)
         if self.budget.spend():
             self.stop(
                 failure,
                 f"{self.budget.lost} groups of {self.budget.started} were lost to failing hooks, more than "
                 f"--hook-error-budget {self.budget.text} allows",
             )
-        saved = self._save(failure)
+        self._dropped += 1
+        saved = self._save(failure) if self._dropped <= _SAVED else ""
         print(f"warning: {named(failure.hook)} failed for good, a group is dropped: {failure.error!r}{saved}")
         return reason
 
@@ -177,9 +211,6 @@ class Guard:
 
     def _save(self, failure: HookFailed) -> str:
         """Save what a hook failed on for `miles hooks run`; return words that name the file."""
-        if self._saved >= _SAVED:
-            return ""
-        self._saved += 1
         return save_failed(self._args, failure.hook, failure.subject)
 
     async def _wait(self, hook: BoundHook, task: asyncio.Future[Any], call: HookCall) -> None:
@@ -199,6 +230,9 @@ class Guard:
     async def _give_up(self, hook: BoundHook, task: asyncio.Future[Any], call: HookCall) -> NoReturn:
         await self.cancel([task])
         hook.stats.timeouts += 1
+        # What it raised while it was cancelled was counted then.
+        if not task.done() or task.cancelled() or task.exception() is None:
+            hook.stats.errors += 1
         if call.submitted and not call.ended:
             self._require_threads(hook)
         raise HookTimeoutError(f"{named(hook)} ran past --hook-timeout {self.options.hook_timeout:g} s")
@@ -244,6 +278,14 @@ async def _contained(hook: BoundHook, call: Awaitable[Any]) -> Any:
         raise HookStopsRunError(
             f"{named(hook)} raised SystemExit({error.code!r}): a hook may not end the process; the run stops"
         ) from error
+
+
+def _refuse(hook: BoundHook, result: Any) -> NoReturn:
+    """Refuse a result that is code which was never run: the hook did nothing, and nobody would notice."""
+    if not isinstance(result, AsyncGeneratorType):
+        result.close()
+    hook.stats.errors += 1
+    raise HookResultError(f"{named(hook)} returned {_NEVER_RAN[type(result)]}, whose code never ran")
 
 
 def _is_not_its_fault(hook: BoundHook, error: Exception) -> bool:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from miles_api.errors import HookResultError
 from miles_api.rollout_types import GenerateFnInput, GenerateFnOutput, Group
 from miles_rollout.failures import HookFailed, named
-from miles_rollout.pristine import copy_sample, without_response
+from miles_rollout.pristine import copied, copy_sample, without_response
 from miles_rollout.results import checked_generation, checked_reward, checked_samples, flatten
 
 if TYPE_CHECKING:
@@ -92,9 +92,11 @@ async def _generate(state: State, sample: Sample, pristine: Sample | None, evalu
 
 
 async def _generate_once(state: State, hook: BoundHook, sample: Sample, evaluation: bool) -> Sample | list[Sample]:
-    params = dict(state.eval_sampling_params if evaluation else state.sampling_params)
+    shared = state.eval_sampling_params if evaluation else state.sampling_params
+    # Our own generation changes neither these nor options.
+    params, view = (copied(shared), hook.view) if hook.configured else (dict(shared), state.args)
     if hook.form.name == "input":
-        request = GenerateFnInput(state=state, sample=sample, sampling_params=params, evaluation=evaluation)
+        request = GenerateFnInput(state=state, sample=sample, sampling_params=params, evaluation=evaluation, args=view)
         result = await state.guard.once(hook, request)
         result = result.samples if isinstance(result, GenerateFnOutput) else result
     else:
@@ -115,12 +117,17 @@ async def _score(state: State, sample: Sample, evaluation: bool) -> None:
         state.hooks.need("reward").stats.skipped += 1
         return
     hook = _hook_for(state, "reward", sample, sample.custom_rm_path)
+    before = state.guard.before(hook, [sample])
     try:
         sample.reward = await _score_once(state, hook, sample, evaluation)
         return
     except Exception as error:
         first = error
-    sample.reward = await state.guard.again(hook, [sample], first, lambda: _score_once(state, hook, sample, evaluation))
+
+    def one() -> Coroutine[Any, Any, float | dict[str, float]]:
+        return _score_once(state, hook, sample, evaluation)
+
+    sample.reward = await state.guard.again(hook, [sample], first, one, before=before)
 
 
 async def _score_once(state: State, hook: BoundHook, sample: Sample, evaluation: bool) -> float | dict[str, float]:

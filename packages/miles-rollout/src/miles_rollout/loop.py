@@ -18,7 +18,7 @@ from miles_api.rollout_types import (
     RolloutFnTrainOutput,
 )
 from miles_rollout.evaluate import evaluate
-from miles_rollout.failures import HookFailed, named
+from miles_rollout.failures import HookFailed, count_drop, named
 from miles_rollout.group import run_group
 from miles_rollout.hook_names import CALLED_BY_LOOP
 from miles_rollout.options import RolloutOptions
@@ -66,6 +66,8 @@ class InferenceRollout:
         self._dropped: list[tuple[Group, str]] = []
         self._counts: Counter[str] = Counter()
         self._start_over: list[Group] = []
+        self._returned: dict[int | None, bool] = {}
+        """Groups in the buffer, by their first sample's index: whether they have had their first chance already."""
 
     def report(self) -> list[dict[str, Any]]:
         """Say which hooks ran, for `hooks.json`."""
@@ -111,14 +113,17 @@ class InferenceRollout:
                 started = True
                 done, _ = await asyncio.wait(running, return_when=asyncio.FIRST_COMPLETED)
                 for task in done:
-                    # What finishes beyond the target stays among the running, whose prompts go back.
-                    if len(kept) == target:
-                        break
+                    # What finishes beyond the target stays among the running, whose prompts go back. What failed
+                    # has had its chance.
+                    if len(kept) == target and not isinstance(task.exception(), HookFailed):
+                        continue
                     turn = running.pop(task)
                     try:
                         group = task.result()
+                        keeps = await self._keeps(group)
+                        # Not before: a group that its filter fails on comes again.
                         self._everything.append(group)
-                        if await self._keeps(group):
+                        if keeps:
                             kept.append(group)
                     except HookFailed as failure:
                         self._lose(turn, failure)
@@ -129,7 +134,8 @@ class InferenceRollout:
 
     def _start(self, count: int, running: dict[asyncio.Task[Group], _Turn]) -> None:
         """Start `count` more groups: those that start over, then new ones."""
-        while count > 0 and self._start_over:
+        # At once even where enough are under way: what waited for the end would never be dropped.
+        while self._start_over:
             self._run(self._start_over.pop(), running, again=True)
             count -= 1
         if count <= 0:
@@ -139,8 +145,10 @@ class InferenceRollout:
             raise DataError("the data source handed out no group: a rollout cannot be filled")
         who = f"the data source {type(self._data_source).__name__}"
         for group in checked_data(groups, count, self._args.n_samples_per_prompt, who):
-            self._state.guard.budget.started += 1
-            self._run(group, running)
+            again = self._returned.pop(_key(group), None) if self._returned else None
+            if again is None:
+                self._state.guard.budget.started += 1
+            self._run(group, running, again=bool(again))
 
     def _run(self, group: Group, running: dict[asyncio.Task[Group], _Turn], *, again: bool = False) -> None:
         pristine = copy_group(group) if self._state.shows(group) else None
@@ -152,9 +160,8 @@ class InferenceRollout:
             verdict = await self._verdict(hook, flatten([group]))
             if not verdict.keep:
                 reason = verdict.reason or hook.reference
-                hook.stats.drops[reason] = hook.stats.drops.get(reason, 0) + 1
                 self._dropped.append((group, reason))
-                self._counts[reason] += 1
+                self._counts[count_drop(hook, reason)] += 1
                 for later in filters[position + 1 :]:
                     later.stats.skipped += 1
                 return False
@@ -195,4 +202,12 @@ class InferenceRollout:
             return
         self._state.aborted = True
         await self._state.guard.cancel(list(running))
-        self._data_source.add_samples([turn.unused() for turn in running.values()] + self._start_over)
+        back = [(turn.unused(), turn.again) for turn in running.values()]
+        back += [(group, True) for group in self._start_over]
+        self._returned |= {_key(group): again for group, again in back}
+        self._data_source.add_samples([group for group, _ in back])
+
+
+def _key(group: Group) -> int | None:
+    """Return what tells a group that comes back from others; None for one that its data source did not number."""
+    return flatten([group])[0].index

@@ -18,6 +18,8 @@ __all__ = [
 ]
 
 _Positive = Annotated[int, msgspec.Meta(ge=1)]
+# Bounded, so that `inf` is refused: TOML, JSON and timers have different ideas of it.
+_Seconds = Annotated[float, msgspec.Meta(gt=0, le=1e9)]
 _Probability = Annotated[float, msgspec.Meta(gt=0, le=1)]
 
 
@@ -46,7 +48,7 @@ class RolloutOptions(Options, frozen=True, kw_only=True):
     """Groups to start with when a dynamic filter drops some; default: --rollout-batch-size."""
     sglang_server_concurrency: _Positive = 256
     """Requests that run at once on each engine."""
-    generate_timeout: Annotated[float, msgspec.Meta(gt=0)] = 600.0
+    generate_timeout: _Seconds = 600.0
     """Seconds one generation request may take before the run stops."""
     max_filter_attempts: _Positive = 100
     """Stop the run when dynamic filters have dropped this many times --rollout-batch-size groups in one rollout."""
@@ -119,7 +121,7 @@ class EvalOptions(Options, frozen=True, kw_only=True):
 class FailureOptions(Options, frozen=True, kw_only=True):
     """What happens when a hook of the rollout process raises, hangs or returns what it may not."""
 
-    hook_timeout: Annotated[float, msgspec.Meta(gt=0)] = 1800.0
+    hook_timeout: _Seconds = 1800.0
     """Seconds one call of a generate, reward, filter, conversion or logging hook may take."""
     hook_retries: Annotated[int, msgspec.Meta(ge=0)] = 1
     """How often a failed generate, reward or filter call is repeated before its group starts over, once."""

@@ -15,7 +15,7 @@ from miles_api.sample import PrefixCacheInfo, Sample, SpecInfo, Status
 if TYPE_CHECKING:
     from miles_api.rollout_types import Group
 
-__all__ = ["copy_group", "copy_sample", "without_response"]
+__all__ = ["copied", "copy_group", "copy_sample", "restore", "without_response"]
 
 _FIELDS = Sample.__struct_fields__
 _values = attrgetter(*_FIELDS)
@@ -37,10 +37,10 @@ def copy_sample(sample: Sample) -> Sample:
     fields = dict(zip(_FIELDS, _values(sample), strict=True))
     for field, value in fields.items():
         if type(value) not in shared:
-            fields[field] = _copied(value)
+            fields[field] = copied(value)
     twin = Sample(**fields)
     if sample.__dict__:
-        twin.__dict__.update(_copied(sample.__dict__))
+        twin.__dict__.update(copied(sample.__dict__))
     return twin
 
 
@@ -51,14 +51,24 @@ def without_response(sample: Sample) -> Sample:
     return twin
 
 
-def _copied(value: Any) -> Any:
+def restore(sample: Sample, copy: Sample) -> None:
+    """Make `sample`, the same object, what it was when `copy` was taken of it."""
+    twin = copy_sample(copy)
+    for field, value in zip(_FIELDS, _values(twin), strict=True):
+        setattr(sample, field, value)
+    sample.__dict__.clear()
+    sample.__dict__.update(twin.__dict__)
+
+
+def copied(value: Any) -> Any:
+    """Return an independent copy of a value: as `copy.deepcopy`, and cheap for text, numbers and token ids."""
     kind = type(value)
     if kind in _SHARED:
         return value
     if kind is list:
         # Token ids and log-probs: one kind of immutable value.
         flat = _SHARED.issuperset(map(type, value))
-        return value.copy() if flat else [_copied(item) for item in value]
+        return value.copy() if flat else [copied(item) for item in value]
     if kind is dict:
-        return {key: _copied(item) for key, item in value.items()} if value else {}
+        return {key: copied(item) for key, item in value.items()} if value else {}
     return copy.copy(value) if kind in _COUNTS else copy.deepcopy(value)

@@ -42,8 +42,8 @@ def checked_generation(result: Any, sample: Sample, who: str) -> Sample | list[S
     for item in items:
         if not isinstance(item, Sample):
             raise HookResultError(f"{who} returned {type(item).__name__} for sample {sample.index}, not a Sample")
-        make_plain(item, who)
         _check_types(item, who)
+        make_plain(item, who)
         item.validate()
         if item.status == Status.PENDING:
             if item.response_length == 0:
@@ -55,8 +55,8 @@ def checked_generation(result: Any, sample: Sample, who: str) -> Sample | list[S
 def checked_samples(samples: list[Sample], who: str) -> None:
     """Make plain what a hook may have written to samples, and check that their per-token fields still agree."""
     for sample in samples:
-        make_plain(sample, who)
         _check_types(sample, who)
+        make_plain(sample, who)
         if not 0 <= sample.response_length <= len(sample.tokens):
             raise HookResultError(
                 f"{who} left sample {sample.index} with response_length {sample.response_length} and "
@@ -76,9 +76,9 @@ def _check_types(sample: Sample, who: str) -> None:
         if sample.status not in tuple(Status):
             raise HookResultError(f"{who} left sample {sample.index} with the status {sample.status!r}")
         sample.status = Status(sample.status)
-    for field, kind in (("response", str), ("metadata", dict), ("weight_versions", list)):
+    for field, kind in (("response", str), ("metadata", dict), ("train_metadata", dict), ("weight_versions", list)):
         value = getattr(sample, field)
-        if not isinstance(value, kind):
+        if not isinstance(value, kind) and not (value is None and field == "train_metadata"):
             raise HookResultError(
                 f"{who} left sample {sample.index} with {value!r:.80} as {field}, not a {kind.__name__}"
             )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import gc
 import inspect
 import time
@@ -35,6 +36,8 @@ from miles_rollout.results import checked_groups, checked_rewards, checked_sampl
 from miles_rollout.running import announce
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from miles_api.bind import BoundHook
     from miles_api.config import RunConfig
     from miles_api.sample import Sample
@@ -73,7 +76,7 @@ class RolloutWorker:
         announce(self._args)
         self._guard = Guard(self._args)
         self._hooks = HookSet(self._args, CALLED_BY_SERVICE)
-        self._source_args = self._args.fork()
+        self._source_args = self._hooks.need("data_source").view or self._args
         # Recorded rollouts bring their prompts along.
         replayed = self._run.load_debug_rollout_data is not None
         source = None if replayed else self._hooks.build("data_source", self._source_args)
@@ -211,15 +214,15 @@ class RolloutWorker:
 
     def save(self, rollout_id: int, directory: str) -> None:
         """Write the data source's state to a staging directory."""
-        self._source_args.save = directory
         if self._data_source is not None:
-            self._data_source.save(rollout_id)
+            with _pointed(self._source_args, "save", directory):
+                self._data_source.save(rollout_id)
 
     def load(self, rollout_id: int, directory: str) -> None:
         """Restore the data source's state."""
-        self._source_args.load = directory
         if self._data_source is not None:
-            self._data_source.load(rollout_id)
+            with _pointed(self._source_args, "load", directory):
+                self._data_source.load(rollout_id)
 
     def report(self) -> list[dict[str, Any]]:
         """Say which hooks this process has and how they fared, for `hooks.json`."""
@@ -247,6 +250,20 @@ class RolloutWorker:
                 # A hook that swallows its cancellation is not waited for.
                 self._wait(asyncio.wait(left, timeout=self._guard.grace))
             self._loop.close()
+
+
+@contextlib.contextmanager
+def _pointed(view: Args, option: str, directory: str) -> Iterator[None]:
+    """Set a directory in the data source's view for one call; what is found there later was written by the source."""
+    before = view.overlay()
+    setattr(view, option, directory)
+    try:
+        yield
+    finally:
+        if option in before:
+            setattr(view, option, before[option])
+        else:
+            delattr(view, option)
 
 
 async def _awaited(result: Any) -> Any:

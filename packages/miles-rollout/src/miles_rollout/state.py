@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import functools
+from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any
 
 import aiohttp
@@ -25,10 +26,36 @@ if TYPE_CHECKING:
     from miles_api.bind import BoundHook
     from miles_api.rollout_types import Group
 
-__all__ = ["State"]
+__all__ = ["Slots", "State"]
 
 _SEES_SAMPLES = ("generate", "reward", "group_reward", "dynamic_filter")
 _ERROR_BODY = 500
+
+
+_depth: ContextVar[int] = ContextVar("slots taken by this call", default=0)
+
+
+class Slots(asyncio.Semaphore):
+    """A semaphore that a call which has a slot enters again at once, in tasks that it starts too.
+
+    The loop holds a slot around each generate hook, and hooks written for other stacks take one themselves.
+    """
+
+    async def acquire(self) -> bool:
+        """Wait for a slot, unless this call has one."""
+        depth = _depth.get()
+        if depth == 0:
+            await super().acquire()
+        _depth.set(depth + 1)
+        return True
+
+    def release(self) -> None:
+        """Give the slot back, once for each time it was taken."""
+        depth = _depth.get()
+        if depth > 0:
+            _depth.set(depth - 1)
+        if depth <= 1:
+            super().release()
 
 
 class State:
@@ -64,7 +91,7 @@ class State:
         """Bounds how many generations run at once, over all engines."""
         # Every generation starts here, inside the event loop: hooks of older stacks ask for this loop's state.
         running.claim(self)
-        return asyncio.Semaphore(self.concurrency)
+        return Slots(self.concurrency)
 
     @functools.cached_property
     def _session(self) -> aiohttp.ClientSession:
@@ -152,9 +179,9 @@ def _sampling_params(options: RolloutOptions, temperature: float) -> dict[str, A
         "skip_special_tokens": options.rollout_skip_special_tokens,
     }
     if options.rollout_stop:
-        params["stop"] = options.rollout_stop
+        params["stop"] = list(options.rollout_stop)
     if options.rollout_stop_token_ids:
-        params["stop_token_ids"] = options.rollout_stop_token_ids
+        params["stop_token_ids"] = list(options.rollout_stop_token_ids)
     return params
 
 

@@ -76,7 +76,7 @@ class HookCall(Executor):
                     result = fn(*args, **kwargs)
                 except BaseException as error:
                     self._over()
-                    future.set_exception(error)
+                    future.set_exception(_deliverable(error))
                 else:
                     self._over()
                     future.set_result(result)
@@ -89,3 +89,12 @@ class HookCall(Executor):
     def _over(self) -> None:
         self.ended = True
         self._pool.finished(self)
+
+
+def _deliverable(error: BaseException) -> BaseException:
+    """Return what a future of asyncio takes as an exception: it refuses `StopIteration`, and its caller would wait."""
+    if not isinstance(error, StopIteration):
+        return error
+    wrapped = RuntimeError("the hook raised StopIteration")
+    wrapped.__cause__ = error
+    return wrapped

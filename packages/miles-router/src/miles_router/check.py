@@ -1,13 +1,11 @@
-"""What the router can know to be wrong before anything starts: its address and its middleware."""
+"""What the router can know to be wrong before anything starts: its address."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
 from miles_api.errors import problem_of
-from miles_api.hookset import configured_hooks
 from miles_api.run_options import RunOptions
-from miles_router.middleware import resolve_middleware
 from miles_router.options import MIDDLEWARE_HOOK, RouterOptions, check_binding
 from miles_router.server import bind
 
@@ -31,15 +29,11 @@ def idle(config: RunConfig) -> dict[str, str]:
 
 
 def check(config: RunConfig) -> Iterator[str]:
-    """Yield a problem if a middleware does not load or fit, or the address needs a token that is not set or is taken.
-
-    Nothing is built: that happens in the router's own process.
-    """
+    """Yield a problem if the address needs a token that is not set, or is taken."""
     options = config.group(RouterOptions)
 
     def listen() -> None:
         check_binding(options)
         bind(options.sglang_router_ip, options.sglang_router_port).close()
 
-    yield from problem_of(lambda: resolve_middleware(configured_hooks(config.args).get(MIDDLEWARE_HOOK, ())))
     yield from problem_of(listen)

@@ -180,7 +180,8 @@ class _Guarded:
             await send_json(send, 500, {"error": detail})
 
     async def _inside(self, scope: Scope, receive: Receive, send: Send) -> None:
-        call = self._current.get()
+        # A task of the middleware's own serves no request in particular.
+        call = self._current.get(None) or _Call()
         call.entered = True
         started = time.perf_counter()
         try:

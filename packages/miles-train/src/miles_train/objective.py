@@ -135,6 +135,8 @@ class Step(NamedTuple):
     """Samples (or unmasked tokens) of the step, those left out included."""
     metric_denominator: float
     """Samples (or unmasked tokens) of the step that run."""
+    stand_in: bool = False
+    """Whether the one sample here only keeps this rank in step with the others; no denominator of metrics counts it."""
 
 
 class Plan(NamedTuple):
@@ -175,11 +177,12 @@ def plan_steps(
     steps = []
     for number, (samples, tokens, some, some_tokens) in enumerate(counts):
         positions = active[number]
-        if some and not positions:
+        stand_in = bool(some) and not positions
+        if stand_in:
             # Another rank has something to train on and waits for this one: a sample that adds a gradient of 0.
             positions = [min(shares[number], key=rollout_data["total_lengths"].__getitem__)]
         denominators = (tokens, some_tokens) if per_token else (samples, some)
-        steps.append(Step(number, positions, *(max(float(count), 1.0) for count in denominators)))
+        steps.append(Step(number, positions, *(max(float(count), 1.0) for count in denominators), stand_in))
     skipped = int(sum(samples - some for samples, _, some, _ in counts))
     return Plan(steps, skipped, sum(1 for step in steps if not step.positions))
 
@@ -191,9 +194,11 @@ def add_loss_metrics(
     those that ran, the largest of those that are maxima.
 
     `loss_weight` averages over all steps of the rollout (the loss of a skipped step is exactly 0), `weight` over those
-    that run (of other metrics a skipped step has none).
+    that run (of other metrics a skipped step has none, and neither has a rank with a stand-in).
     """
     for name, value in (item for result in results for item in result.items()):
+        if step.stand_in and name != "loss":
+            continue
         scale = loss_weight / step.loss_denominator if name == "loss" else weight / step.metric_denominator
         metrics.add(name, value if is_max(name) else value * scale)
 

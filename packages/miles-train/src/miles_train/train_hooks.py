@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import inspect
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -68,13 +69,22 @@ class HookCalls:
         return self._bound.get(name, [])
 
     def call(self, hook: BoundHook, *args: Any, **keywords: Any) -> Any:
-        """Call a hook; its exception passes on, with a note of where training was."""
+        """Call a hook; its exception passes on, with a note of where training was.
+
+        Raises:
+            HookResultError: it returned a coroutine or generator, as a plain decorator around an `async def` does.
+        """
         try:
-            return hook(*args, **keywords)
+            result = hook(*args, **keywords)
         except Exception as error:
             if self.where:
                 error.add_note(f"on trainer rank{self._rank()}{self.where}")
             raise
+        if inspect.isawaitable(result) or inspect.isgenerator(result) or inspect.isasyncgen(result):
+            if inspect.iscoroutine(result):
+                result.close()
+            raise self.wrong(hook, f"it returned a {type(result).__name__} that never ran: return its result")
+        return result
 
     def call_each(self, name: str, *args: Any) -> None:
         """Call every hook configured under `name`, for those that return nothing."""

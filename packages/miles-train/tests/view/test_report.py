@@ -342,7 +342,7 @@ def test_what_befell_a_hook_is_told(make_run):
     assert "407 skipped" in text
     assert "32 timed out, 5 retried" in text
     assert "12zero_std 11, hook_error 1" in text
-    assert "raised 3 errors, 2 of them by timing out" in text
+    assert "hook dynamic_filter (f.py:keep) raised 3 errors and timed out 2 times" in text
 
 
 def test_a_hook_that_the_run_does_not_call_says_why_and_is_no_cause_for_alarm(make_run):
@@ -352,3 +352,8 @@ def test_a_hook_that_the_run_does_not_call_says_why_and_is_no_cause_for_alarm(ma
     assert "rewardnot called: supervised, nothing is sampled" in text
     assert "never called" not in text
     assert "Dropped" not in text
+
+
+def test_a_hook_that_only_ever_timed_out_deserves_a_look_too(make_run):
+    ran = {"hook": "reward", "reference": "r.py:score", "process": "rollout", "calls": 40, "timeouts": 40}
+    assert "hook reward (r.py:score) timed out 40 times" in words(page_of(make_run([line(0)], hooks=[ran])))

@@ -12,6 +12,7 @@ import warnings
 from typing import TYPE_CHECKING, Any
 
 from miles_api.compat.tensors import in_loss
+from miles_api.fit import is_async
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -59,14 +60,9 @@ def _catches_all(parameters: dict[str, _P]) -> bool:
 
 def _like(found: Callable[..., Any], sync: Callable[..., Any], coroutine: Callable[..., Any] | None = None) -> Any:
     """Dress a wrapper as `found`; the second is taken for an `async def`."""
-    wrapper = coroutine if coroutine is not None and _is_async(found) else sync
+    wrapper = coroutine if coroutine is not None and is_async(found) else sync
     functools.update_wrapper(wrapper, found)
     return wrapper
-
-
-def _is_async(found: Any) -> bool:
-    call = found if inspect.isroutine(found) or isinstance(found, functools.partial) else type(found).__call__
-    return inspect.iscoroutinefunction(call)
 
 
 def _rollout(reference: str, found: Any, parameters: dict[str, _P]) -> Any:  # noqa: ARG001
@@ -220,7 +216,7 @@ def _agent(reference: str, found: Any, parameters: dict[str, _P]) -> Any:  # noq
     async def agent(base_url: str, prompt: Any, request_kwargs: Any, metadata: Any, /, **kwargs: Any) -> Any:
         return await found(base_url=base_url, prompt=prompt, request_kwargs=request_kwargs, metadata=metadata, **kwargs)
 
-    return _like(found, agent, agent) if _is_async(found) else found
+    return _like(found, agent, agent) if is_async(found) else found
 
 
 _ADAPTERS: dict[str, Callable[[str, Any, dict[str, _P]], Any]] = {

@@ -29,7 +29,8 @@ class RouterMiddleware(Protocol):
     `prefer(scope, url)`, which sends this request to one engine while it is healthy.
 
     Bodies pass as they are: whoever changes the tokens of a request or an answer must declare it with a class attribute
-    `changes_tokens = True`, which the run reports. `aclose()` or `close()` is called at the end.
+    `changes_tokens = True`, which its row in `hooks.json` shows and nothing else acts on. It brings no options: those
+    of a run do not reach the router's process. `aclose()` or `close()` is called at the end.
     """
 
     def __init__(self, app: Callable[..., Awaitable[None]], /, *, router: Any) -> None: ...

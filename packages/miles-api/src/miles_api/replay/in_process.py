@@ -116,11 +116,12 @@ class InLoop:
         try:
             self._finish(self.loop.create_task(finish()))
         finally:
-            _left_behind.update(asyncio.all_tasks(self.loop))
-            for task in _left_behind:
+            left = asyncio.all_tasks(self.loop)
+            for task in left:
                 task.cancel()
-            if _left_behind:
-                self.loop.run_until_complete(asyncio.wait(_left_behind, timeout=_GRACE))
+            if left:
+                _, pending = self.loop.run_until_complete(asyncio.wait(left, timeout=_GRACE))
+                _left_behind.update(pending)
             self.loop.close()
 
     def _finish(self, task: asyncio.Task[None]) -> None:

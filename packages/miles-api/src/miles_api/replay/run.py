@@ -11,6 +11,7 @@ import msgspec
 
 from miles_api.args import Args
 from miles_api.errors import ConfigError, DataError
+from miles_api.given import locate
 from miles_api.hook_options import HookOptions
 from miles_api.hooks import REGISTRY
 from miles_api.hookset import HookSet, configured_hooks
@@ -53,13 +54,15 @@ def replay(request: Request, progress: Progress) -> Replay:
     else:
         _require(spec.name in REPLAYERS, request, "--save-debug-train-data")
     reference = _reference(request, recorded)
-    flat = replay_options(spec, reference, dump.header.config, request.settings)
+    # Options hold references as a run records them.
+    located = locate(reference, None)
+    flat = replay_options(spec, located, dump.header.config, request.settings)
     result = Replay(
         hook=spec.name, reference=reference, recorded_reference=", ".join(recorded) or None, dump=request.dump,
         unit="batch", how="in this process",
     )  # fmt: skip
     if dump.header.kind == "train":
-        TrainReplay(spec, reference, flat, result, request.limit).run(dump, progress)
+        TrainReplay(spec, located, flat, result, request.limit).run(dump, progress)
     else:
         _Rollouts(request, flat, dump.header.config, result).run(dump, progress)
     result.damage = dump.damage

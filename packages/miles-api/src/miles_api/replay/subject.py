@@ -12,13 +12,12 @@ from miles_api.errors import MilesError
 from miles_api.rollout_types import Group
 
 if TYPE_CHECKING:
-    from types import TracebackType
-
     from miles_api.sample import Sample
 
 __all__ = ["Failure", "Reply", "Subject", "failure_of", "samples_of", "timed_out"]
 
-_OURS = str(Path(__file__).parent.parent)
+_OURS = frozenset(("miles_api", "miles_rollout", "miles_train", "miles_router"))
+"""The packages whose code calls hooks."""
 _FRAMES = 3
 _MOST_TEXT = 500
 
@@ -74,16 +73,15 @@ def samples_of(groups: list[Group]) -> list[Sample]:
 
 def failure_of(error: BaseException) -> Failure:
     """Describe an exception by the user's own frames; ours say nothing to the author of a hook."""
-    return Failure(type(error).__name__, f"{error!s:.{_MOST_TEXT}}", _own_frames(error, error.__traceback__))
+    frames = traceback.extract_tb(error.__traceback__)
+    own = [frame for frame in frames if not _OURS.intersection(Path(frame.filename).parts)]
+    if not own and not isinstance(error, MilesError):
+        # One of our own hooks.
+        own = [*frames]
+    shown = [f"{frame.filename}:{frame.lineno} in {frame.name}: {frame.line}" for frame in own[-_FRAMES:]]
+    return Failure(type(error).__name__, f"{error!s:.{_MOST_TEXT}}", shown)
 
 
 def timed_out(seconds: float) -> Failure:
     """Describe a call that ran past its deadline."""
     return Failure("TimeoutError", f"ran past --timeout {seconds:g} s")
-
-
-def _own_frames(error: BaseException, trace: TracebackType | None) -> list[str]:
-    if isinstance(error, MilesError):
-        return []
-    frames = [frame for frame in traceback.extract_tb(trace) if not frame.filename.startswith(_OURS)]
-    return [f"{frame.filename}:{frame.lineno} in {frame.name}: {frame.line}" for frame in frames[-_FRAMES:]]

@@ -168,7 +168,7 @@ class GenerateState:
 
 async def generate(args: Args, sample: Sample, sampling_params: dict[str, Any]) -> Sample | list[Sample]:
     """Generate one answer to a sample's prompt, as without a generate hook."""
-    request = GenerateFnInput(state=state_of(args), sample=sample, sampling_params=sampling_params)
+    request = GenerateFnInput(state=state_of(args), sample=sample, sampling_params=sampling_params, args=args)
     return (await single_turn.generate(request)).samples
 
 

@@ -106,9 +106,6 @@ class Cluster:
             "object_store_memory": _OBJECT_STORE_BYTES,
             "include_dashboard": False,
         }
-        if not address:
-            # Ray listens on every interface: a process that does not hold this run's token must not join it.
-            os.environ.setdefault("RAY_AUTH_MODE", "token")
         terminate = signal.getsignal(signal.SIGTERM)
         # "local": without --ray-address the run never joins a cluster that happens to be there (RAY_ADDRESS).
         ray.init(address=address or "local", logging_level=logging.ERROR, **({} if address else own))

@@ -77,8 +77,8 @@ class HookWatch:
         self._say = say
         self._seen: set[Moment] = set()
         self._reports: Reports = {
-            # Neither imported here nor a file: there is nothing to compare with.
-            "driver": [msgspec.to_builtins(row) for row in report.hooks if row.abi or row.sha256]
+            # Of what cannot be imported here there is nothing to compare with.
+            "driver": [msgspec.to_builtins(row) for row in report.hooks if row.abi]
         }
 
     def started(self) -> None:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from miles_train.view.charts import ALARMING_GAP
-from miles_train.view.hook_table import HookRow, hook_attention
+from miles_train.view.hook_table import HookTotals, hook_attention
 from miles_train.view.series import eval_datasets, phase_colors, phase_names, present, total_seconds
 from miles_train.view.words import duration, number, percent
 
@@ -168,7 +168,7 @@ def startup_text(run: RunDirectory) -> str:
     return ", ".join(f"{name.replace('_', ' ')} {duration(seconds)}" for name, seconds in run.startup.items())
 
 
-def attention(run: RunDirectory, hooks: Sequence[HookRow]) -> list[str]:
+def attention(run: RunDirectory, hooks: Sequence[HookTotals]) -> list[str]:
     """Return what a reader should not overlook."""
     found = list(run.problems)
     bad: dict[str, list[int]] = {}

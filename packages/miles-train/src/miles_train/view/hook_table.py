@@ -12,7 +12,7 @@ from miles_train.view.words import duration, number
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-__all__ = ["HookRow", "hook_attention", "hook_rows"]
+__all__ = ["HookTotals", "hook_attention", "hook_rows"]
 
 MOST_PROCESSES = 3
 MOST_REASONS = 4
@@ -22,7 +22,7 @@ DRIVER = "driver"
 """The process that checks hooks and calls none."""
 
 
-class HookRow(msgspec.Struct):
+class HookTotals(msgspec.Struct):
     """One hook as every process that loaded the same file of it ran it."""
 
     hook: str
@@ -96,27 +96,26 @@ class HookRow(msgspec.Struct):
         return ", ".join(f"{count:,} {what}" for count, what in parts if count)
 
 
-def hook_rows(hooks: Sequence[dict[str, Any]]) -> list[HookRow]:
+def hook_rows(hooks: Sequence[dict[str, Any]]) -> list[HookTotals]:
     """Return one row for each hook, reference and file, added up over processes."""
-    rows: dict[tuple[str, ...], HookRow] = {}
+    rows: dict[tuple[str, ...], HookTotals] = {}
     for hook in hooks:
         name, reference, file, sha256, distribution, version = (
             str(hook.get(key) or "") for key in ("hook", "reference", "file", "sha256", "distribution", "version")
         )
         origin = f"{distribution} {version}".strip()
-        row = rows.setdefault((name, reference, sha256, origin), HookRow(name, reference, origin, file, sha256))
+        row = rows.setdefault((name, reference, sha256, origin), HookTotals(name, reference, origin, file, sha256))
         row.add(hook)
     return list(rows.values())
 
 
-def hook_attention(rows: Sequence[HookRow], *, has_rollouts: bool) -> list[str]:
+def hook_attention(rows: Sequence[HookTotals], *, has_rollouts: bool) -> list[str]:
     """Return what a reader should not overlook about the hooks of a run."""
-    found = [
-        f"hook {row.hook} ({row.reference}) raised {row.errors:,} errors"
-        + (f", {row.timeouts:,} of them by timing out" if row.timeouts else "")
-        for row in rows
-        if row.errors
-    ]
+    found = []
+    for row in rows:
+        parts = [(row.errors, f"raised {row.errors:,} errors"), (row.timeouts, f"timed out {row.timeouts:,} times")]
+        if any(count for count, _ in parts):
+            found.append(f"hook {row.hook} ({row.reference}) " + " and ".join(text for count, text in parts if count))
     found += [
         f"hook {row.hook} ({row.reference}) was loaded and never called"
         for row in rows

@@ -15,8 +15,8 @@ from miles_api.bind import BoundHook, resolve
 from miles_api.cli.hooks.words import find_spec, flag_words
 from miles_api.errors import ConfigError, DataError, HookError, HookLoadError, SampleError
 from miles_api.given import Given
+from miles_api.load import TRAINER_PACKAGES
 from miles_api.sample import Sample
-from miles_api.testing.result import TRAINER_PACKAGES
 
 if TYPE_CHECKING:
     from miles_api.spec import HookSpec

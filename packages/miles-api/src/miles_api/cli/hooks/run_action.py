@@ -11,6 +11,7 @@ from typing import Any
 import msgspec
 
 from miles_api.cli.hooks.words import find_spec
+from miles_api.given import locate
 from miles_api.replay import Replay, Request, replay
 from miles_api.replay.options import settings
 
@@ -117,7 +118,11 @@ def _rate(result: Replay) -> float:
 
 def _lines(result: Replay) -> list[str]:
     recorded = result.recorded_reference
-    said = "the same reference" if recorded == result.reference else recorded or f"no {result.hook} hook of its own"
+    said = (
+        "the same reference"
+        if recorded == locate(result.reference, None)
+        else recorded or f"no {result.hook} hook of its own"
+    )
     lines = [
         f"{result.hook} hook {result.reference} on {result.dump}, recorded with {said}",
         *("  " + line for line in result.lines),

@@ -39,7 +39,11 @@ def _generate(trial: Trial) -> None:
         calls: list[tuple[Any, ...]]
         if trial.hook.form.name == "input":
             calls = [
-                (GenerateFnInput(state=state, sample=sample, sampling_params=params, evaluation=evaluation),)
+                (
+                    GenerateFnInput(
+                        state=state, sample=sample, sampling_params=params, evaluation=evaluation, args=trial.args
+                    ),
+                )
                 for sample, params in zip(prompts, own, strict=True)
             ]
             results = trial.together(calls)
