@@ -1,0 +1,359 @@
+"""`miles migrate`: what a launch script says, read as the shell would, and what becomes of each flag."""
+
+import tomllib
+
+import pytest
+
+from miles_api.cli import main
+from miles_api.errors import DataError
+from miles_api.migrate import migrate, read_script
+from miles_api.migrate.lexer import Assignment, tokens
+from miles_api.parse import parse_run
+
+LAUNCH = """\
+#!/bin/bash
+# Start over.
+pkill -9 sglang 2>/dev/null || true
+set -ex
+
+GPUS=4
+HERE="$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")" &>/dev/null && pwd)"
+source "${HERE}/models/tiny.sh"
+
+CKPT_ARGS=(
+   --hf-checkpoint /models/tiny
+   #--hf-checkpoint /models/other
+   --ref-load /models/tiny_dist
+   --load /out/tiny/   # where it was left
+   --save /out/tiny/
+)
+ROLLOUT_ARGS=(
+   --prompt-data "${DATA_DIR:-/data}/train.jsonl"
+   --label-key label
+   --rollout-batch-size 8
+   --n-samples-per-prompt 4
+   --global-batch-size $((8 * 4 / 2))
+   --rollout-max-response-len 64
+   --rollout-temperature 0.8
+   --rollout-stop "</answer>" 'two words'
+   --num-rollout 20
+   --rm-type math
+
+   --balance-data
+)
+EVAL_ARGS=(--eval-interval 5 --eval-prompt-data held /data/held.jsonl)
+GRPO_ARGS=(
+   --advantage-estimator grpo
+   --use-kl-loss
+   --kl-loss-coef 0.00
+   --eps-clip-high 0.28
+   --disable-grpo-std-normalization
+)
+OPTIMIZER_ARGS=(--optimizer adam --lr 1e-6 --adam-beta2 0.98)
+if [ -n "$WANDB_KEY" ]; then
+   WANDB_ARGS=(--use-wandb --wandb-key ${WANDB_KEY})
+fi
+if [[ "$GPUS" == "8" ]]; then
+   PERF_ARGS=(--tensor-model-parallel-size 4)
+else
+   PERF_ARGS=(--tensor-model-parallel-size 2)
+   PERF_ARGS+=(--use-dynamic-batch-size --max-tokens-per-gpu 512)
+fi
+SGLANG_ARGS=(
+   --rollout-num-gpus-per-engine 2
+   --sglang-mem-fraction-static 0.7
+)
+
+ray job submit --address="http://127.0.0.1:8265" \\
+   --runtime-env-json='{"env_vars": {"A": "1"}}' \\
+   -- python3 train.py \\
+   --actor-num-nodes 1 \\
+   --actor-num-gpus-per-node ${GPUS} \\
+   --colocate \\
+   ${MODEL_ARGS[@]} \\
+   "${CKPT_ARGS[@]}" \\
+   "${ROLLOUT_ARGS[@]}" ${EVAL_ARGS[@]} ${GRPO_ARGS[@]} ${OPTIMIZER_ARGS[@]} \\
+   ${WANDB_ARGS[@]} ${PERF_ARGS[@]} ${SGLANG_ARGS[@]}
+ray stop
+"""
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "launch.sh").write_text(LAUNCH)
+    return tmp_path
+
+
+def words(folder, text):
+    """Return the arguments of the `train.py` in a script."""
+    path = folder / "script.sh"
+    path.write_text(text)
+    return [argument.text for argument in read_script(str(path)).arguments]
+
+
+def outcome(folder, flags):
+    """Migrate a bare list of arguments."""
+    (folder / "flags.txt").write_text(flags)
+    return migrate(read_script(str(folder / "flags.txt")))
+
+
+def taken(migration):
+    return {entry.key: entry.value for entry in migration.entries}
+
+
+# Reading a script
+
+
+def test_arrays_continued_lines_comments_and_variables_are_read_as_the_shell_reads_them(folder):
+    script = """\
+NAME=big   # a remark
+DIR="/data/$NAME"
+A=( --one "${DIR}/a b" \\
+    # --left-out 1
+    --two 'a$NAME' "" )
+A+=(--three=3)
+python3 -u train.py --zero "${A[@]}" "${NONE[@]}" ${UNSET_LIST[@]}  # done
+"""
+    assert words(folder, script) == ["--zero", "--one", "/data/big/a b", "--two", "a$NAME", "", "--three=3"]
+    assert words(folder, script.replace('"${A[@]}"', "${A[@]}")) == [
+        "--zero", "--one", "/data/big/a", "b", "--two", "a$NAME", "--three=3",
+    ]  # fmt: skip
+
+
+def test_an_unquoted_variable_is_split_at_spaces_and_a_quoted_one_is_not(folder):
+    assert words(folder, 'X="1 2"\npython train.py --a $X --b "$X"') == ["--a", "1", "2", "--b", "1 2"]
+
+
+def test_defaults_in_expansions_count_as_with_an_empty_environment(folder):
+    script = 'export PORT=${PORT:-"80"}\nHOST=${A:-${B:-here}}\npython train.py --port ${PORT} --host $HOST --n ${1:-3}'
+    assert words(folder, script) == ["--port", "80", "--host", "here", "--n", "3"]
+
+
+def test_arithmetic_and_paths_beside_the_script_are_worked_out(folder):
+    script = """\
+DIR=$(cd "$(dirname "$0")/.." && pwd)
+N=4
+python train.py --size $((N * (3 - 1))) --name $(basename "$DIR/x.json") --dir $DIR --date $(date)
+"""
+    assert words(folder, script) == [
+        "--size", "8", "--name", "x.json", "--dir", str(folder.parent), "--date", "$(date)"
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("condition", "branch"),
+    [
+        ('[ "$MODE" = "fast" ]', "then"),
+        ('[[ "$MODE" != "fast" ]]', "else"),
+        ('[ -z "$NOT_SET" ]', "then"),
+        ('[[ -n "${NOT_SET:-}" && "$MODE" == "fast" ]]', "else"),
+        ('[ -n "$NOT_SET" ] || [ "$MODE" = "fast" ]', "then"),
+        ("! [ $COUNT -eq 2 ]", "else"),
+    ],
+)
+def test_conditions_that_the_script_decides_are_followed(folder, condition, branch):
+    script = f"MODE=fast\nCOUNT=2\nif {condition}; then\n  A=then\nelse\n  A=else\nfi\npython train.py --a $A"
+    assert words(folder, script) == ["--a", branch]
+
+
+def test_flags_under_a_condition_that_only_the_run_can_decide_are_named_as_left_out(folder):
+    script = (
+        "A=(--one)\nif nvidia-smi | grep -q H100; then\n  A+=(--two)\nelse\n  A+=(--three)\nfi\npython train.py ${A[@]}"
+    )
+    (folder / "s.sh").write_text(script)
+    found = read_script(str(folder / "s.sh"))
+    assert [argument.text for argument in found.arguments] == ["--one"]
+    assert [note.partition(":")[0] for note in found.notes] == ["line 3", "line 5"]
+
+
+def test_loops_cases_and_functions_are_not_followed(folder):
+    script = """\
+usage() {
+  echo "--not a flag"
+  LR=9
+}
+LR=1
+while [[ $# -gt 0 ]]; do
+  case "$1" in
+    --lr) LR="$2"; shift 2 ;;
+    *) exit 1 ;;
+  esac
+done
+for i in 1 2; do LR=3; done
+cat <<EOF
+python train.py --not-this
+EOF
+[ -z "$X" ] && LR=5
+[ -n "$X" ] && LR=6
+cd /tmp && python3 /opt/train_async.py --lr $LR
+"""
+    assert words(folder, script) == ["--lr", "5"]
+
+
+def test_a_sourced_file_is_read_where_it_is_there(folder):
+    (folder / "models").mkdir()
+    (folder / "models" / "tiny.sh").write_text("MODEL_ARGS=(--num-layers 2)\n")
+    found = read_script(str(folder / "launch.sh"))
+    layers = next(argument for argument in found.arguments if argument.text == "--num-layers")
+    assert layers.place == "tiny.sh line 1"
+    assert found.notes == []
+
+
+def test_a_script_without_a_launch_and_a_python_program_are_refused(folder):
+    (folder / "nothing.sh").write_text("echo hello\n")
+    (folder / "run.py").write_text("print()\n")
+    for name in ("nothing.sh", "run.py", "missing.sh"):
+        with pytest.raises(DataError, match=name):
+            read_script(str(folder / name))
+
+
+def test_text_that_is_no_proper_shell_is_read_to_its_end():
+    for text in ("A=(--one 'x", 'B="$(', "${", "if", "$((", "`", "fi }", "<<EOF", ")", "A+=(", "case x in"):
+        assert all(token is not None for token in tokens(text))
+    assert isinstance(tokens("A=(--one 'x")[0], Assignment)
+
+
+# What becomes of flags
+
+
+def test_a_launch_script_becomes_a_run_file_that_parses(folder, capsys):
+    assert main(["migrate", "launch.sh"]) == 0
+    said = capsys.readouterr()
+    assert said.out == "wrote run.toml; next: miles check run.toml\n"
+    written = tomllib.loads((folder / "run.toml").read_text())
+    assert written["run"] == {
+        "hf_checkpoint": "/models/tiny", "num_rollout": 20, "rollout_batch_size": 8,
+        "n_samples_per_prompt": 4, "global_batch_size": 16, "rollout_temperature": 0.8, "eval_interval": 5,
+        "save": "/out/tiny/",
+    }  # fmt: skip
+    config = parse_run(["run.toml"])
+    args = config.args
+    assert (args.lr, args.adam_beta2, args.eps_clip_high, args.grpo_std_normalization) == (1e-6, 0.98, 0.28, False)
+    assert args.rollout_stop == ["</answer>", "two words"]
+    assert args.prompt_data == "/data/train.jsonl"
+    assert args.tensor_model_parallel_size == 2
+    assert args.rollout_num_engines == 2
+    assert "models/tiny.sh is not here" in said.err
+
+
+def test_every_flag_is_taken_over_or_named_with_its_line_and_a_reason(folder):
+    migration = migrate(read_script("launch.sh"))
+    flags = [a for a in read_script("launch.sh").arguments if a.text.startswith("--")]
+    assert migration.count == len(flags)
+    assert migration.taken + len(migration.dropped) + len(migration.lacking) == len(flags)
+    assert {left.flag.split()[0] for left in migration.dropped} == {
+        "--ref-load", "--load", "--balance-data", "--use-kl-loss", "--kl-loss-coef", "--optimizer",
+        "--use-dynamic-batch-size", "--rollout-num-gpus-per-engine",
+    }  # fmt: skip
+    line = 1 + LAUNCH.splitlines().index("   --sglang-mem-fraction-static 0.7")
+    assert [(left.flag, left.place) for left in migration.lacking] == [
+        ("--sglang-mem-fraction-static 0.7", f"line {line}")
+    ]
+    assert all(left.reason for left in migration.dropped + migration.lacking)
+
+
+def test_where_the_older_stack_has_another_default_it_is_written_down(folder):
+    found = taken(outcome(folder, "--eval-prompt-data a x.jsonl --rollout-temperature 0.7"))
+    assert found["input_key"] == "input"
+    assert found["weight_decay"] == 0.01
+    assert found["eval_temperature"] == 0.7
+    given = taken(outcome(folder, "--input-key prompt --weight-decay 0.1"))
+    assert given["input_key"] == "prompt"
+    assert given["weight_decay"] == 0.1
+    assert "eval_temperature" not in given
+
+
+def test_hooks_get_their_short_names_and_our_defaults_are_left_out(folder):
+    migration = outcome(
+        folder,
+        "--rollout-function-path slime.rollout.sglang_rollout.generate_rollout "
+        "--dynamic-sampling-filter-path miles.rollout.filter_hub.dynamic_sampling_filters.check_reward_nonzero_std "
+        "--custom-generate-function-path mine.gen --custom-rm-path slime.rollout.no_such.thing",
+    )
+    assert taken(migration)["dynamic_sampling_filter_path"] == "check_reward_nonzero_std"
+    assert taken(migration)["custom_generate_function_path"] == "mine.gen"
+    assert [left.reason for left in migration.dropped] == ["that is the default here"]
+    assert "slime.rollout.no_such.thing" in migration.lacking[0].reason
+
+
+def test_values_that_do_not_fit_are_named_and_not_written(folder):
+    migration = outcome(
+        folder,
+        "--advantage-estimator imaginary --num-rollout many --rollout-shuffle yes --rollout-top-p 1.5 --lr 1 2 "
+        "--apply-chat-template-kwargs {x --rollout-top-k -1",
+    )
+    assert [left.flag.split()[0] for left in migration.unfit] == [
+        "--advantage-estimator", "--num-rollout", "--rollout-shuffle", "--rollout-top-p", "--lr",
+        "--apply-chat-template-kwargs",
+    ]  # fmt: skip
+    assert taken(migration)["rollout_top_k"] == -1
+    assert not {"num_rollout", "lr", "rollout_top_p"} & set(taken(migration))
+
+
+def test_a_value_from_the_environment_is_not_written_and_the_option_is_named(folder):
+    migration = outcome(folder, "--hf-checkpoint ${MODEL_DIR}/tiny --num-rollout 3")
+    assert "MODEL_DIR" in migration.unfit[0].reason
+    assert "hf_checkpoint" in migration.unfit[0].reason
+    assert "hf_checkpoint" not in taken(migration)
+
+
+def test_several_evaluation_files_a_parquet_file_and_a_slice_are_pointed_out(folder):
+    migration = outcome(folder, "--eval-prompt-data a x.jsonl b y.jsonl --prompt-data /d/train.parquet")
+    doubts = {entry.key: entry.doubt for entry in migration.entries}
+    assert "b" in doubts["eval_prompt_data"]
+    assert "JSONL" in doubts["prompt_data"]
+    assert "@[" in outcome(folder, "--prompt-data x.jsonl@[0:3]").entries[0].doubt
+
+
+def test_a_kl_penalty_of_weight_zero_is_not_needed_and_any_other_is_missing(folder):
+    assert outcome(folder, "--use-kl-loss --kl-loss-coef 0.0 --ref-load r").lacking == []
+    lacking = outcome(folder, "--use-kl-loss --kl-loss-coef 0.1 --ref-load r").lacking
+    assert [left.flag.split()[0] for left in lacking] == ["--use-kl-loss", "--kl-loss-coef", "--ref-load"]
+
+
+def test_one_file_for_all_rollouts_takes_the_place_of_a_name_with_a_placeholder(folder):
+    found = taken(outcome(folder, "--save-debug-rollout-data d/{rollout_id}.pt --save-hf hf/iter_{rollout_id}"))
+    assert (found["save_debug_rollout_data"], found["save_hf"]) == ("d/rollout.mdump", "hf")
+
+
+def test_supervised_and_asynchronous_launches_are_told_apart(folder):
+    (folder / "sft.sh").write_text(
+        "python3 train_async.py --rollout-function-path slime.rollout.sft_rollout.generate_rollout "
+        "--loss-type sft_loss --debug-train-only --num-epoch 3"
+    )
+    migration = migrate(read_script("sft.sh"))
+    assert taken(migration)["rollout_function_path"] == "sft"
+    assert [left.flag for left in migration.dropped] == ["--debug-train-only"]
+    assert [left.flag for left in migration.lacking] == ["--num-epoch 3", "train_async.py"]
+    assert "ahead of training" in migration.lacking[1].reason
+
+
+def test_the_last_of_two_equal_flags_counts_and_that_is_said(folder):
+    migration = outcome(folder, "--lr 1 --lr 2")
+    assert taken(migration)["lr"] == 2.0
+    assert "--lr stands twice" in migration.notes[0]
+
+
+def test_keys_are_not_repeated_anywhere(folder, capsys):
+    (folder / "keys.sh").write_text("python train.py --use-wandb --wandb-key abcdef123 --lr 1e-6\n")
+    main(["migrate", "keys.sh", "-o", "-"])
+    said = capsys.readouterr()
+    assert "abcdef123" not in said.out + said.err
+    assert "WANDB_API_KEY" in said.err
+
+
+def test_strict_fails_on_a_flag_without_counterpart_and_writes_all_the_same(folder):
+    (folder / "one.sh").write_text("python train.py --lr 1e-6 --no-such-flag\n")
+    (folder / "two.sh").write_text("python train.py --lr 1e-6\n")
+    assert main(["migrate", "one.sh", "-o", "one.toml", "--strict"]) == 1
+    assert "--no-such-flag" in (folder / "one.toml").read_text()
+    assert main(["migrate", "two.sh", "-o", "two.toml", "--strict"]) == 0
+
+
+def test_a_file_that_is_there_is_not_written_over(folder, capsys):
+    (folder / "run.toml").write_text("mine")
+    assert main(["migrate", "launch.sh"]) == 2
+    assert (folder / "run.toml").read_text() == "mine"
+    assert "--overwrite" in capsys.readouterr().err
+    assert main(["migrate", "launch.sh", "--overwrite"]) == 0
