@@ -16,9 +16,9 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
 from miles_api import Args, Sample
-from miles_api.bind import bind
 from miles_api.hooks import REGISTRY
-from miles_api.plain import make_plain
+from miles_api.loading.bind import bind
+from miles_api.loading.plain import make_plain
 
 if TYPE_CHECKING:
     from collections.abc import Callable

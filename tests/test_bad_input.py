@@ -9,10 +9,10 @@ import sys
 import pytest
 import ray
 
-from miles_api.check import TABLES, check_words
+from miles_api.checks.check import TABLES, check_words
+from miles_api.checks.plan import plan_lines
 from miles_api.cli import main
 from miles_api.config import option_groups
-from miles_api.plan import plan_lines
 
 BLOCKED = """
 import sys

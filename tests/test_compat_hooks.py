@@ -8,9 +8,9 @@ import torch
 
 from miles_api import Args, Sample
 from miles_api.batch import REQUIRED_COLUMNS
-from miles_api.bind import resolve
 from miles_api.compat.adapters import CompatWarning
 from miles_api.hooks import REGISTRY
+from miles_api.loading.bind import resolve
 
 FOLDER = Path(__file__).parent / "older_hooks"
 ROLLOUT = {

@@ -16,9 +16,9 @@ import pytest
 import torch
 
 from miles_api import Args, Sample
-from miles_api.bind import resolve
 from miles_api.errors import HookLoadError
 from miles_api.hooks import REGISTRY
+from miles_api.loading.bind import resolve
 
 FOLDERS = [Path(folder) for folder in os.environ.get("MILES_COMPAT_SOURCES", "").split(os.pathsep) if folder]
 pytestmark = pytest.mark.skipif(

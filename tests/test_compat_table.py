@@ -7,7 +7,7 @@ import pytest
 
 from miles_api.compat.finder import install
 from miles_api.compat.table import FLAG_VALUES, rows
-from miles_api.load import find
+from miles_api.loading.load import find
 
 A = object()
 CP = ((A, 3, 2), {"qkv_format": "thd", "max_seq_len": None})

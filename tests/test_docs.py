@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from miles_api.parse import parse_run
+from miles_api.parsing.parse import parse_run
 from miles_api.run_options import RunOptions
 from miles_api.testing.options import ReliedOn
 from miles_rollout import failures

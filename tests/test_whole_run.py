@@ -10,10 +10,10 @@ from pathlib import Path
 import psutil
 import pytest
 
-from miles_api.check import derive
+from miles_api.checks.check import derive
 from miles_api.errors import ServiceError
-from miles_api.load import provider
-from miles_api.parse import parse_run
+from miles_api.loading.load import provider
+from miles_api.parsing.parse import parse_run
 from miles_api.services import Placement
 
 TIMEOUT = 280

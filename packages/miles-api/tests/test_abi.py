@@ -9,7 +9,7 @@ from miles_api import Args
 from miles_api.errors import ConfigError
 from miles_api.golden import golden_facts
 from miles_api.hook_options import HookOptions
-from miles_api.hookset import HookSet, configured_hooks
+from miles_api.loading.hookset import HookSet, configured_hooks
 from miles_api.spec import REGISTRY
 
 GOLDEN = Path(__file__).parent.parent / "abi" / "1.0-draft.txt"

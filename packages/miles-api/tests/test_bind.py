@@ -5,11 +5,11 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from miles_api import Args, GenerateFnInput, Sample
-from miles_api.bind import bind
 from miles_api.errors import HookSignatureError
 from miles_api.hook_options import HookOptions
 from miles_api.hooks import REGISTRY
-from miles_api.hookset import HookSet
+from miles_api.loading.bind import bind
+from miles_api.loading.hookset import HookSet
 
 
 def bound(name, target, args=None):

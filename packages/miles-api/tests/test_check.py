@@ -8,12 +8,13 @@ from typing import Annotated
 import msgspec
 import pytest
 
-from miles_api import check, parse
 from miles_api import config as config_module
+from miles_api.checks import check
 from miles_api.cli.check_command import command
 from miles_api.errors import ConfigError, HookLoadError
 from miles_api.hook_options import HookOptions
 from miles_api.options import Options
+from miles_api.parsing import parse
 from miles_api.record import DumpHeader, DumpWriter, RecordedRollout
 from miles_api.run_options import RunOptions
 
@@ -149,7 +150,7 @@ def test_only_a_hook_of_the_trainer_may_lack_a_package_here(installed, hook_file
     installed(train=side(hooks=["megatron_init"]), rollout=side(hooks=["rollout_log"]))
     file = hook_file("import megatron_that_is_not_here\ndef fn(args, *more):\n    pass\n")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("miles_api.hook_rows.TRAINER_PACKAGES", ("megatron_that_is_not_here",))
+        patch.setattr("miles_api.checks.hook_rows.TRAINER_PACKAGES", ("megatron_that_is_not_here",))
         report = words(flag, f"{file}:fn")
     assert bool(report.problems) is refused
     if not refused:

@@ -8,13 +8,13 @@ import pytest
 
 import miles_api
 from miles_api import Args, DynamicFilterOutput, RolloutFnTrainOutput, Sample
-from miles_api.bind import bind
 from miles_api.compat import translate
 from miles_api.compat.finder import install
 from miles_api.compat.table import FLAG_VALUES, ROOTS
 from miles_api.errors import HookLoadError, HookSignatureError
 from miles_api.hooks import REGISTRY
-from miles_api.load import import_reference
+from miles_api.loading.bind import bind
+from miles_api.loading.load import import_reference
 
 
 def bound(name, target):
@@ -39,7 +39,7 @@ def test_older_packages_can_be_imported_once_a_hook_is_loaded_and_not_before(tmp
         f"""
         import importlib.util
         from miles_api import Sample
-        from miles_api.load import import_reference
+        from miles_api.loading.load import import_reference
         print(importlib.util.find_spec("slime"), importlib.util.find_spec("miles"))
         fn = import_reference({str(tmp_path / "hook.py:fn")!r}, short_names="miles.hooks.reward", flag="--x")
         from miles.utils.types import Sample as other
@@ -135,7 +135,7 @@ def test_an_older_name_in_a_flag_that_is_not_in_the_table_names_flag_and_nearest
 
 def test_a_name_that_needs_an_engine_package_says_so_where_none_is_installed(monkeypatch):
     install()
-    monkeypatch.setattr("miles_api.load.entry_points", lambda group: {})
+    monkeypatch.setattr("miles_api.loading.load.entry_points", lambda group: {})
     with pytest.raises(ImportError, match=r"needs an engine package.*'batched_async_rm'"):
         _ = importlib.import_module("miles_api.compat.engine").batched_async_rm
 
@@ -364,7 +364,7 @@ def test_a_hook_that_fits_no_stack_is_refused_with_its_own_signature(name, body)
 
 def test_the_origin_of_an_adapted_hook_is_its_own_file(tmp_path):
     (tmp_path / "older.py").write_text("def fn(args, samples): return {}\n")
-    from miles_api.bind import resolve
+    from miles_api.loading.bind import resolve
 
     hook = resolve(REGISTRY["convert_samples"], f"{tmp_path}/older.py:fn")
     assert hook.origin.file == str(tmp_path / "older.py")

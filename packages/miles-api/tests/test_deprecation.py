@@ -5,10 +5,10 @@ import warnings
 import pytest
 
 from miles_api import hooks, spec
-from miles_api.bind import DEFAULT, bind
 from miles_api.cli import main
 from miles_api.errors import MilesDeprecationWarning
 from miles_api.golden import golden_facts
+from miles_api.loading.bind import DEFAULT, bind
 
 
 @pytest.fixture
@@ -53,7 +53,7 @@ def test_a_deprecated_argument_warns_those_who_name_it(registry):
 
 _TWICE = """
 from miles_api import hooks, spec
-from miles_api.bind import bind
+from miles_api.loading.bind import bind
 
 @spec.hook(flag="--old-path", deprecated="1.3: use reward", since=(1, 0), side="rollout", default="", moment="start")
 def old(args, /): ...

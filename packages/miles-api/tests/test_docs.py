@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from miles_api.bind import resolve
 from miles_api.hooks import REGISTRY
+from miles_api.loading.bind import resolve
 
 DOCS = Path(__file__).parents[3] / "docs"
 sys.path.append(str(DOCS))

@@ -6,10 +6,10 @@ import tomllib
 import pytest
 
 from miles_api import config as config_module
-from miles_api import parse
 from miles_api.errors import ConfigError
 from miles_api.hook_options import HookOptions
 from miles_api.options import Options
+from miles_api.parsing import parse
 from miles_api.run_options import RunOptions
 
 

@@ -6,7 +6,7 @@ import pytest
 from miles_api import Args
 from miles_api.errors import ConfigError
 from miles_api.hook_options import HookOptions
-from miles_api.hookset import HookSet, differs
+from miles_api.loading.hookset import HookSet, differs
 
 _LIFE = """
 made, closed = [], []

@@ -1,7 +1,7 @@
 import pytest
 
 from miles_api.errors import HookLoadError
-from miles_api.load import find, import_reference, origin_of
+from miles_api.loading.load import find, import_reference, origin_of
 
 
 def load(reference):

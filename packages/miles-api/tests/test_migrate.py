@@ -8,7 +8,7 @@ from miles_api.cli import main
 from miles_api.errors import DataError
 from miles_api.migrate import migrate, read_script
 from miles_api.migrate.lexer import Assignment, tokens
-from miles_api.parse import parse_run
+from miles_api.parsing.parse import parse_run
 
 LAUNCH = """\
 #!/bin/bash

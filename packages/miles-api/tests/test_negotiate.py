@@ -10,11 +10,11 @@ import pytest
 from miles_api import abi, spec
 from miles_api._version import __version__
 from miles_api.abi import ABI, ABI_OF_RELEASE
-from miles_api.bind import bind
 from miles_api.errors import HookSignatureError, HookVersionError
 from miles_api.golden import golden_facts
 from miles_api.hooks import REGISTRY
-from miles_api.negotiate import abi_of_requirement
+from miles_api.loading.bind import bind
+from miles_api.loading.negotiate import abi_of_requirement
 
 
 def reward(args, sample):
@@ -161,8 +161,8 @@ _USE_EACH = """
 import json
 from miles_api import Sample
 from miles_api.errors import MilesError
-from miles_api.hookset import HookSet
-from miles_api.parse import parse_run
+from miles_api.loading.hookset import HookSet
+from miles_api.parsing.parse import parse_run
 
 said = {}
 for name in ("one", "two", "marked"):

@@ -5,7 +5,7 @@ import pytest
 
 from miles_api import Sample
 from miles_api.errors import HookResultError
-from miles_api.plain import make_plain, plain_number
+from miles_api.loading.plain import make_plain, plain_number
 
 
 class Scalar:

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from miles_api import Sample
 from miles_api.errors import ConfigError, DataError, WireError
-from miles_api.packed import PackedColumn
+from miles_api.packing.packed import PackedColumn
 from miles_api.record import (
     SCHEMA,
     DumpHeader,

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from miles_api import Sample, wire
 from miles_api.errors import WireError
-from miles_api.packed import ArrayBlob, PackedColumn
+from miles_api.packing.packed import ArrayBlob, PackedColumn
 
 MORE = float(os.environ.get("MILES_EXAMPLES", "1"))
 """How many times as many examples: the whole suite has seconds, a search for the odd one has minutes."""

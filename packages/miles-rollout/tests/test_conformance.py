@@ -4,7 +4,7 @@ import pytest
 
 from miles_api.errors import HookLoadError
 from miles_api.hooks import REGISTRY
-from miles_api.load import entry_points
+from miles_api.loading.load import entry_points
 from miles_api.testing import ConformanceError, check_hook, make_sample
 from miles_api.testing.options import ReliedOn
 

@@ -6,7 +6,7 @@ import textwrap
 import pytest
 
 from miles_api.errors import ConfigError, DataError, HookError, HookResultError, MilesError, ServiceError
-from miles_api.hookset import HookSet
+from miles_api.loading.hookset import HookSet
 from miles_api.record import read_dump
 from miles_api.sample import Sample
 from miles_rollout.budget import ErrorBudget
@@ -304,7 +304,8 @@ def test_a_loop_that_stays_blocked_ends_the_process_and_names_the_hook(tmp_path)
     hook.write_text("import time\nasync def fn(args, sample):\n    time.sleep(60)\n")
     script = f"""
         import asyncio
-        from miles_api import bind, spec, hooks
+        from miles_api import spec, hooks
+        from miles_api.loading import bind
         from miles_rollout.watchdog import Watchdog
         hook = bind.resolve(spec.REGISTRY["reward"], "{hook}:fn")
         async def main():

@@ -3,7 +3,7 @@ import json
 import pytest
 
 from miles_api.errors import DataError, HookResultError, MilesError, ServiceError
-from miles_api.hookset import HookSet
+from miles_api.loading.hookset import HookSet
 from miles_rollout.service import RolloutWorker
 from miles_rollout.state import State
 

@@ -11,8 +11,8 @@ import pytest
 import uvicorn
 from uvicorn.server import ServerState
 
-from miles_api.bind import bind
 from miles_api.hooks import REGISTRY
+from miles_api.loading.bind import bind
 from miles_router import RouterOptions
 from miles_router.app import RouterApp
 from miles_router.middleware import MiddlewareStack

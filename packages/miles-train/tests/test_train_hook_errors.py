@@ -8,9 +8,9 @@ from importlib import import_module
 import pytest
 import torch
 
-from miles_api.bind import bind
 from miles_api.errors import ConfigError, HookResultError, MilesError
 from miles_api.hooks import REGISTRY
+from miles_api.loading.bind import bind
 from miles_train.importance import truncated_importance_sampling
 from miles_train.options import ObjectiveOptions
 from miles_train.train_hooks import TRAIN_HOOKS, HookCalls, check_train_hooks, idle_train_hooks

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from miles_api.errors import DataError, HookResultError, MilesError
-from miles_api.hookset import HookSet
+from miles_api.loading.hookset import HookSet
 from miles_api.record import RecordedTrainBatch, read_dump
 from miles_train.options import ObjectiveOptions
 from miles_train.replay import replayers

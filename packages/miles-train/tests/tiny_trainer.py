@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 
 from miles_api.config import RunConfig
 from miles_api.hook_options import HookOptions
-from miles_api.load import import_reference
+from miles_api.loading.load import import_reference
 from miles_api.options import Options
 from miles_api.run_options import RunOptions
 from miles_train.options import BatchingOptions, ObjectiveOptions, OptimizerOptions, ParallelOptions

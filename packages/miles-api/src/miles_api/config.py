@@ -12,7 +12,7 @@ import msgspec
 
 from miles_api.args import Args
 from miles_api.errors import ConfigError
-from miles_api.load import entry_points
+from miles_api.loading.load import entry_points
 from miles_api.options import Options, option_kind
 
 __all__ = ["DERIVED", "HookValues", "RunConfig", "option_groups"]

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
 from miles_api.errors import ConfigError, DataError, WireError
-from miles_api.frames import MAGIC, FrameReader, frame_head, looks_like
+from miles_api.packing.frames import MAGIC, FrameReader, frame_head, looks_like
 from miles_api.recorded import (
     SCHEMA,
     DumpHeader,

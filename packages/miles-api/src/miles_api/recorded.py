@@ -6,11 +6,11 @@ from typing import Any, Literal
 
 import msgspec
 
-from miles_api import codec
 from miles_api._version import __version__
 from miles_api.abi import ABI
 from miles_api.errors import DataError, WireError
-from miles_api.packed import Kind, PackedColumn, pack, packed
+from miles_api.packing import codec
+from miles_api.packing.packed import Kind, PackedColumn, pack, packed
 from miles_api.rollout_types import Group
 from miles_api.wire import group_from, group_message
 

@@ -8,10 +8,10 @@ from typing import Any, NoReturn
 
 import msgspec
 
-from miles_api import codec
 from miles_api.errors import ConfigError, SampleError
-from miles_api.packed import lazy_field
-from miles_api.sample_forms import COLUMNS, field_from_json, fields_to_json, pickled_fields, slots
+from miles_api.packing import codec
+from miles_api.packing.packed import lazy_field
+from miles_api.packing.sample_forms import COLUMNS, field_from_json, fields_to_json, pickled_fields, slots
 from miles_api.sample_parts import PrefixCacheInfo, SpecInfo, Status
 
 __all__ = ["PrefixCacheInfo", "Sample", "SpecInfo", "Status"]

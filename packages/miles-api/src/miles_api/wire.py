@@ -8,7 +8,7 @@ A sample is a map of the fields that differ from their defaults, by name:
     rollout_routed_experts               extension 5: [dtype, shape, data] (`ArrayBlob`)
     spec_info, prefix_cache_info         a map
     extra                                a map of the attributes beyond the declared ones
-    any other                            its value; extensions as in `miles_api.codec`
+    any other                            its value; extensions as in `miles_api.packing.codec`
 
 A group is an array of samples, a fan-out an array in place of a sample. Fields that this Miles does not know are left
 out when they are read, missing ones get their defaults: both sides may be of different versions.
@@ -27,11 +27,11 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from miles_api import codec
 from miles_api.errors import WireError
-from miles_api.packed import ArrayBlob, Kind, PackedColumn, pack
+from miles_api.packing import codec
+from miles_api.packing.packed import ArrayBlob, Kind, PackedColumn, pack
+from miles_api.packing.sample_forms import COLUMNS, revived, slots
 from miles_api.sample import Sample, Status
-from miles_api.sample_forms import COLUMNS, revived, slots
 
 if TYPE_CHECKING:
     from miles_api.rollout_types import Group

@@ -9,7 +9,7 @@ import msgspec
 
 from miles_api.compat import translate
 from miles_api.errors import problem_of
-from miles_api.hookset import configured_hooks
+from miles_api.loading.hookset import configured_hooks
 from miles_api.run_options import RunOptions
 from miles_rollout.budget import ErrorBudget
 from miles_rollout.engines.local.options import LocalEngineOptions, check_loopback

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from miles_api.errors import ConfigError, DataError, HookResultError
-from miles_api.hookset import HookSet
+from miles_api.loading.hookset import HookSet
 from miles_api.options import options_from
 from miles_api.sample import Sample
 from miles_rollout.jsonl import Prompt, read_prompts, takes_messages

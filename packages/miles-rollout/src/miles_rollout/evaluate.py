@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from miles_api.errors import ConfigError, HookResultError
+from miles_api.loading.plain import plain_number
 from miles_api.options import options_from
-from miles_api.plain import plain_number
 from miles_api.rollout_types import Group, RolloutFnEvalOutput
 from miles_api.sample import Sample, Status
 from miles_rollout.failures import HookFailed

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Iterator
 
     from miles_api.args import Args
-    from miles_api.bind import BoundHook
+    from miles_api.loading.bind import BoundHook
     from miles_api.sample import Sample
 
 __all__ = ["Guard", "HookFailed", "HookStopsRunError", "HookTimeoutError", "count_drop", "named"]

@@ -16,7 +16,7 @@ from miles_rollout.results import checked_generation, checked_reward, checked_sa
 if TYPE_CHECKING:
     from collections.abc import Coroutine
 
-    from miles_api.bind import BoundHook
+    from miles_api.loading.bind import BoundHook
     from miles_api.sample import Sample
     from miles_rollout.state import State
 
@@ -94,7 +94,7 @@ async def _generate(state: State, sample: Sample, pristine: Sample | None, evalu
 async def _generate_once(state: State, hook: BoundHook, sample: Sample, evaluation: bool) -> Sample | list[Sample]:
     shared = state.eval_sampling_params if evaluation else state.sampling_params
     # Our own generation changes neither these nor options.
-    params, view = (copied(shared), hook.view) if hook.configured else (dict(shared), state.args)
+    params, view = (copied(shared), hook.view or state.args) if hook.configured else (dict(shared), state.args)
     if hook.form.name == "input":
         request = GenerateFnInput(state=state, sample=sample, sampling_params=params, evaluation=evaluation, args=view)
         result = await state.guard.once(hook, request)

@@ -7,7 +7,7 @@ from collections import Counter
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from miles_api.errors import DataError, MilesError
-from miles_api.hookset import HookSet
+from miles_api.loading.hookset import HookSet
 from miles_api.options import options_from
 from miles_api.rollout_types import (
     Group,
@@ -28,7 +28,7 @@ from miles_rollout.state import State
 
 if TYPE_CHECKING:
     from miles_api.args import Args
-    from miles_api.bind import BoundHook
+    from miles_api.loading.bind import BoundHook
 
 __all__ = ["InferenceRollout"]
 

@@ -18,7 +18,7 @@ from miles_rollout.pristine import copy_group
 
 if TYPE_CHECKING:
     from miles_api.args import Args
-    from miles_api.bind import BoundHook
+    from miles_api.loading.bind import BoundHook
     from miles_api.rollout_types import Group
     from miles_api.sample import Sample
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from miles_api.errors import HookResultError
-from miles_api.plain import make_plain, plain_number
+from miles_api.loading.plain import make_plain, plain_number
 from miles_api.rollout_types import DynamicFilterOutput
 from miles_api.sample import Sample, Status
 

@@ -15,7 +15,7 @@ import uvloop
 from miles_api.args import Args
 from miles_api.batch import check_columns
 from miles_api.errors import HookResultError, ServiceError
-from miles_api.hookset import HookSet
+from miles_api.loading.hookset import HookSet
 from miles_api.record import RecordedRollout
 from miles_api.rollout_types import (
     Group,
@@ -38,8 +38,8 @@ from miles_rollout.running import announce
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from miles_api.bind import BoundHook
     from miles_api.config import RunConfig
+    from miles_api.loading.bind import BoundHook
     from miles_api.sample import Sample
 
 __all__ = ["RolloutWorker", "create"]

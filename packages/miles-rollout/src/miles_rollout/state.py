@@ -5,14 +5,14 @@ from __future__ import annotations
 import asyncio
 import functools
 from contextvars import ContextVar
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import aiohttp
 import msgspec
 
 from miles_api.errors import ServiceError
 from miles_api.hooks import REGISTRY
-from miles_api.hookset import HookSet
+from miles_api.loading.hookset import HookSet
 from miles_api.options import options_from
 from miles_api.sample import Sample
 from miles_rollout import running
@@ -23,7 +23,7 @@ from miles_rollout.watchdog import Watchdog
 
 if TYPE_CHECKING:
     from miles_api.args import Args
-    from miles_api.bind import BoundHook
+    from miles_api.loading.bind import BoundHook
     from miles_api.rollout_types import Group
 
 __all__ = ["Slots", "State"]
@@ -41,7 +41,7 @@ class Slots(asyncio.Semaphore):
     The loop holds a slot around each generate hook, and hooks written for other stacks take one themselves.
     """
 
-    async def acquire(self) -> bool:
+    async def acquire(self) -> Literal[True]:
         """Wait for a slot, unless this call has one."""
         depth = _depth.get()
         if depth == 0:

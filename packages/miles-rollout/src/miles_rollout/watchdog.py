@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
     from types import CodeType, FrameType
 
-    from miles_api.bind import BoundHook
+    from miles_api.loading.bind import BoundHook
 
 __all__ = ["Watchdog"]
 

@@ -10,7 +10,7 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from miles_api.hookset import HookSet
+from miles_api.loading.hookset import HookSet
 from miles_api.rollout_types import GenerateFnInput, GenerateFnOutput
 from miles_api.sample import Sample
 from miles_rollout.hook_names import CALLED_BY_LOOP

@@ -12,11 +12,11 @@ import pytest
 import torch
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
-from miles_api.beside import beside
-from miles_api.bind import resolve
 from miles_api.errors import ConfigError, HookResultError, ServiceError
 from miles_api.hooks import REGISTRY
-from miles_api.hookset import HookSet
+from miles_api.loading.beside import beside
+from miles_api.loading.bind import resolve
+from miles_api.loading.hookset import HookSet
 from miles_api.sample import Status
 from miles_api.services import Placement
 from miles_rollout.engines.local.fleet import LocalFleet

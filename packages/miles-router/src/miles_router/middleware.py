@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from miles_api.bind import resolve
 from miles_api.errors import ConfigError, HookError
 from miles_api.hooks import REGISTRY
-from miles_api.hookset import close, report_of
+from miles_api.loading.bind import resolve
+from miles_api.loading.hookset import close, report_of
 
 from .options import MIDDLEWARE_HOOK, REPORT_PATH
 from .proxy import PREFERRED, Message, Receive, Scope, Send, send_json
@@ -24,7 +24,7 @@ from .proxy import PREFERRED, Message, Receive, Scope, Send, send_json
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Iterable, Sequence
 
-    from miles_api.bind import BoundHook
+    from miles_api.loading.bind import BoundHook
 
     from .app import RouterApp
     from .options import RouterOptions

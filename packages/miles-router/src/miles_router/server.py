@@ -22,7 +22,7 @@ from .options import READY_PREFIX, RouterOptions, check_binding
 from .proxy import Receive, Scope, Send
 
 if TYPE_CHECKING:
-    from miles_api.bind import BoundHook
+    from miles_api.loading.bind import BoundHook
 
 __all__ = ["bind", "run_router"]
 

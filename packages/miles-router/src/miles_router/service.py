@@ -17,7 +17,7 @@ from urllib.parse import quote, urlsplit
 import msgspec
 
 from miles_api.errors import ServiceError
-from miles_api.hookset import configured_hooks
+from miles_api.loading.hookset import configured_hooks
 
 from .options import MIDDLEWARE_HOOK, READY_PREFIX, REPORT_PATH, TOKEN_VARIABLE, RouterOptions, check_binding
 

@@ -18,7 +18,7 @@ from miles_train.importance import truncated_importance_sampling
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from miles_api.bind import BoundHook
+    from miles_api.loading.bind import BoundHook
     from miles_train.train_hooks import HookCalls
 
 __all__ = ["call_advantage", "call_importance_weights", "call_loss", "call_pg_loss_reducer", "call_postprocess"]

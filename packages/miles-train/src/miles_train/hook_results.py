@@ -14,7 +14,7 @@ from miles_api.errors import HookResultError
 from miles_train.guards import check_finite
 
 if TYPE_CHECKING:
-    from miles_api.bind import BoundHook
+    from miles_api.loading.bind import BoundHook
     from miles_train.train_hooks import HookCalls
 
 __all__ = ["OUR_METRICS", "POLICY_METRICS", "ResultCheck"]

@@ -181,8 +181,8 @@ def plan_steps(
         if stand_in:
             # Another rank has something to train on and waits for this one: a sample that adds a gradient of 0.
             positions = [min(shares[number], key=rollout_data["total_lengths"].__getitem__)]
-        denominators = (tokens, some_tokens) if per_token else (samples, some)
-        steps.append(Step(number, positions, *(max(float(count), 1.0) for count in denominators), stand_in))
+        all_of_it, running_part = (tokens, some_tokens) if per_token else (samples, some)
+        steps.append(Step(number, positions, max(float(all_of_it), 1.0), max(float(running_part), 1.0), stand_in))
     skipped = int(sum(samples - some for samples, _, some, _ in counts))
     return Plan(steps, skipped, sum(1 for step in steps if not step.positions))
 

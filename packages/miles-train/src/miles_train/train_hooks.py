@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from miles_api.errors import HookResultError
-from miles_api.hookset import HookSet, configured_hooks
+from miles_api.loading.hookset import HookSet, configured_hooks
 from miles_api.run_options import RunOptions
 from miles_train.options import ObjectiveOptions
 from miles_train.parallel import Parallel
@@ -17,8 +17,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
     from miles_api.args import Args
-    from miles_api.bind import BoundHook
     from miles_api.config import RunConfig
+    from miles_api.loading.bind import BoundHook
 
 __all__ = [
     "TRAIN_HOOKS",

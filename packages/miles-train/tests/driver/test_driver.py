@@ -9,11 +9,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from miles_api.check import derive
+from miles_api.checks.check import derive
+from miles_api.checks.derive import derive_batch
+from miles_api.checks.run_checks import services_of
 from miles_api.config import RunConfig
-from miles_api.derive import derive_batch
 from miles_api.errors import ConfigError, DataError, ServiceError
-from miles_api.run_checks import services_of
 from miles_api.run_options import RunOptions
 from miles_api.services import Endpoint
 from miles_train.driver import checkpoint

@@ -4,10 +4,10 @@ import json
 
 import pytest
 
-from miles_api.check import CheckReport
+from miles_api.checks.check import CheckReport
+from miles_api.checks.hook_rows import HookRow
 from miles_api.config import RunConfig
 from miles_api.errors import HookError
-from miles_api.hook_rows import HookRow
 from miles_api.run_options import RunOptions
 from miles_train.driver.hook_watch import HookWatch, code_differences, not_fired
 from miles_train.driver.run_dir import RunDir

@@ -6,9 +6,9 @@ import sys
 
 import msgspec
 
-from miles_api.check import check_words
+from miles_api.checks.check import check_words
+from miles_api.checks.plan import plan_lines, report_json
 from miles_api.cli.run_help import print_run_help
-from miles_api.plan import plan_lines, report_json
 
 __all__ = ["command"]
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from miles_api._version import __version__
 from miles_api.errors import MilesError, did_you_mean
-from miles_api.load import entry_points
+from miles_api.loading.load import entry_points
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

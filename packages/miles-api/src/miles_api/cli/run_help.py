@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 
 from miles_api.config import option_groups
-from miles_api.parse import add_option_flags
+from miles_api.parsing.parse import add_option_flags
 
 __all__ = ["print_run_help"]
 

@@ -12,7 +12,7 @@ import warnings
 from typing import TYPE_CHECKING, Any
 
 from miles_api.compat.tensors import in_loss
-from miles_api.fit import is_async
+from miles_api.loading.fit import is_async
 
 if TYPE_CHECKING:
     from collections.abc import Callable

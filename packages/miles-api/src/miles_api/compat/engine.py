@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from miles_api.errors import HookLoadError
-from miles_api.load import provider
+from miles_api.loading.load import provider
 
 __all__: list[str] = []
 

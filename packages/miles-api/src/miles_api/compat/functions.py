@@ -11,7 +11,7 @@ import statistics
 import threading
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from miles_api.load import import_reference
+from miles_api.loading.load import import_reference
 
 if TYPE_CHECKING:
     from collections.abc import Coroutine

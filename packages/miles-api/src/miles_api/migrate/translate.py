@@ -11,14 +11,14 @@ from miles_api.compat import translate
 from miles_api.compat.finder import stands_in_for
 from miles_api.compat.table import ROOTS
 from miles_api.config import option_groups
-from miles_api.flags import option_strings
-from miles_api.given import COMMAND_LINE, Given, explain
 from miles_api.hook_options import specs_by_field
-from miles_api.load import entry_points
+from miles_api.loading.load import entry_points
 from miles_api.migrate.defaults import DEFAULTS
 from miles_api.migrate.table import OURS, PREFIXES, THEIRS, program_rule
 from miles_api.migrate.verdicts import Drop, Flag, Flags, Lack, Take, Verdict
 from miles_api.options import option_kind
+from miles_api.parsing.flags import option_strings
+from miles_api.parsing.given import COMMAND_LINE, Given, explain
 
 if TYPE_CHECKING:
     from miles_api.migrate.script import Script

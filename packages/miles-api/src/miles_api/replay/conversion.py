@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from miles_api.batch import REQUIRED_COLUMNS, check_columns
 from miles_api.errors import HookLoadError, MilesError, SampleError
-from miles_api.load import provider
-from miles_api.plain import plain_number
+from miles_api.loading.load import provider
+from miles_api.loading.plain import plain_number
 from miles_api.replay.replayer import Replayer, same, trained
 from miles_api.replay.subject import Subject, samples_of
 

@@ -14,7 +14,7 @@ from miles_api.replay.subject import Failure, Reply, Subject, failure_of, timed_
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine, Iterator, Sequence
 
-    from miles_api.bind import BoundHook
+    from miles_api.loading.bind import BoundHook
     from miles_api.replay.replayer import Replayer
 
     Tick = Callable[[int], None]

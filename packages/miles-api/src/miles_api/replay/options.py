@@ -8,10 +8,10 @@ import msgspec
 
 from miles_api.config import option_groups
 from miles_api.errors import ConfigError, did_you_mean
-from miles_api.given import Given, convert
-from miles_api.hook_arguments import StructOptions
-from miles_api.load import import_reference, unwrapped
-from miles_api.parser_arguments import ParserOptions
+from miles_api.loading.load import import_reference, unwrapped
+from miles_api.parsing.given import Given, convert
+from miles_api.parsing.hook_arguments import StructOptions
+from miles_api.parsing.parser_arguments import ParserOptions
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence

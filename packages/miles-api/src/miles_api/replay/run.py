@@ -11,10 +11,10 @@ import msgspec
 
 from miles_api.args import Args
 from miles_api.errors import ConfigError, DataError
-from miles_api.given import locate
 from miles_api.hook_options import HookOptions
 from miles_api.hooks import REGISTRY
-from miles_api.hookset import HookSet, configured_hooks
+from miles_api.loading.hookset import HookSet, configured_hooks
+from miles_api.parsing.given import locate
 from miles_api.record import Dump, RecordedRollout, read_dump
 from miles_api.replay.hooks import REFUSED, REPLAYERS
 from miles_api.replay.in_process import InLoop, InThreads

@@ -7,7 +7,7 @@ from __future__ import annotations
 import copy
 from typing import TYPE_CHECKING, Any
 
-from miles_api.plain import plain_number
+from miles_api.loading.plain import plain_number
 from miles_api.replay.replayer import Replayer, excerpt, same
 from miles_api.replay.subject import Subject, samples_of
 

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 from miles_api.args import Args
 from miles_api.errors import ConfigError
-from miles_api.hookset import HookSet
-from miles_api.load import entry_points, provider
+from miles_api.loading.hookset import HookSet
+from miles_api.loading.load import entry_points, provider
 from miles_api.record import RecordedTrainBatch
 from miles_api.replay.result import Progress, Replay, note_failure
 from miles_api.replay.subject import failure_of
@@ -16,7 +16,7 @@ from miles_api.replay.subject import failure_of
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from miles_api.bind import BoundHook
+    from miles_api.loading.bind import BoundHook
     from miles_api.record import Dump
     from miles_api.spec import HookSpec
 

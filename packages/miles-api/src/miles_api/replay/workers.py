@@ -19,9 +19,9 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from miles_api.args import Args
-from miles_api.codec import carried, decode, encode_or_refuse
 from miles_api.errors import MilesError
-from miles_api.hookset import HookSet
+from miles_api.loading.hookset import HookSet
+from miles_api.packing.codec import carried, decode, encode_or_refuse
 from miles_api.replay.hooks import REPLAYERS
 from miles_api.replay.in_process import call_once
 from miles_api.replay.subject import Failure, Reply, Subject, timed_out
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine, Sequence
     from multiprocessing.connection import Connection
 
-    from miles_api.bind import BoundHook
+    from miles_api.loading.bind import BoundHook
     from miles_api.replay.replayer import Replayer
 
     Tick = Callable[[int], None]

@@ -7,11 +7,11 @@ import threading
 from typing import TYPE_CHECKING, Any
 
 from miles_api.args import Args
-from miles_api.bind import BoundHook, bind, resolve
 from miles_api.errors import ConfigError, HookLoadError, did_you_mean
-from miles_api.given import Given
 from miles_api.hooks import REGISTRY
-from miles_api.load import TRAINER_PACKAGES, unwrapped
+from miles_api.loading.bind import BoundHook, bind, resolve
+from miles_api.loading.load import TRAINER_PACKAGES, unwrapped
+from miles_api.parsing.given import Given
 from miles_api.testing.case import Case, case_of
 from miles_api.testing.options import flat_options
 from miles_api.testing.result import ConformanceSkip, Report

@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from miles_api.errors import MilesError
-from miles_api.hookset import close
-from miles_api.load import TRAINER_PACKAGES
-from miles_api.plain import make_plain, plain_number
+from miles_api.loading.hookset import close
+from miles_api.loading.load import TRAINER_PACKAGES
+from miles_api.loading.plain import make_plain, plain_number
 from miles_api.sample import Sample
 from miles_api.testing.engine import Engine
 from miles_api.testing.result import ConformanceError, ConformanceSkip
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
     from miles_api.args import Args
-    from miles_api.bind import BoundHook
+    from miles_api.loading.bind import BoundHook
     from miles_api.testing.samples import Maker
 
 __all__ = ["BLOCK_LIMIT", "DEADLINE", "Trial"]

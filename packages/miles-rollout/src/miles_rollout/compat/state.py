@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
 from miles_api.compat.functions import run
-from miles_api.hookset import HookSet
+from miles_api.loading.hookset import HookSet
 from miles_api.rollout_types import (
     GenerateFnInput,
     Group,

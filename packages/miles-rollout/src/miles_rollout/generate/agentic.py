@@ -13,7 +13,7 @@ from miles_rollout.generate.session import Session
 from miles_rollout.generate.session_server import SessionServer
 
 if TYPE_CHECKING:
-    from miles_api.bind import BoundHook
+    from miles_api.loading.bind import BoundHook
 
 __all__ = ["Agentic"]
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from miles_api.bind import resolve
 from miles_api.compat import translate
 from miles_api.errors import HookError, problem_of
 from miles_api.hooks import REGISTRY
-from miles_api.hookset import configured_hooks
+from miles_api.loading.bind import resolve
+from miles_api.loading.hookset import configured_hooks
 from miles_api.run_options import RunOptions
 from miles_rollout.generate.tool_specs import checked_specs
 

@@ -15,7 +15,7 @@ from miles_rollout.generate.tools import run_tools
 from miles_rollout.generate.turn import ask, room
 
 if TYPE_CHECKING:
-    from miles_api.bind import BoundHook
+    from miles_api.loading.bind import BoundHook
 
 __all__ = ["MultiTurn"]
 

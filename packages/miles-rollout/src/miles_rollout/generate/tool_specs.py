@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from miles_api.errors import ConfigError
 
 if TYPE_CHECKING:
-    from miles_api.bind import BoundHook
+    from miles_api.loading.bind import BoundHook
 
 __all__ = ["checked_specs"]
 

@@ -11,7 +11,7 @@ from miles_rollout.generate.tool_calls import BadToolCall, ToolCall
 from miles_rollout.group import gather
 
 if TYPE_CHECKING:
-    from miles_api.bind import BoundHook
+    from miles_api.loading.bind import BoundHook
     from miles_api.sample import Sample
     from miles_rollout.generate.chat import Messages
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from miles_api.errors import problem_of
 from miles_api.hooks import REGISTRY
-from miles_api.hookset import configured_hooks
+from miles_api.loading.hookset import configured_hooks
 from miles_api.run_options import RunOptions
 from miles_train.driver import checkpoint
 from miles_train.megatron.hf_config import check_sizes, read_hf_config

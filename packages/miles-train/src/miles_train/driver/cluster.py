@@ -13,7 +13,7 @@ from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from miles_api.errors import MilesError, ServiceError
-from miles_api.load import provider
+from miles_api.loading.load import provider
 from miles_train.options import ClusterOptions, ParallelOptions
 
 if TYPE_CHECKING:

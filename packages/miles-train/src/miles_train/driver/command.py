@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import importlib
 
-from miles_api.check import CheckReport, check_words
+from miles_api.checks.check import CheckReport, check_words
+from miles_api.checks.plan import plan_lines
+from miles_api.checks.run_checks import services_of
 from miles_api.cli.run_help import print_run_help
 from miles_api.errors import ConfigError
-from miles_api.load import entry_points
-from miles_api.plan import plan_lines
-from miles_api.run_checks import services_of
+from miles_api.loading.load import entry_points
 from miles_api.run_options import RunOptions
 
 __all__ = ["command"]

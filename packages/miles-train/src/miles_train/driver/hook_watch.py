@@ -9,13 +9,13 @@ import msgspec
 from miles_api.config import DERIVED
 from miles_api.errors import HookError
 from miles_api.hooks import REGISTRY
-from miles_api.hookset import differs
+from miles_api.loading.hookset import differs
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping
 
-    from miles_api.check import CheckReport
-    from miles_api.hook_rows import HookRow
+    from miles_api.checks.check import CheckReport
+    from miles_api.checks.hook_rows import HookRow
     from miles_api.spec import Moment
     from miles_train.driver.run_dir import RunDir
     from miles_train.driver.services import Services

@@ -19,7 +19,7 @@ from miles_train.view.progress import Progress
 if TYPE_CHECKING:
     from types import FrameType
 
-    from miles_api.check import CheckReport
+    from miles_api.checks.check import CheckReport
 
 __all__ = ["train"]
 

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
+from miles_api.checks.run_checks import services_of
 from miles_api.errors import MilesError
-from miles_api.load import provider
-from miles_api.run_checks import services_of
+from miles_api.loading.load import provider
 from miles_api.run_options import RunOptions
 from miles_api.services import Endpoint, EngineFleet, Placement, RouterService
 from miles_train.driver.cluster import Cluster, Remote

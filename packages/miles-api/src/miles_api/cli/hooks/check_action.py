@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from miles_api import testing
-from miles_api.bind import BoundHook, resolve
 from miles_api.cli.hooks.words import find_spec, flag_words
 from miles_api.errors import ConfigError, DataError, HookError, HookLoadError, SampleError
-from miles_api.given import Given
-from miles_api.load import TRAINER_PACKAGES
+from miles_api.loading.bind import BoundHook, resolve
+from miles_api.loading.load import TRAINER_PACKAGES
+from miles_api.parsing.given import Given
 from miles_api.sample import Sample
 
 if TYPE_CHECKING:

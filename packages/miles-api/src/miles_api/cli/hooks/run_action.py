@@ -11,7 +11,7 @@ from typing import Any
 import msgspec
 
 from miles_api.cli.hooks.words import find_spec
-from miles_api.given import locate
+from miles_api.parsing.given import locate
 from miles_api.replay import Replay, Request, replay
 from miles_api.replay.options import settings
 

@@ -75,7 +75,7 @@ _MODEL_TEST = """\
 
 from pathlib import Path
 
-from miles_api.bind import resolve
+from miles_api.loading.bind import resolve
 from miles_api.hooks import REGISTRY
 
 {here}

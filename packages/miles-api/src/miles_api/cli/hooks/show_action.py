@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from miles_api.cli.hooks.words import annotation, callers, find_spec, flag_words, heading, moment_words
-from miles_api.load import entry_points
+from miles_api.loading.load import entry_points
 
 if TYPE_CHECKING:
     import argparse

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from miles_api.errors import ConfigError, did_you_mean
 from miles_api.hooks import REGISTRY
-from miles_api.load import entry_points, provider
+from miles_api.loading.load import entry_points, provider
 
 if TYPE_CHECKING:
     from miles_api.spec import Form, HookSpec

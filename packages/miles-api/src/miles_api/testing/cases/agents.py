@@ -78,8 +78,8 @@ def _require_text(trial: Trial, output: Any) -> None:
 
 def _specs_of(trial: Trial) -> list[dict[str, Any]]:
     """Return the specifications that the options name; none where they name none."""
-    from miles_api.bind import resolve
     from miles_api.hooks import REGISTRY
+    from miles_api.loading.bind import resolve
 
     reference = trial.args.generate_tool_specs_path
     return list(resolve(REGISTRY["tool_specs"], reference).target) if reference else []

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from miles_api.errors import did_you_mean
-from miles_api.given import Given
+from miles_api.parsing.given import Given
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping

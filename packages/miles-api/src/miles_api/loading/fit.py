@@ -10,7 +10,7 @@ import msgspec
 
 from miles_api.abi import ABI, shown
 from miles_api.errors import HookSignatureError
-from miles_api.negotiate import HookAbi, newer_keywords
+from miles_api.loading.negotiate import HookAbi, newer_keywords
 from miles_api.spec import Form, HookSpec
 
 __all__ = ["Fit", "fit", "is_async", "require_no_generator"]
@@ -100,8 +100,9 @@ def _without_self(cls: type, name: str = "__call__") -> inspect.Signature | None
     signature, held = _signature(getattr(cls, name)), inspect.getattr_static(cls, name)
     if signature is None or isinstance(held, staticmethod | classmethod) or not hasattr(held, "__get__"):
         return signature
-    first, *others = [*signature.parameters.values()] or [None]
-    return signature if first is None or first.kind is _P.VAR_POSITIONAL else signature.replace(parameters=others)
+    parameters = list(signature.parameters.values())
+    keeps = not parameters or parameters[0].kind is _P.VAR_POSITIONAL
+    return signature if keeps else signature.replace(parameters=parameters[1:])
 
 
 def _require_buildable(spec: HookSpec, reference: str, found: type) -> None:

@@ -10,18 +10,18 @@ import msgspec
 
 from miles_api.config import HookValues
 from miles_api.errors import HookError, HookLoadError, HookSignatureError
-from miles_api.flags import add_option_flags, option_strings
-from miles_api.given import convert, locate, references
 from miles_api.hook_options import specs_by_field
-from miles_api.load import import_reference, unwrapped
+from miles_api.loading.load import import_reference, unwrapped
 from miles_api.options import flag_of, option_kind
-from miles_api.parser_arguments import ParserOptions
+from miles_api.parsing.flags import add_option_flags, option_strings
+from miles_api.parsing.given import convert, locate, references
+from miles_api.parsing.parser_arguments import ParserOptions
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
-    from miles_api.given import Given
-    from miles_api.run_file import RunFile
+    from miles_api.parsing.given import Given
+    from miles_api.parsing.run_file import RunFile
     from miles_api.spec import HookSpec
 
 __all__ = ["Brought", "StructOptions", "brought_by_hooks", "without_clashes"]

@@ -9,10 +9,10 @@ import msgspec
 
 from miles_api.config import HookValues, RunConfig, option_groups
 from miles_api.errors import ConfigError, did_you_mean
-from miles_api.flags import add_option_flags, option_strings
-from miles_api.given import COMMAND_LINE, Given, convert
-from miles_api.hook_arguments import Brought, brought_by_hooks, without_clashes
-from miles_api.run_file import RunFile
+from miles_api.parsing.flags import add_option_flags, option_strings
+from miles_api.parsing.given import COMMAND_LINE, Given, convert
+from miles_api.parsing.hook_arguments import Brought, brought_by_hooks, without_clashes
+from miles_api.parsing.run_file import RunFile
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence

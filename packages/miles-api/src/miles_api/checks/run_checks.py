@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from miles_api.errors import MilesError, did_you_mean
-from miles_api.hookset import configured_hooks
+from miles_api.loading.hookset import configured_hooks
 from miles_api.options import flag_of
 from miles_api.record import RecordedRollout, read_dump
 from miles_api.run_options import RunOptions

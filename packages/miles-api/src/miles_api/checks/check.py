@@ -15,16 +15,16 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
+from miles_api.checks.derive import derive_batch, derive_rollout
+from miles_api.checks.hook_rows import HookRow, rows_of
+from miles_api.checks.run_checks import check_run_options, idle_by_run_options
 from miles_api.config import DERIVED, RunConfig
-from miles_api.derive import derive_batch, derive_rollout
 from miles_api.errors import ConfigError, MilesDeprecationWarning, MilesError
-from miles_api.hook_rows import HookRow, rows_of
 from miles_api.hooks import REGISTRY
-from miles_api.hookset import configured_hooks
-from miles_api.load import entry_points, provider
+from miles_api.loading.hookset import configured_hooks
+from miles_api.loading.load import entry_points, provider
 from miles_api.options import flag_of
-from miles_api.parse import parse_run
-from miles_api.run_checks import check_run_options, idle_by_run_options
+from miles_api.parsing.parse import parse_run
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence

@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from miles_api.run_checks import services_of
+from miles_api.checks.run_checks import services_of
 from miles_api.run_options import RunOptions
 
 if TYPE_CHECKING:
-    from miles_api.check import CheckReport
-    from miles_api.hook_rows import HookRow
+    from miles_api.checks.check import CheckReport
+    from miles_api.checks.hook_rows import HookRow
 
 __all__ = ["plan_lines", "report_json"]
 

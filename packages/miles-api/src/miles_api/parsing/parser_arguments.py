@@ -9,13 +9,13 @@ import msgspec
 
 from miles_api.config import HookValues
 from miles_api.errors import HookSignatureError
-from miles_api.given import COMMAND_LINE, explain
 from miles_api.options import flag_of
+from miles_api.parsing.given import COMMAND_LINE, explain
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
-    from miles_api.given import Given
+    from miles_api.parsing.given import Given
 
 __all__ = ["ParserOptions"]
 

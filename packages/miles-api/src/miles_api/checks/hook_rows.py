@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from miles_api.abi import shown
-from miles_api.beside import BESIDE, beside
-from miles_api.bind import BoundHook, resolve
 from miles_api.errors import HookError, HookLoadError
 from miles_api.hooks import REGISTRY
-from miles_api.hookset import configured_hooks
-from miles_api.load import TRAINER_PACKAGES
+from miles_api.loading.beside import BESIDE, beside
+from miles_api.loading.bind import BoundHook, resolve
+from miles_api.loading.hookset import configured_hooks
+from miles_api.loading.load import TRAINER_PACKAGES
 
 if TYPE_CHECKING:
     from miles_api.config import RunConfig

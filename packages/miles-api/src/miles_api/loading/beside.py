@@ -5,9 +5,9 @@ from __future__ import annotations
 import sys
 from typing import TYPE_CHECKING
 
-from miles_api.bind import BoundHook, bind
 from miles_api.hooks import REGISTRY
-from miles_api.load import unwrapped
+from miles_api.loading.bind import BoundHook, bind
+from miles_api.loading.load import unwrapped
 
 if TYPE_CHECKING:
     from miles_api.args import Args

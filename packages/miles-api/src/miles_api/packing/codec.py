@@ -22,7 +22,7 @@ from typing import Any
 import msgspec
 
 from miles_api.errors import WireError
-from miles_api.packed import ArrayBlob, Kind, packed
+from miles_api.packing.packed import ArrayBlob, Kind, packed
 
 __all__ = [
     "FAILURES",

@@ -8,9 +8,9 @@ from typing import Any
 
 import msgspec
 
-from miles_api import codec
 from miles_api.errors import SampleError
-from miles_api.packed import Kind, pack, packed
+from miles_api.packing import codec
+from miles_api.packing.packed import Kind, pack, packed
 
 __all__ = ["COLUMNS", "field_from_json", "fields_to_json", "pickled_fields", "revived", "slots"]
 

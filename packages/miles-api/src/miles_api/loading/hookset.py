@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from miles_api.abi import shown
-from miles_api.beside import BESIDE, beside
-from miles_api.bind import DEFAULT, BoundHook, bind, resolve
 from miles_api.errors import ConfigError, HookError
 from miles_api.hooks import REGISTRY
-from miles_api.load import entry_points, provider
+from miles_api.loading.beside import BESIDE, beside
+from miles_api.loading.bind import DEFAULT, BoundHook, bind, resolve
+from miles_api.loading.load import entry_points, provider
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping

@@ -13,11 +13,11 @@ import msgspec
 
 from miles_api.args import Args
 from miles_api.compat import adapt
-from miles_api.deprecation import warn_of_deprecations
 from miles_api.errors import HookVersionError
-from miles_api.fit import Fit, fit, is_async, require_no_generator
-from miles_api.load import Found, Origin, find, origin_of, unwrapped
-from miles_api.negotiate import HookAbi, abi_of, require_compatible
+from miles_api.loading.deprecation import warn_of_deprecations
+from miles_api.loading.fit import Fit, fit, is_async, require_no_generator
+from miles_api.loading.load import Found, Origin, find, origin_of, unwrapped
+from miles_api.loading.negotiate import HookAbi, abi_of, require_compatible
 from miles_api.sample import Sample
 
 if TYPE_CHECKING:
@@ -119,7 +119,8 @@ class BoundHook:
         if isinstance(error, asyncio.CancelledError):
             return
         self.stats.errors += 1
-        if not isinstance(error, Exception):
+        # A hook that runs another one passes on what that raised.
+        if not isinstance(error, Exception) or any(n.startswith("raised by the ") for n in _notes(error)):
             return
         error.add_note(f"raised by the {self.spec.name} hook {self.reference}")
         for sample in [value for value in args if isinstance(value, Sample)]:
@@ -179,6 +180,10 @@ def _args_position(form: Form) -> int:
     """Return where the stub has `args`, or a place that no call reaches: looked up once, not in every call."""
     names = list(form.signature.parameters)
     return names.index("args") if "args" in names and not isinstance(form.stub, type) else sys.maxsize
+
+
+def _notes(error: Exception) -> list[str]:
+    return getattr(error, "__notes__", [])
 
 
 def resolve(spec: HookSpec, reference: str, view: Args | None = None) -> BoundHook:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from miles_api.errors import MilesDeprecationWarning
 
 if TYPE_CHECKING:
-    from miles_api.fit import Fit
+    from miles_api.loading.fit import Fit
     from miles_api.spec import HookSpec
 
 __all__ = ["warn_of_deprecations"]

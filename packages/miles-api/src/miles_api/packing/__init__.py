@@ -1,0 +1,1 @@
+"""How values lie in bytes: packed columns, lossless msgpack and JSON, checksummed frames."""
