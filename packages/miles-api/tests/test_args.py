@@ -79,3 +79,9 @@ def test_args_list_what_they_hold():
     assert "seen" in args
     assert dir(args) == ["lr", "seen"]
     assert repr(args) == "Args(1 options, 1 written)"
+
+
+def test_a_field_of_a_sample_that_is_asked_of_args_says_that_args_comes_first():
+    with pytest.raises(AttributeError, match="args is a hook's first parameter") as error:
+        Args({"lr": 1.0}).response  # noqa: B018
+    assert type(error.value).__name__ == "NoSuchOption"

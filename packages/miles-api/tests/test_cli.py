@@ -1,5 +1,7 @@
 """`miles hooks list | show | new | check`: what an author sees, and what scripts can rely on."""
 
+import copy
+import importlib
 import json
 import os
 import subprocess
@@ -11,6 +13,10 @@ from miles_api.cli import main
 from miles_api.cli.hooks import words
 from miles_api.cli.hooks.scaffold import function_name
 from miles_api.hooks import REGISTRY
+from miles_api.record import DumpHeader, DumpWriter, RecordedGroup, RecordedRollout
+from miles_api.sample import Sample
+
+program = importlib.import_module("miles_api.cli.main")
 
 BAD = """\
 def reward(args, sample):
@@ -230,6 +236,66 @@ def test_what_does_not_load_or_fit_or_was_asked_for_wrongly_exits_2(miles, folde
     assert message in err
 
 
+def test_the_samples_of_a_dump_are_given_to_the_hook(miles, folder):
+    kept = Sample(prompt="a", response="b", metadata={"answer": 2})
+    with DumpWriter("run.mdump", DumpHeader(config={})) as writer:
+        writer.write(RecordedRollout(rollout_id=0, groups=[RecordedGroup([kept, [copy.copy(kept)]])]))
+    code, _, err = miles("check", "mine.py:reward", "--as", "reward", "--samples", "run.mdump")
+    assert (code, err) == (0, "")
+    with DumpWriter("train.mdump", DumpHeader(kind="train", config={})):
+        pass
+    code, _, err = miles("check", "mine.py:reward", "--as", "reward", "--samples", "train.mdump")
+    assert code == 2
+    assert "no samples" in err
+
+
+def test_samples_in_a_file_of_another_kind_are_refused_with_what_it_looks_like(miles, folder):
+    (folder / "weights.pt").write_bytes(b"PK\x03\x04\xff\xfe\x00")
+    code, _, err = miles("check", "mine.py:reward", "--as", "reward", "--samples", "weights.pt")
+    assert code == 2
+    assert "neither a dump nor JSON lines: it looks like a zip archive" in err
+
+
+def test_a_key_that_is_nearly_a_field_of_a_sample_is_refused_and_another_is_an_attribute(miles, folder):
+    (folder / "samples.jsonl").write_text('{"prompt": "a"}\n{"promt": "a", "response": "b"}\n')
+    code, _, err = miles("check", "mine.py:anything", "--as", "reward", "--samples", "samples.jsonl")
+    assert code == 2
+    assert "line 2: 'promt' is no field of a Sample; did you mean 'prompt'" in err
+    (folder / "samples.jsonl").write_text('{"prompt": "a", "verdict": 1, "extra": {"promt": 2}}\n')
+    assert miles("check", "mine.py:anything", "--as", "reward", "--samples", "samples.jsonl")[0] == 0
+
+
+@pytest.mark.parametrize("colour", ["def", "async def"])
+def test_a_hook_that_exits_has_failed_by_name(miles, folder, colour):
+    (folder / "exits.py").write_text(f"import sys\n{colour} reward(args, sample):\n    sys.exit(0)\n")
+    code, _, err = miles("check", "exits.py:reward", "--as", "reward")
+    assert code == 1
+    assert "reward hook exits.py:reward: scores a finished sample: sample 0: called sys.exit(0)" in err
+
+
+def test_a_file_that_exits_when_it_is_imported_is_refused_by_name(miles, folder):
+    (folder / "script.py").write_text("import sys\ndef reward(args, sample): ...\nsys.exit(0)\n")
+    code, _, err = miles("check", "script.py:reward", "--as", "reward")
+    assert code == 2
+    assert "script.py:reward does not import: SystemExit: 0" in err
+
+
+def test_what_a_hook_prints_does_not_mix_with_the_verdict(miles, folder):
+    (folder / "chatty.py").write_text("print('hello')\ndef reward(args, sample):\n    print('noise')\n    return 1.0\n")
+    _, out, err = miles("check", "chatty.py:reward", "--as", "reward", "--json")
+    assert json.loads(out)["ok"]
+    assert "hello" in err
+    assert "noise" in err
+
+
+def test_a_dict_of_rewards_is_remarked_unless_a_key_picks_one(miles, folder):
+    (folder / "several.py").write_text("def reward(args, sample):\n    return {'right': 1.0, 'length': 4.0}\n")
+    code, out, _ = miles("check", "several.py:reward", "--as", "reward")
+    assert code == 0
+    assert "note: returns a dict: runs need --reward-key, one of length, right\n" in out
+    assert "note" not in miles("check", "several.py:reward", "--as", "reward", "--set", "reward_key=right")[1]
+
+
 def test_a_hook_that_acts_on_the_world_is_called_only_when_asked_to(miles, folder):
     code, out, _ = miles("check", "mine.py:upload", "--as", "post_save")
     assert code == 0
@@ -270,3 +336,59 @@ def test_json_says_the_same_as_the_exit_code(miles, folder, reference, code, sai
     assert found == code
     assert {key: verdict[key] for key in said} == said
     assert ("problem" in verdict) == (code != 0)
+
+
+# the program itself
+
+
+def test_a_reader_that_stops_early_sees_no_traceback():
+    process = subprocess.Popen(
+        [sys.executable, "-m", "miles_api.cli", "hooks", "list"], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    process.stdout.close()
+    assert process.stderr.read() == b""
+    process.stderr.close()
+    assert process.wait(60) == 1
+
+
+def test_a_pipe_that_breaks_elsewhere_is_not_hidden(monkeypatch):
+    def broken(name, rest):
+        raise BrokenPipeError("an engine's socket")
+
+    monkeypatch.setattr(program, "_run", broken)
+    with pytest.raises(BrokenPipeError, match="socket"):
+        main(["hooks", "list"])
+
+
+@pytest.mark.parametrize(
+    ("command", "expected"),
+    [
+        ("train", "needs miles-train (pip install miles-train[full])"),
+        ("report", "needs miles-train (pip install miles-train[full])"),
+        ("router", "needs miles-router (pip install miles-router)"),
+        ("trian", "did you mean 'train'?"),
+    ],
+)
+def test_a_command_of_a_package_that_is_not_installed_names_the_package(command, expected, monkeypatch, capsys):
+    monkeypatch.setattr(program, "entry_points", lambda group: {"hooks": [], "check": [], "migrate": []})
+    assert main([command, "run.toml"]) == 2
+    assert expected in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "usage", "near"),
+    [
+        (["hooks", "check", "mine.py:one", "--jsn"], "usage: miles hooks check ", "flag --jsn; did you mean '--json'?"),
+        (["hooks", "run", "a.py:f", "--lmit", "3"], "usage: miles hooks run ", "flag --lmit; did you mean '--limit'?"),
+        (["migrate", "--strct"], "usage: miles migrate ", "flag --strct; did you mean '--strict'?"),
+        (["migrate", "a.sh", "b.sh"], "usage: miles migrate ", "unexpected 'b.sh'"),
+        (["hooks", "chek", "mine.py:one"], "usage: miles hooks ", "did you mean 'check'?"),
+    ],
+)  # fmt: skip
+def test_a_word_that_a_command_does_not_know_is_named_with_its_usage_and_the_nearest(words, usage, near, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main(words)
+    assert stopped.value.code == 2
+    err = capsys.readouterr().err
+    assert err.startswith(usage)
+    assert near in err

@@ -94,3 +94,42 @@ def test_a_file_that_exits_on_import_is_a_hook_that_does_not_load(tmp_path):
     file.write_text("import sys\ndef fn(): ...\nsys.exit(0)\n")
     with pytest.raises(HookLoadError, match="does not import: SystemExit: 0"):
         load(f"{file}:fn")
+
+
+@pytest.mark.parametrize("reference", ["nearby_hook:three", "nearby_hook.three"])
+def test_a_module_that_is_not_found_but_lies_here_as_a_file_is_suggested_as_that(tmp_path, monkeypatch, reference):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "nearby_hook.py").write_text("def three(): ...\n")
+    with pytest.raises(HookLoadError, match=r"did you mean the file nearby_hook\.py:three\?"):
+        load(reference)
+
+
+def test_a_dotted_module_that_lies_in_a_folder_here_is_suggested_as_a_file(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "my_hooks_here").mkdir()
+    (tmp_path / "my_hooks_here" / "deep.py").write_text("def fn(): ...\n")
+    with pytest.raises(HookLoadError, match=r"did you mean the file my_hooks_here/deep\.py:fn\?"):
+        load("my_hooks_here.deep:fn")
+
+
+def test_a_syntax_error_in_a_hook_file_shows_file_line_source_and_caret(tmp_path):
+    file = tmp_path / "typo.py"
+    file.write_text("x = 1\ndef fn(args sample):\n    return 1\n")
+    with pytest.raises(HookLoadError) as error:
+        load(f"{file}:fn")
+    first, *rest = str(error.value).splitlines()
+    assert "does not import: SyntaxError: " in first
+    assert rest[0] == f'  File "{file}", line 2'
+    assert rest[1] == "    def fn(args sample):"
+    assert rest[2].strip("^ ") == ""
+    assert "^" in rest[2]
+
+
+def test_an_import_that_fails_in_a_hook_file_shows_its_file_and_line(tmp_path):
+    (tmp_path / "outer_hook.py").write_text("import os\nimport inner_of_outer_hook\n")
+    (tmp_path / "inner_of_outer_hook.py").write_text("\n\nfrom os import no_such_thing\n")
+    with pytest.raises(HookLoadError) as error:
+        load(f"{tmp_path}/outer_hook.py:fn")
+    assert str(error.value).splitlines()[-1] == (
+        f"  {tmp_path}/inner_of_outer_hook.py, line 3: from os import no_such_thing"
+    )

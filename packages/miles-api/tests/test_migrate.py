@@ -1,14 +1,21 @@
 """`miles migrate`: what a launch script says, read as the shell would, and what becomes of each flag."""
 
+import importlib.util
 import tomllib
 
 import pytest
 
 from miles_api.cli import main
+from miles_api.config import option_groups
 from miles_api.errors import DataError
-from miles_api.migrate import migrate, read_script
+from miles_api.migrate import migrate, read_script, translate
 from miles_api.migrate.lexer import Assignment, tokens
 from miles_api.parsing.parse import parse_run
+
+needs_every_package = pytest.mark.skipif(
+    any(importlib.util.find_spec(f"miles_{name}") is None for name in ("rollout", "train")),
+    reason="flags become options of packages that are not installed here",
+)
 
 LAUNCH = """\
 #!/bin/bash
@@ -217,6 +224,7 @@ def test_text_that_is_no_proper_shell_is_read_to_its_end():
 # What becomes of flags
 
 
+@needs_every_package
 def test_a_launch_script_becomes_a_run_file_that_parses(folder, capsys):
     assert main(["migrate", "launch.sh"]) == 0
     said = capsys.readouterr()
@@ -237,6 +245,7 @@ def test_a_launch_script_becomes_a_run_file_that_parses(folder, capsys):
     assert "models/tiny.sh is not here" in said.err
 
 
+@needs_every_package
 def test_every_flag_is_taken_over_or_named_with_its_line_and_a_reason(folder):
     migration = migrate(read_script("launch.sh"))
     flags = [a for a in read_script("launch.sh").arguments if a.text.startswith("--")]
@@ -253,6 +262,7 @@ def test_every_flag_is_taken_over_or_named_with_its_line_and_a_reason(folder):
     assert all(left.reason for left in migration.dropped + migration.lacking)
 
 
+@needs_every_package
 def test_where_the_older_stack_has_another_default_it_is_written_down(folder):
     found = taken(outcome(folder, "--eval-prompt-data a x.jsonl --rollout-temperature 0.7"))
     assert found["input_key"] == "input"
@@ -264,6 +274,7 @@ def test_where_the_older_stack_has_another_default_it_is_written_down(folder):
     assert "eval_temperature" not in given
 
 
+@needs_every_package
 def test_hooks_get_their_short_names_and_our_defaults_are_left_out(folder):
     migration = outcome(
         folder,
@@ -277,6 +288,7 @@ def test_hooks_get_their_short_names_and_our_defaults_are_left_out(folder):
     assert "slime.rollout.no_such.thing" in migration.lacking[0].reason
 
 
+@needs_every_package
 def test_values_that_do_not_fit_are_named_and_not_written(folder):
     migration = outcome(
         folder,
@@ -298,6 +310,7 @@ def test_a_value_from_the_environment_is_not_written_and_the_option_is_named(fol
     assert "hf_checkpoint" not in taken(migration)
 
 
+@needs_every_package
 def test_several_evaluation_files_a_parquet_file_and_a_slice_are_pointed_out(folder):
     migration = outcome(folder, "--eval-prompt-data a x.jsonl b y.jsonl --prompt-data /d/train.parquet")
     doubts = {entry.key: entry.doubt for entry in migration.entries}
@@ -317,6 +330,7 @@ def test_one_file_for_all_rollouts_takes_the_place_of_a_name_with_a_placeholder(
     assert (found["save_debug_rollout_data"], found["save_hf"]) == ("d/rollout.mdump", "hf")
 
 
+@needs_every_package
 def test_supervised_and_asynchronous_launches_are_told_apart(folder):
     (folder / "sft.sh").write_text(
         "python3 train_async.py --rollout-function-path slime.rollout.sft_rollout.generate_rollout "
@@ -329,6 +343,7 @@ def test_supervised_and_asynchronous_launches_are_told_apart(folder):
     assert "ahead of training" in migration.lacking[1].reason
 
 
+@needs_every_package
 def test_the_last_of_two_equal_flags_counts_and_that_is_said(folder):
     migration = outcome(folder, "--lr 1 --lr 2")
     assert taken(migration)["lr"] == 2.0
@@ -343,6 +358,7 @@ def test_keys_are_not_repeated_anywhere(folder, capsys):
     assert "WANDB_API_KEY" in said.err
 
 
+@needs_every_package
 def test_strict_fails_on_a_flag_without_counterpart_and_writes_all_the_same(folder):
     (folder / "one.sh").write_text("python train.py --lr 1e-6 --no-such-flag\n")
     (folder / "two.sh").write_text("python train.py --lr 1e-6\n")
@@ -357,3 +373,45 @@ def test_a_file_that_is_there_is_not_written_over(folder, capsys):
     assert (folder / "run.toml").read_text() == "mine"
     assert "--overwrite" in capsys.readouterr().err
     assert main(["migrate", "launch.sh", "--overwrite"]) == 0
+
+
+@pytest.fixture
+def api_alone(monkeypatch):
+    """Miles without the packages that implement it."""
+    ours = {name: kind for name, kind in option_groups().items() if name in ("run", "hooks")}
+    monkeypatch.setattr(translate, "option_groups", lambda: ours)
+    return ours
+
+
+def test_a_script_that_is_missing_is_reported_before_a_run_file_that_is_there(folder, capsys):
+    (folder / "run.toml").write_text("mine")
+    assert main(["migrate", "nofile.sh"]) == 2
+    assert "nofile.sh cannot be read" in capsys.readouterr().err
+
+
+def test_flags_of_packages_that_are_not_installed_are_one_warning_and_not_without_counterpart(
+    folder, api_alone, capsys
+):
+    (folder / "few.sh").write_text(
+        "python train.py --num-rollout many --lr 1e-6 --no-such-flag --sglang-x 1 --input-key q --rm-type math\n"
+    )
+    main(["migrate", "few.sh", "--strict"])
+    err = capsys.readouterr().err.splitlines()
+    assert err[0].startswith("warning: miles-rollout, miles-train, miles-router are not installed here: their options ")
+    assert err[0].endswith(" flags could not be placed")
+    migration = migrate(read_script("few.sh"))
+    assert {"--lr", "--no-such-flag", "--input-key"} <= {left.flag.split()[0] for left in migration.unplaced}
+    assert f" {len(migration.unplaced)} flags could not be placed" in err[0]
+    assert all(left.flag.startswith("--sglang") for left in migration.lacking)
+    assert [left.flag.split()[0] for left in migration.unfit] == ["--num-rollout"]
+    assert not any("is not installed" in left.reason for left in migration.unfit + migration.lacking)
+    assert not any("a hook of yours" in line for line in err)
+    assert migration.taken == 0
+    text = (folder / "run.toml").read_text()
+    assert "Could not be placed" in text
+    assert "--lr 1e-6" in text
+
+
+def test_strict_fails_on_flags_that_could_not_be_placed(folder, api_alone):
+    (folder / "one.sh").write_text("python train.py --lr 1e-6\n")
+    assert main(["migrate", "one.sh", "--strict"]) == 1

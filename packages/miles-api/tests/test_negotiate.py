@@ -13,6 +13,7 @@ from miles_api.abi import ABI, ABI_OF_RELEASE
 from miles_api.errors import HookSignatureError, HookVersionError
 from miles_api.golden import golden_facts
 from miles_api.hooks import REGISTRY
+from miles_api.loading import fit
 from miles_api.loading.bind import bind
 from miles_api.loading.negotiate import abi_of_requirement
 
@@ -95,9 +96,15 @@ def test_a_version_that_is_no_major_and_minor_is_refused(version):
         bound(written_for(version, lambda args, sample: 0.0))
 
 
-def test_a_required_parameter_that_miles_does_not_pass_is_refused_with_both_versions():
-    with pytest.raises(HookSignatureError, match=r"calls by ABI 1\.0, it was written for ABI 1\.0 \(its __miles_abi__"):
-        bound(written_for((1, 0), lambda args, sample, extra: 0.0))
+def test_a_hook_that_does_not_fit_is_refused_with_both_versions_only_where_they_differ(monkeypatch):
+    wrong = written_for((1, 0), lambda args, sample, extra: 0.0)
+    with pytest.raises(HookSignatureError, match="does not fit") as error:
+        bound(wrong)
+    assert "versions:" not in str(error.value)
+    monkeypatch.setattr(fit, "ABI", (1, 2))
+    monkeypatch.setattr(abi, "ABI", (1, 2))
+    with pytest.raises(HookSignatureError, match=r"calls by ABI 1\.2, it was written for ABI 1\.0 \(its __miles_abi__"):
+        bound(wrong)
 
 
 def test_a_hook_of_an_older_minor_gets_the_keywords_it_accepts(toy):

@@ -6,7 +6,7 @@ import sys
 import pytest
 
 from miles_api.cli import main
-from miles_api.config import RunConfig
+from miles_api.config import RunConfig, option_groups
 from miles_api.errors import ConfigError, DataError, HookResultError
 from miles_api.hooks import REGISTRY
 from miles_api.record import DumpHeader, DumpWriter, RecordedGroup, RecordedRollout, RecordedTrainBatch
@@ -325,6 +325,30 @@ def test_a_hook_has_its_own_options_from_the_dump_from_set_or_by_default(dump):
     assert run("reward", "same", settings={"bonus": "much"}).failed == 0
 
 
+def test_what_a_dump_says_nothing_of_has_its_documented_default_and_can_be_set(dump, tmp_path, monkeypatch):
+    groups = {name: kind for name, kind in option_groups().items() if kind.__module__.startswith("miles_api.")}
+    monkeypatch.setattr("miles_api.replay.options.option_groups", lambda: groups)
+    with DumpWriter("run.mdump", DumpHeader(config={})) as writer:
+        writer.write(rollout())
+    (tmp_path / "mine.py").write_text(
+        "def length(args, sample):\n    assert args.apply_chat_template_kwargs == {}\n"
+        "    return args.rollout_max_response_len\n" + HOOKS
+    )
+    assert run("reward", "length").facts["mean_new"] == 1024
+    assert run("reward", "length", settings={"rollout_max_response_len": 8}).facts["mean_new"] == 8
+    assert run("reward", "several", settings={"reward_key": "length"}).facts["mean_new"] == 4.0
+    with pytest.raises(ConfigError, match="did you mean 'reward_key'"):
+        run("reward", "several", settings={"reward_kye": "length"})
+    with pytest.raises(ConfigError, match="rollout_max_response_len"):
+        run("reward", "length", settings={"rollout_max_response_len": "many"})
+
+
+def test_an_older_option_is_still_what_the_recorded_run_says_in_newer_words(dump, tmp_path):
+    (tmp_path / "mine.py").write_text("def engines(args, sample):\n    return args.rollout_num_gpus\n")
+    dump(rollout_num_engines=3)
+    assert run("reward", "engines").facts["mean_new"] == 3
+
+
 def test_without_a_reference_the_recorded_runs_own_is_taken(dump, tmp_path):
     dump(custom_rm_path=str(tmp_path / "mine.py") + ":generous")
     found = replay(Request(hook="reward", dump="run.mdump"), lambda done, bad: None)
@@ -474,6 +498,16 @@ def test_the_command_says_what_changed_in_words(dump, capsys):
     assert "0.4286 → 1.0000" in out
     assert "7 samples in" in out
     assert err == ""
+
+
+def test_a_change_is_shown_with_the_exact_text_so_that_blanks_are_seen(dump, capsys):
+    one = sample(0, 0, 0.0)
+    one.prompt, one.response = "a" * 80 + "\n  b", "45 "
+    dump(RecordedRollout(0, groups=[RecordedGroup([one])]))
+    _, out, _ = command(capsys, "mine.py:generous", "--as", "reward")
+    assert "response '45 '" in out
+    assert "a\\n  b'" in out
+    assert "a" * 70 not in out
 
 
 def test_one_object_is_printed_whatever_the_hook_prints(dump, capsys):

@@ -2,6 +2,9 @@
 
 import asyncio
 import copy
+import re
+import subprocess
+import sys
 import threading
 import time
 from typing import Annotated
@@ -75,6 +78,25 @@ def test_a_hook_that_does_not_fit_is_refused_by_its_signature():
 def test_a_name_that_is_no_hook_is_answered_with_the_nearest():
     with pytest.raises(ConfigError, match="did you mean 'reward'"):
         check("rewards", lambda args, sample: 1.0)
+
+
+@pytest.mark.parametrize("body", ["return None", "raise KeyError('x')"])
+def test_pytest_shows_the_users_test_the_users_hook_and_no_line_of_ours(body, tmp_path):
+    (tmp_path / "test_it.py").write_text(
+        f"def reward(args, sample):\n    {body}\n\n"
+        "def test_by_fixture(check_hook):\n    check_hook('reward', reward)\n\n"
+        "def test_by_import():\n    from miles_api.testing import check_hook\n    check_hook('reward', reward)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--rootdir", str(tmp_path), "test_it.py"],
+        cwd=tmp_path, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    shown = done.stdout.partition("short test summary")[0]
+    assert "2 failed" in done.stdout
+    assert "E       miles_api.testing.result.ConformanceError" in shown
+    assert set(re.findall(r"^(\S+\.py):\d+:", shown, re.MULTILINE)) == {"test_it.py"}
+    assert "None as reward" in shown if body == "return None" else body in shown
+    assert shown.count("direct cause") == (0 if body == "return None" else 2)
 
 
 # Options

@@ -7,17 +7,23 @@ from typing import TYPE_CHECKING, Any
 
 from miles_api.errors import did_you_mean
 from miles_api.older_options import older_option
+from miles_api.sample import Sample
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
-__all__ = ["Args"]
+__all__ = ["Args", "NoSuchOption"]
 
 
-class _NoOptionError(AttributeError):
-    """Finds the nearest name when it is shown: `getattr(args, "mine", None)` in a hook need not wait for that."""
+class NoSuchOption(AttributeError):  # noqa: N818  hook authors read the name, beside `AttributeError`
+    """A hook asks `args` for a name that is no option.
+
+    The nearest name is found when it is shown: `getattr(args, "mine", None)` in a hook need not wait for that.
+    """
 
     def __str__(self) -> str:
+        if self.name in Sample.__struct_fields__:
+            return f"args has no option {self.name!r}, a sample has it: args is a hook's first parameter"
         return f"args has no option {self.name!r}{did_you_mean(str(self.name), self.obj)}"  # type: ignore[arg-type]
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -56,7 +62,7 @@ class Args:
         try:
             return older_option(name, self._options)
         except KeyError:
-            raise _NoOptionError(name=name, obj=self) from None
+            raise NoSuchOption(name=name, obj=self) from None
 
     def __setattr__(self, name: str, value: Any) -> None:
         self._overlay[name] = value

@@ -48,6 +48,7 @@ TABLES = {
 _FLAG = re.compile(r"--[a-z0-9][a-z0-9-]*")
 _TOML_VALUE = re.compile(r"[^:\n]+: (\w+) = ")
 _TABLE = re.compile(r"[^:\n]+: unknown table \[(\w+)\]")
+_UNREADABLE = re.compile(r"there is no run file |.* is not TOML: ")
 
 
 class Problem(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -91,6 +92,10 @@ def check_words(argv: Sequence[str], *, prog: str) -> CheckReport:
         config = parse_run(argv, prog=prog, problems=texts)
     except ConfigError as error:
         return CheckReport(None, list(_problems([str(error)], _API)), [])
+    unreadable = [text for text in texts if _UNREADABLE.match(text)]
+    if unreadable:
+        # Without the file most of what follows would be about what it sets.
+        return CheckReport(None, list(_problems(unreadable[:1], _API)), [])
     absent = {table for side in set(_SIDES) - set(entry_points("miles.checks")) for table in TABLES[side]}
     unread = [match[0] for text in texts if (match := _TABLE.match(text)) and match[1] in absent]
     misread = list(_problems([text for text in texts if not text.startswith(tuple(unread) or ("\0",))], _API))

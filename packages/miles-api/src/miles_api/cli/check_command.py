@@ -41,7 +41,8 @@ class _CheckCommand:
         for line in plan_lines(report):
             print(line)
         if not report.problems:
-            print("ok: nothing wrong was found")
+            without = f" in what could be checked; not checked: {'; '.join(report.not_checked)}"
+            print("ok: nothing wrong was found" + (without if report.not_checked else ""))
             return _OK
         sys.stdout.flush()
         count = len(report.problems)

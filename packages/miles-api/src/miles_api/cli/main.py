@@ -6,26 +6,57 @@ A command is an object offered under `miles.commands` with `help` and either `ma
 
 from __future__ import annotations
 
-import argparse
+import os
 import sys
 from typing import TYPE_CHECKING
 
 from miles_api._version import __version__
+from miles_api.cli.command_parser import CommandParser
 from miles_api.errors import MilesError, did_you_mean
 from miles_api.loading.load import entry_points
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterable, Sequence
 
 __all__ = ["main"]
 
 USAGE_ERROR = 2
 INTERRUPTED = 130
+_UNREAD = 1
+_ELSEWHERE = {"train": "miles-train", "report": "miles-train", "router": "miles-router"}
+"""The commands of other packages."""
+_INSTALL = {"miles-train": "miles-train[full]"}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command and return its exit code: 0 done, 1 failed while running, 2 refused before it started."""
-    words = list(sys.argv[1:] if argv is None else argv)
+    """Run one command and return its exit code: 0 done, 1 failed while running, 2 refused before it started.
+
+    A reader of the output that stops early (`| head`) ends the command with 1, without a traceback.
+    """
+    try:
+        try:
+            return _main(list(sys.argv[1:] if argv is None else argv))
+        finally:
+            # What is still buffered would break the pipe at exit, where nothing can be said about it.
+            sys.stdout.flush()
+    except BrokenPipeError:
+        if not _stdout_is_broken():
+            raise
+        # Python flushes stdout once more at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return _UNREAD
+
+
+def _stdout_is_broken() -> bool:
+    """Say whether nobody reads the output any more: a socket that breaks in a command raises the same."""
+    try:
+        print(flush=True)
+    except BrokenPipeError:
+        return True
+    return False
+
+
+def _main(words: list[str]) -> int:
     commands = entry_points("miles.commands")
     if not words or words[0] in ("-h", "--help"):
         print(_overview(sorted(commands)))
@@ -35,7 +66,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     name, rest = words[0], words[1:]
     if name not in commands:
-        print(f"miles: there is no command {name!r}{did_you_mean(name, commands)}", file=sys.stderr)
+        print(f"miles: {_no_command(name, commands)}", file=sys.stderr)
         return USAGE_ERROR
     try:
         return _run(name, rest)
@@ -46,11 +77,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         return INTERRUPTED
 
 
+def _no_command(name: str, commands: Iterable[str]) -> str:
+    if name in _ELSEWHERE:
+        package = _ELSEWHERE[name]
+        return f"the command {name!r} needs {package} (pip install {_INSTALL.get(package, package)})"
+    return f"there is no command {name!r}{did_you_mean(name, [*commands, *_ELSEWHERE])}"
+
+
 def _run(name: str, rest: list[str]) -> int:
     command = entry_points("miles.commands")[name][0].load()
     if hasattr(command, "main"):
         return int(command.main(rest))
-    parser = argparse.ArgumentParser(prog=f"miles {name}", description=command.help)
+    parser = CommandParser(prog=f"miles {name}", description=command.help)
     command.configure(parser)
     return int(command.run(parser.parse_args(rest)))
 

@@ -23,7 +23,8 @@ taken over, named as not needed, or named with what it lacks here; the run file 
 
 exit codes:
   0  written
-  1  written, and with --strict: some flags have no counterpart, or values that do not fit
+  1  written, and with --strict: some flags have no counterpart, or values that do not fit, or are of packages not
+     installed here
   2  refused: the script cannot be read, or the file is there already"""
 
 
@@ -40,10 +41,11 @@ class _MigrateCommand:
 
     def run(self, options: argparse.Namespace) -> int:
         """Read, write and say what is missing."""
+        script = read_script(options.script)
         output = Path(options.output)
         if options.output != _STDOUT and output.exists() and not options.overwrite:
             raise ConfigError(f"{output} is there already: pass --overwrite, or another -o")
-        migration = migrate(read_script(options.script))
+        migration = migrate(script)
         text = to_toml(migration)
         for line in _report(migration):
             print(line, file=sys.stderr)
@@ -52,7 +54,8 @@ class _MigrateCommand:
         else:
             _write(output, text)
             print(f"wrote {output}; next: miles check {output}")
-        return _LACKING if options.strict and (migration.lacking or migration.unfit) else _OK
+        left = migration.lacking or migration.unfit or migration.unplaced
+        return _LACKING if options.strict and left else _OK
 
 
 def _write(path: Path, text: str) -> None:
@@ -64,7 +67,8 @@ def _write(path: Path, text: str) -> None:
 
 
 def _report(migration: Migration) -> list[str]:
-    lines = [f"{migration.script}: {migration.summary}"]
+    lines = [f"warning: {migration.warning}"] if migration.warning else []
+    lines += [f"{migration.script}: {migration.summary}"]
     lines += _named("without counterpart:", migration.lacking)
     lines += _named("values that do not fit:", migration.unfit)
     doubts = [f"  {entry.place}: {entry.key}: {entry.doubt}" for entry in migration.entries if entry.doubt]

@@ -149,8 +149,8 @@ def _require_fit(
     raise _refuse(
         spec,
         reference,
-        f"does not fit\n  miles calls: {calls}\n  it declares: {name}{candidates[0][1]}\n  problem:     {problem}\n"
-        f"  versions:    miles calls by ABI {shown(ABI)}, it was written for {abi}",
+        f"does not fit\n  miles calls: {calls}\n  it declares: {name}{candidates[0][1]}\n  problem:     {problem}"
+        + (f"\n  versions:    miles calls by ABI {shown(ABI)}, it was written for {abi}" if abi.version != ABI else ""),
     )
 
 

@@ -8,6 +8,7 @@ import importlib
 import importlib.metadata
 import importlib.util
 import sys
+import traceback
 from pathlib import Path
 from typing import Any
 
@@ -100,7 +101,7 @@ def find(reference: str, *, short_names: str, flag: str) -> Found:
         raise HookLoadError(f"{flag} {reference}: {error}", missing=error.missing) from error
     except (Exception, SystemExit) as error:  # a script exits when it is imported
         raise HookLoadError(
-            f"{flag} {reference} does not import: {type(error).__name__}: {error}",
+            f"{flag} {reference} does not import: {_told(error)}{_file_here(error, reference)}",
             missing=_missing(error, reference, short_names),
         ) from error
 
@@ -117,6 +118,34 @@ def _find(reference: str, short_names: str) -> Found:
         module_name, _, attribute = reference.rpartition(".")
     module = _import_file(module_name) if module_name.endswith(".py") else importlib.import_module(module_name)
     return Found(_attribute(module, attribute), module.__name__)
+
+
+def _told(error: BaseException) -> str:
+    """Say what an import raised; of a `SyntaxError` its place, line and caret, of an `ImportError` the import."""
+    if isinstance(error, SyntaxError):
+        place = "".join(traceback.format_exception_only(error)[:-1]).rstrip()
+        return f"{type(error).__name__}: {error.msg}" + (f"\n{place}" if place else "")
+    text = f"{type(error).__name__}: {error}"
+    if not isinstance(error, ImportError):
+        return text
+    machinery = str(Path(importlib.__file__).parent)
+    frames = [
+        frame
+        for frame in traceback.extract_tb(error.__traceback__)
+        if not frame.filename.startswith(("<frozen importlib", machinery)) and frame.filename != __file__
+    ]
+    return text + "".join(f"\n  {frame.filename}, line {frame.lineno}: {frame.line}" for frame in frames[-1:])
+
+
+def _file_here(error: BaseException, reference: str) -> str:
+    """Return a hint where the module that was not found lies in the current directory as a file."""
+    if not isinstance(error, ModuleNotFoundError) or not error.name:
+        return ""
+    module, _, attribute = reference.rpartition(":" if ":" in reference else ".")
+    file = Path(*module.split(".")).with_suffix(".py")
+    if f"{module}.".startswith(f"{error.name}.") and file.is_file():
+        return f"; did you mean the file {file.as_posix()}:{attribute}?"
+    return ""
 
 
 def _missing(error: BaseException, reference: str, short_names: str) -> str | None:

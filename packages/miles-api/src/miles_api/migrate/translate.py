@@ -15,7 +15,7 @@ from miles_api.hook_options import specs_by_field
 from miles_api.loading.load import entry_points
 from miles_api.migrate.defaults import DEFAULTS
 from miles_api.migrate.table import OURS, PREFIXES, THEIRS, program_rule
-from miles_api.migrate.verdicts import Drop, Flag, Flags, Lack, Take, Verdict
+from miles_api.migrate.verdicts import Drop, Flag, Flags, Lack, Take, Unplaced, Verdict
 from miles_api.options import option_kind
 from miles_api.parsing.flags import option_strings
 from miles_api.parsing.given import COMMAND_LINE, Given, explain
@@ -30,6 +30,7 @@ _VALUE = re.compile(r"-\d|-\.\d|-$")
 _KEYS = ("key", "token", "password", "secret")
 _PACKAGES = {"rollout": "miles-rollout", "objective": "miles-train", "router": "miles-router"}
 """An option group of each package."""
+_ABSENT = "perhaps an option of a package that is not installed here"
 _OUR_DEFAULT = ""
 _BESIDE = "where the launch sets PYTHONPATH, set it for `miles` too: hooks are imported by these names"
 
@@ -67,12 +68,16 @@ class Migration(msgspec.Struct):
     """Those that have no counterpart."""
     unfit: list[Left] = []
     """Those whose values do not fit our option."""
+    unplaced: list[Left] = []
+    """Those that may be options of packages that are not installed."""
+    absent: list[str] = []
+    """The packages that are not installed."""
     notes: list[str] = []
 
     @property
     def taken(self) -> int:
         """How many flags of the script are in the run file."""
-        return self.count - len(self.dropped) - len(self.lacking) - len(self.unfit)
+        return self.count - sum(map(len, (self.dropped, self.lacking, self.unfit, self.unplaced)))
 
     @property
     def summary(self) -> str:
@@ -80,13 +85,24 @@ class Migration(msgspec.Struct):
         return (
             f"{self.count} flags: {self.taken} taken over, {len(self.dropped)} not needed, {len(self.lacking)} without "
             f"counterpart, {len(self.unfit)} with values that do not fit"
+            + (f", {len(self.unplaced)} not placed" if self.unplaced else "")
+        )
+
+    @property
+    def warning(self) -> str:
+        """Say which packages are missing and how much that leaves open; empty where all are there."""
+        if not self.absent:
+            return ""
+        return (
+            f"{', '.join(self.absent)} {'are' if len(self.absent) > 1 else 'is'} not installed here: their options "
+            f"are not known, {len(self.unplaced)} flags could not be placed"
         )
 
 
 def migrate(script: Script) -> Migration:
     """Find our option for each flag; nothing is raised for flags that have none."""
     flags, notes = _flags(script.arguments)
-    result = Migration(script.name, len(flags), notes=[*script.notes, *notes, *_missing_packages()])
+    result = Migration(script.name, len(flags), notes=[*script.notes, *notes], absent=_missing_packages())
     for flag in flags.values():
         _note(result, flag, _verdict(flag, flags))
     verdict = program_rule(script.program)
@@ -121,9 +137,7 @@ def _flags(arguments: list[Argument]) -> tuple[Flags, list[str]]:
 
 
 def _missing_packages() -> list[str]:
-    absent = [package for group, package in _PACKAGES.items() if group not in option_groups()]
-    return [f"{package} is not installed: its options are not known, and flags for it have no counterpart here"
-            for package in absent]  # fmt: skip
+    return [package for group, package in _PACKAGES.items() if group not in option_groups()]
 
 
 def _verdict(flag: Flag, flags: Flags) -> Verdict:
@@ -138,6 +152,8 @@ def _verdict(flag: Flag, flags: Flags) -> Verdict:
     for prefix, rule in PREFIXES.items():
         if flag.name.startswith(prefix):
             return rule(flag, flags)
+    if _missing_packages():
+        return Unplaced(_ABSENT)
     return Lack("not known here; a hook of yours that reads it brings it as `fn.options`")
 
 
@@ -151,7 +167,8 @@ def _note(result: Migration, flag: Flag, verdict: Verdict) -> None:
         _take(result, flag, verdict, left)
         return
     left.reason = verdict.reason
-    (result.dropped if isinstance(verdict, Drop) else result.lacking).append(left)
+    lists = {Drop: result.dropped, Lack: result.lacking, Unplaced: result.unplaced}
+    lists[type(verdict)].append(left)
 
 
 def _take(result: Migration, flag: Flag, verdict: Take, left: Left) -> None:
@@ -161,6 +178,10 @@ def _take(result: Migration, flag: Flag, verdict: Take, left: Left) -> None:
         return
     if verdict.key in specs_by_field():
         _take_hook(result, flag, verdict, left)
+        return
+    if result.absent and not any(verdict.key in kind.__struct_fields__ for kind in option_groups().values()):
+        left.reason = f"becomes {verdict.key}, an option of a package that is not installed here"
+        result.unplaced.append(left)
         return
     try:
         entry = _entry(verdict.key, verdict.values)
@@ -233,7 +254,7 @@ def _entry(key: str, values: Any) -> Entry:
         for info in msgspec.structs.fields(kind):
             if info.name == key:
                 return Entry(table, key, _converted(info, values), "")
-    raise _UnfitError(f"the package with the option {key} is not installed")
+    raise _UnfitError(f"no option is named {key}")
 
 
 def _converted(info: msgspec.structs.FieldInfo, values: Any) -> Any:

@@ -7,7 +7,7 @@ from typing import Any
 
 import msgspec
 
-__all__ = ["Drop", "Flag", "Flags", "Lack", "Rule", "Take", "drop", "lack", "only", "renamed", "with_value"]
+__all__ = ["Drop", "Flag", "Flags", "Lack", "Rule", "Take", "Unplaced", "drop", "lack", "only", "renamed", "with_value"]
 
 
 class Flag(msgspec.Struct):
@@ -57,7 +57,13 @@ class Lack(msgspec.Struct):
     reason: str
 
 
-Verdict = Take | Drop | Lack
+class Unplaced(msgspec.Struct):
+    """It may be an option of a package that is not installed."""
+
+    reason: str
+
+
+Verdict = Take | Drop | Lack | Unplaced
 Rule = Callable[[Flag, Flags], Verdict]
 
 

@@ -21,6 +21,7 @@ def to_toml(migration: Migration) -> str:
     lines = [
         f"# Written by `miles migrate` from {migration.script}. What is not taken over is named at the end.",
         f"# {migration.summary}",
+        *([f"# {migration.warning}"] if migration.warning else []),
         "# Relative paths are looked up beside this file first.",
     ]
     for table in option_groups():
@@ -30,6 +31,7 @@ def to_toml(migration: Migration) -> str:
     for title, left in (
         ("Without counterpart here", migration.lacking),
         ("Values that do not fit", migration.unfit),
+        ("Could not be placed: packages are missing", migration.unplaced),
         ("Not needed here", migration.dropped),
     ):
         if left:

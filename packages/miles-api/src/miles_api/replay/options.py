@@ -9,9 +9,11 @@ import msgspec
 from miles_api.config import option_groups
 from miles_api.errors import ConfigError, did_you_mean
 from miles_api.loading.load import import_reference, unwrapped
+from miles_api.older_options import older_option
 from miles_api.parsing.given import Given, convert
 from miles_api.parsing.hook_arguments import StructOptions
 from miles_api.parsing.parser_arguments import ParserOptions
+from miles_api.testing.options import ReliedOn
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -43,15 +45,16 @@ def replay_options(
 ) -> dict[str, Any]:
     """Return every option by name, with `reference` standing where a run would name it.
 
-    What the dump leaves out, secrets and options of newer packages, has its default. Raises `ConfigError` for a change
-    that is no option or does not fit, `HookLoadError` for a reference that does not import.
+    What the dump leaves out, secrets and options of newer or missing packages, has its default. Raises `ConfigError`
+    for a change that is no option or does not fit, `HookLoadError` for a reference that does not import.
     """
     problems: list[str] = []
     given = {name: Given(value, _SET) for name, value in changes.items()}
     flat = _recorded_options(recorded)
     known: set[str] = set()
-    for group in option_groups().values():
-        mine = {name: given[name] for name in group.__struct_fields__ if name in given}
+    for group in (*option_groups().values(), ReliedOn):
+        # An installed package knows better what its option may be.
+        mine = {name: given[name] for name in group.__struct_fields__ if name in given and name not in known}
         flat |= {name: value for name, value in convert(group, mine, problems).items() if name in mine}
         known |= {*group.__struct_fields__}
     for options in _brought(spec, reference):
@@ -68,12 +71,27 @@ def replay_options(
 
 
 def _recorded_options(recorded: Mapping[str, Any]) -> dict[str, Any]:
-    defaults = {
-        info.name: None if info.default is msgspec.NODEFAULT else info.default
-        for group in option_groups().values()
-        for info in msgspec.structs.fields(group)
-    }
-    return {**defaults, **recorded}
+    flat = {**_defaults(*option_groups().values()), **recorded}
+    return {**{name: value for name, value in _defaults(ReliedOn).items() if not _is_older(name, flat)}, **flat}
+
+
+def _defaults(*groups: type[msgspec.Struct]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for info in (info for group in groups for info in msgspec.structs.fields(group)):
+        if info.default_factory is not msgspec.NODEFAULT:
+            found[info.name] = info.default_factory()
+        else:
+            found[info.name] = None if info.default is msgspec.NODEFAULT else info.default
+    return found
+
+
+def _is_older(name: str, options: Mapping[str, Any]) -> bool:
+    """Say whether `args` finds an option of older stacks in `options` under its newer name."""
+    try:
+        older_option(name, options)
+    except KeyError:
+        return False
+    return True
 
 
 def _named(spec: HookSpec, reference: str) -> dict[str, Any]:

@@ -99,6 +99,6 @@ def same(a: float, b: float) -> bool:
 
 
 def excerpt(text: Any) -> str:
-    """Return the end of a text: that is where the question of a prompt and the answer of a response stand."""
-    words = " ".join(str(text).split())
-    return words if len(words) <= _EXCERPT else "…" + words[-_EXCERPT:]
+    """Return the end of a text, blanks as they are: there stand the question of a prompt and a response's answer."""
+    exact = str(text)
+    return exact if len(exact) <= _EXCERPT else "…" + exact[-_EXCERPT:]

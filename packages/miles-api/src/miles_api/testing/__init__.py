@@ -32,7 +32,7 @@ __all__ = [
 
 _HOMES = {
     "case": ("case_of",),
-    "check": ("check_bound", "check_hook"),
+    "check": ("check_bound", "check_hook", "users_part"),
     "engine": ("Engine",),
     "options": ("hook_args",),
     "result": ("ConformanceError", "ConformanceSkip", "Report"),

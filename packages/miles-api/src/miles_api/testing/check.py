@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import threading
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from miles_api.args import Args
-from miles_api.errors import ConfigError, HookLoadError, did_you_mean
+from miles_api.errors import ConfigError, HookLoadError, MilesError, did_you_mean
 from miles_api.hooks import REGISTRY
 from miles_api.loading.bind import BoundHook, bind, resolve
 from miles_api.loading.load import TRAINER_PACKAGES, unwrapped
@@ -20,11 +21,12 @@ from miles_api.testing.trial import Trial
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
+    from types import TracebackType
 
     from miles_api.sample import Sample
     from miles_api.spec import HookSpec
 
-__all__ = ["check_bound", "check_hook"]
+__all__ = ["check_bound", "check_hook", "users_part"]
 
 _SOURCE = "check_hook"
 
@@ -41,6 +43,25 @@ def check_hook(name: str, fn: Any, /, *, samples: Sequence[Sample] | None = None
     `AssertionError`) naming hook, check, sample and field for what behaves otherwise, `ConformanceSkip` where the hook
     needs a package that is not installed, and `ConfigError` for a name that is no hook or no option.
     """
+    __tracebackhide__ = True
+    try:
+        return _check_named(name, fn, samples, options)
+    except MilesError as error:
+        # Which of our lines found it says nothing to the author of a hook: a test shows his own, and those of the hook.
+        cause = error.__cause__
+        own = cause and users_part(cause)
+        raise error.with_traceback(None) from (cause.with_traceback(own) if cause and own else None)
+
+
+def users_part(error: BaseException) -> TracebackType | None:
+    """Return an exception's traceback from the first frame on that is not ours; None if there is none."""
+    own, ours = error.__traceback__, str(Path(__file__).parent.parent)
+    while own is not None and own.tb_frame.f_code.co_filename.startswith(ours):
+        own = own.tb_next
+    return own
+
+
+def _check_named(name: str, fn: Any, samples: Sequence[Sample] | None, options: dict[str, Any]) -> Report:
     if name not in REGISTRY:
         raise ConfigError(f"there is no hook {name!r}{did_you_mean(name, REGISTRY)}")
     spec = REGISTRY[name]
@@ -79,7 +100,7 @@ def _check(bound: BoundHook, case: Case, flat: dict[str, Any], given: Mapping[st
     with Trial(bound, args_for, maker) as trial:
         case.run(trial)
         trial.finish()
-        return Report(bound.spec.name, bound.reference, trial.passed, case.left_out)
+        return Report(bound.spec.name, bound.reference, trial.passed, case.left_out, trial.notes)
 
 
 def _in_a_loop() -> bool:

@@ -16,6 +16,7 @@ def check_hook() -> Any:
     from miles_api.testing.result import ConformanceSkip
 
     def checked(name: str, fn: Any, /, **options: Any) -> Any:
+        __tracebackhide__ = True
         try:
             return check(name, fn, **options)
         except ConformanceSkip as skipped:

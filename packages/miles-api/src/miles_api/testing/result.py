@@ -49,3 +49,5 @@ class Report(msgspec.Struct, frozen=True):
     """The checks, in words."""
     left_out: str = ""
     """What this kit cannot see and only a run shows."""
+    notes: list[str] = []
+    """What is right, and still asks something of the run."""

@@ -62,6 +62,7 @@ class Trial:
         self.hook = hook
         self.maker = maker
         self.passed: list[str] = []
+        self.notes: list[str] = []
         self.engine = Engine()
         self._make_args = args
         self._title = "calls"
@@ -110,7 +111,12 @@ class Trial:
         self.passed.append(title)
 
     def fail(
-        self, problem: str, *, sample: Sample | None = None, field: str | None = None, cause: Exception | None = None
+        self,
+        problem: str,
+        *,
+        sample: Sample | None = None,
+        field: str | None = None,
+        cause: BaseException | None = None,
     ) -> NoReturn:
         """Raise a `ConformanceError` that names hook, check, sample and field."""
         raise ConformanceError(
@@ -122,6 +128,11 @@ class Trial:
         """Fail with `problem` unless `holds`."""
         if not holds:
             self.fail(problem, sample=sample, field=field)
+
+    def note(self, remark: str) -> None:
+        """Remark something once that is no failure."""
+        if remark not in self.notes:
+            self.notes.append(remark)
 
     def number(self, value: Any, what: str, sample: Sample | None = None) -> float:
         """Return one finite number, whatever library it is of; fail otherwise."""
@@ -155,7 +166,8 @@ class Trial:
         """Call the hook once for each tuple of arguments, at the same time where Miles does so too."""
         if not self.awaited:
             return [self.guarded(lambda args=args: self.hook(*args, **keywords), _sample_in(args)) for args in calls]
-        return self._runner.run(self._gather(calls, keywords))
+        # A task of the hook's own that exits ends the loop from under its call.
+        return self.guarded(lambda: self._runner.run(self._gather(calls, keywords)))
 
     async def _gather(self, calls: Sequence[tuple[Any, ...]], keywords: dict[str, Any]) -> list[Any]:
         pulse = _Pulse()
@@ -183,6 +195,9 @@ class Trial:
             if deadline.expired():
                 self.fail(f"did not return within {DEADLINE:.0f} s")
             raise
+        except SystemExit as error:
+            # It would end the loop, and the other calls with it.
+            self._raised(error, _sample_in(args))
 
     def guarded(self, call: Callable[[], Any], sample: Sample | None = None) -> Any:
         """Return what `call` does; an exception of the hook's becomes a `ConformanceError` that it is the cause of."""
@@ -194,10 +209,12 @@ class Trial:
             if (error.name or "").partition(".")[0] in TRAINER_PACKAGES:
                 raise ConformanceSkip(f"{self.hook.spec.name} hook {self.hook.reference} needs {error.name}") from error
             self._raised(error, sample)
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             self._raised(error, sample)
 
-    def _raised(self, error: Exception, sample: Sample | None) -> NoReturn:
+    def _raised(self, error: Exception | SystemExit, sample: Sample | None) -> NoReturn:
+        if isinstance(error, SystemExit):
+            self.fail(f"called sys.exit({error.code!r}), which ends a run", sample=sample, cause=error)
         notes = [note for note in getattr(error, "__notes__", []) if not note.startswith("raised by")]
         self.fail("\n  ".join([f"raised {type(error).__name__}: {error}", *notes]), sample=sample, cause=error)
 

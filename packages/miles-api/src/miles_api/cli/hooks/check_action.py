@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import sys
 import traceback
 from pathlib import Path
@@ -12,10 +13,12 @@ import msgspec
 
 from miles_api import testing
 from miles_api.cli.hooks.words import find_spec, flag_words
-from miles_api.errors import ConfigError, DataError, HookError, HookLoadError, SampleError
+from miles_api.errors import ConfigError, DataError, HookError, HookLoadError, SampleError, did_you_mean
 from miles_api.loading.bind import BoundHook, resolve
 from miles_api.loading.load import TRAINER_PACKAGES
+from miles_api.packing.frames import MAGIC, looks_like
 from miles_api.parsing.given import Given
+from miles_api.record import RecordedRollout, read_dump
 from miles_api.sample import Sample
 
 if TYPE_CHECKING:
@@ -66,7 +69,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--call", action=argparse.BooleanOptionalAction, help="call it, or never; see below")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", dest="settings",
                         help="an option that it reads from args: JSON or text (repeat the flag for each)")  # fmt: skip
-    parser.add_argument("--samples", metavar="FILE", help="JSON lines with a Sample's fields, in place of made-up ones")
+    parser.add_argument(
+        "--samples", metavar="FILE", help="a dump, or JSON lines with a Sample's fields, in place of made-up ones"
+    )
     parser.add_argument("--json", action="store_true", help="print one object")
 
 
@@ -76,7 +81,9 @@ def run(options: argparse.Namespace) -> int:
     given = dict(_setting(text) for text in options.settings)
     samples = None if options.samples is None else _read_samples(options.samples)
     verdict = _Verdict(spec.name, options.reference)
-    code = _check(spec, options, verdict, given, samples)
+    # What the hook prints would end up in the middle of the verdict.
+    with contextlib.redirect_stdout(sys.stderr):
+        code = _check(spec, options, verdict, given, samples)
     if options.json:
         said = {key: value for key, value in msgspec.structs.asdict(verdict).items() if value not in (None, "")}
         print(msgspec.json.encode(said).decode())
@@ -134,14 +141,13 @@ def _call(
             _print_traceback(error.__cause__)
         return _FAILED
     verdict.called, verdict.passed, verdict.left_out = True, report.passed, report.left_out
+    verdict.note = "; ".join(note for note in [verdict.note, *report.notes] if note)
     return _OK
 
 
 def _print_traceback(error: BaseException) -> None:
     """Print an exception from the hook's own first frame on: ours say nothing to its author."""
-    own, ours = error.__traceback__, str(Path(testing.__file__).parent.parent)
-    while own is not None and own.tb_frame.f_code.co_filename.startswith(ours):
-        own = own.tb_next
+    own = testing.users_part(error)
     if own is not None:
         traceback.print_exception(type(error), error, own)
 
@@ -171,14 +177,44 @@ def _read_samples(path: str) -> list[Sample]:
     file = Path(path)
     if not file.is_file():
         raise DataError(f"--samples {path}: there is no such file")
+    with file.open("rb") as opened:
+        start = opened.read(16)
+    samples = _dumped_samples(path) if start.startswith(MAGIC) else _written_samples(path, start)
+    if not samples:
+        raise DataError(f"--samples {path} holds no samples")
+    return samples
+
+
+def _dumped_samples(path: str) -> list[Sample]:
+    dump = read_dump(path)
+    groups = [group.samples for record in dump if isinstance(record, RecordedRollout) for group in record.groups]
+    if dump.damage:
+        print(f"warning: {dump.damage}", file=sys.stderr)
+    return [one for group in groups for item in group for one in (item if isinstance(item, list) else [item])]
+
+
+def _written_samples(path: str, start: bytes) -> list[Sample]:
+    try:
+        lines = Path(path).read_text(encoding="utf-8").splitlines()
+    except UnicodeDecodeError as error:
+        raise DataError(f"--samples {path} is neither a dump nor JSON lines: {looks_like(start)}") from error
     samples = []
-    for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), 1):
+    for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
         try:
-            samples.append(Sample.from_dict(msgspec.json.decode(line, type=dict[str, Any])))
+            fields = msgspec.json.decode(line, type=dict[str, Any])
+            _require_no_slips(fields)
+            samples.append(Sample.from_dict(fields))
         except (msgspec.DecodeError, SampleError) as error:
             raise DataError(f"--samples {path}, line {number}: {error}") from error
-    if not samples:
-        raise DataError(f"--samples {path} holds no sample")
     return samples
+
+
+def _require_no_slips(fields: dict[str, Any]) -> None:
+    """Refuse what is nearly the name of a field: the hook would silently miss it."""
+    known = Sample.__struct_fields__
+    for key in fields:
+        near = "" if key in known or key == "extra" else did_you_mean(key, known)
+        if near:
+            raise SampleError(f'{key!r} is no field of a Sample{near} An attribute of your own may stand under "extra"')

@@ -67,8 +67,8 @@ def run(options: argparse.Namespace) -> int:
         settings=settings(options.settings),
     )  # fmt: skip
     line = _ProgressLine() if sys.stderr.isatty() and not options.json else None
-    # What the hook prints would end up in the middle of the object.
-    with contextlib.redirect_stdout(sys.stderr) if options.json else contextlib.nullcontext():
+    # What the hook prints would end up in the middle of the result.
+    with contextlib.redirect_stdout(sys.stderr):
         result = replay(request, line or _silent)
     if line:
         line.clear()

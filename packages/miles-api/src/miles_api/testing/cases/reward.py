@@ -68,6 +68,8 @@ def _require_rewards(trial: Trial, samples: list[Sample], values: Any) -> None:
         for name, part in value.items() if isinstance(value, dict) else [("reward", value)]:
             trial.number(part, name, sample)
         kinds.add(tuple(sorted(map(str, value))) if isinstance(value, dict) else None)
+        if isinstance(value, dict) and key is None:
+            trial.note(f"returns a dict: runs need --reward-key, one of {', '.join(sorted(map(str, value)))}")
         if isinstance(value, dict) and key is not None:
             trial.require(
                 key in value,
