@@ -49,7 +49,7 @@ def check_hook(name: str, fn: Any, /, *, samples: Sequence[Sample] | None = None
     except MilesError as error:
         # Which of our lines found it says nothing to the author of a hook: a test shows his own, and those of the hook.
         cause = error.__cause__
-        own = cause and users_part(cause)
+        own = users_part(cause) if cause else None
         raise error.with_traceback(None) from (cause.with_traceback(own) if cause and own else None)
 
 
