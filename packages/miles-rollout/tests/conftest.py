@@ -8,6 +8,7 @@ from transformers import PreTrainedTokenizerFast
 
 from miles_api.config import RunConfig, option_groups
 from miles_api.run_options import RunOptions
+from miles_rollout.service import RolloutWorker
 
 CHARACTERS = "0123456789abcdefghijklmnopqrstuvwxyz >"
 
@@ -115,3 +116,31 @@ def fake_engine():
     yield start
     for engine in engines:
         engine.close()
+
+
+@pytest.fixture
+def worker(configure, fake_engine):
+    """Start the rollout process's worker on an engine, or on a `url` of its own; it is stopped after the test."""
+    workers = []
+
+    def start(engine=None, *, url=None, **values):
+        worker = RolloutWorker(configure(**values))
+        workers.append(worker)
+        worker.start((engine or fake_engine()).url if url is None else url)
+        return worker
+
+    yield start
+    for one in workers:
+        one.stop()
+
+
+@pytest.fixture
+def hook(tmp_path):
+    """Write a hook file and return the reference to the function in it."""
+
+    def write(body, name="fn"):
+        file = tmp_path / f"hook_{abs(hash(body))}.py"
+        file.write_text(body)
+        return f"{file}:{name}"
+
+    return write

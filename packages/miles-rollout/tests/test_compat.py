@@ -7,7 +7,6 @@ import pytest
 from miles_api.errors import ServiceError
 from miles_rollout import running
 from miles_rollout.compat.http import post
-from miles_rollout.service import RolloutWorker
 
 GENERATE = """
 from slime.rollout.sglang_rollout import GenerateState
@@ -108,31 +107,6 @@ def around(args, rollout_id, data_source, evaluation=False):
     output.metrics["mine"] = 1.0
     return output
 """
-
-
-@pytest.fixture
-def worker(configure, fake_engine):
-    workers = []
-
-    def start(engine=None, **values):
-        worker = RolloutWorker(configure(**values))
-        workers.append(worker)
-        worker.start((engine or fake_engine()).url)
-        return worker
-
-    yield start
-    for one in workers:
-        one.stop()
-
-
-@pytest.fixture
-def hook(tmp_path):
-    def write(body, name):
-        file = tmp_path / f"older_{abs(hash(body))}.py"
-        file.write_text(body)
-        return f"{file}:{name}"
-
-    return write
 
 
 def test_a_generate_hook_of_slime_reaches_tokenizer_and_router(worker, fake_engine, hook):

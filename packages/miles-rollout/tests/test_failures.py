@@ -12,7 +12,6 @@ from miles_api.sample import Sample
 from miles_rollout.budget import ErrorBudget
 from miles_rollout.failures import Guard
 from miles_rollout.pristine import copy_sample
-from miles_rollout.service import RolloutWorker
 
 # What each hook is given and what a good answer looks like, by name.
 FLAGS = {
@@ -47,18 +46,9 @@ def subject(first):
 
 
 @pytest.fixture
-def worker(configure, fake_engine):
-    workers = []
-
-    def start(engine=None, **values):
-        worker = RolloutWorker(configure(hook_timeout=values.pop("hook_timeout", 5.0), **values))
-        workers.append(worker)
-        worker.start((engine or fake_engine()).url)
-        return worker
-
-    yield start
-    for one in workers:
-        one.stop()
+def worker(worker):
+    """Start a worker whose hooks may take 5 seconds."""
+    return lambda engine=None, **values: worker(engine, **{"hook_timeout": 5.0, **values})
 
 
 @pytest.fixture

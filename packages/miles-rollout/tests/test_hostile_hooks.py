@@ -12,7 +12,6 @@ from miles_api.errors import ConfigError, HookResultError
 from miles_rollout.budget import ErrorBudget
 from miles_rollout.data_source import RolloutDataSourceWithBuffer
 from miles_rollout.options import FailureOptions, RolloutOptions
-from miles_rollout.service import RolloutWorker
 from miles_rollout.state import Slots
 
 GENERATED = """
@@ -23,18 +22,9 @@ GENERATED = """
 
 
 @pytest.fixture
-def worker(configure, fake_engine):
-    workers = []
-
-    def start(engine=None, **values):
-        worker = RolloutWorker(configure(hook_timeout=values.pop("hook_timeout", 5.0), **values))
-        workers.append(worker)
-        worker.start((engine or fake_engine()).url)
-        return worker
-
-    yield start
-    for one in workers:
-        one.stop()
+def worker(worker):
+    """Start a worker whose hooks may take 5 seconds."""
+    return lambda engine=None, **values: worker(engine, **{"hook_timeout": 5.0, **values})
 
 
 @pytest.fixture

@@ -4,33 +4,7 @@ import pytest
 
 from miles_api.errors import DataError, HookResultError, MilesError, ServiceError
 from miles_api.loading.hookset import HookSet
-from miles_rollout.service import RolloutWorker
 from miles_rollout.state import State
-
-
-@pytest.fixture
-def worker(configure, fake_engine):
-    workers = []
-
-    def start(engine=None, **values):
-        worker = RolloutWorker(configure(**values))
-        workers.append(worker)
-        worker.start((engine or fake_engine()).url)
-        return worker
-
-    yield start
-    for one in workers:
-        one.stop()
-
-
-@pytest.fixture
-def hook(tmp_path):
-    def write(body, name="fn"):
-        file = tmp_path / f"hook_{abs(hash(body))}.py"
-        file.write_text(body)
-        return f"{file}:{name}"
-
-    return write
 
 
 def test_a_rollout_fills_samples_and_columns(worker, fake_engine):

@@ -2,32 +2,6 @@ import pytest
 
 from miles_api.errors import ConfigError, DataError
 from miles_api.record import read_dump
-from miles_rollout.service import RolloutWorker
-
-
-@pytest.fixture
-def worker(configure, fake_engine):
-    workers = []
-
-    def start(url=None, **values):
-        worker = RolloutWorker(configure(**values))
-        workers.append(worker)
-        worker.start(fake_engine().url if url is None else url)
-        return worker
-
-    yield start
-    for one in workers:
-        one.stop()
-
-
-@pytest.fixture
-def hook(tmp_path):
-    def write(body, name="fn"):
-        file = tmp_path / f"hook_{abs(hash(body))}.py"
-        file.write_text(body)
-        return f"{file}:{name}"
-
-    return write
 
 
 @pytest.fixture

@@ -11,6 +11,7 @@ from miles_api.sample import Sample
 
 if TYPE_CHECKING:
     import asyncio
+    from collections.abc import Sequence
 
 __all__ = [
     "DynamicFilterOutput",
@@ -23,10 +24,16 @@ __all__ = [
     "RolloutFnEvalOutput",
     "RolloutFnTrainInput",
     "RolloutFnTrainOutput",
+    "flatten",
 ]
 
 Group = list[Sample | list[Sample]]
 """The samples of one prompt; a generation that fanned out stands as a list in place of its sample."""
+
+
+def flatten(groups: Sequence[Group] | Sequence[list[Sample]]) -> list[Sample]:
+    """Return all samples of `groups`, fan-outs opened, in order."""
+    return [s for group in groups for item in group for s in (item if isinstance(item, list) else [item])]
 
 
 class GenerateState(Protocol):

@@ -8,14 +8,13 @@ from typing import TYPE_CHECKING, Any
 from miles_api.errors import ConfigError, HookResultError
 from miles_api.loading.plain import plain_number
 from miles_api.options import options_from
-from miles_api.rollout_types import Group, RolloutFnEvalOutput
+from miles_api.rollout_types import Group, RolloutFnEvalOutput, flatten
 from miles_api.sample import Sample, Status
 from miles_rollout.failures import HookFailed
 from miles_rollout.group import gather, run_group
 from miles_rollout.jsonl import read_prompts, takes_messages
 from miles_rollout.options import DataOptions, EvalOptions
 from miles_rollout.pristine import copied, copy_group
-from miles_rollout.results import flatten
 
 if TYPE_CHECKING:
     from miles_rollout.state import State

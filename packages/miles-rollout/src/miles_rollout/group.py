@@ -8,10 +8,10 @@ import math
 from typing import TYPE_CHECKING, Any
 
 from miles_api.errors import HookResultError
-from miles_api.rollout_types import GenerateFnInput, GenerateFnOutput, Group
+from miles_api.rollout_types import GenerateFnInput, GenerateFnOutput, Group, flatten
 from miles_rollout.failures import HookFailed, named
 from miles_rollout.pristine import copied, copy_sample, without_response
-from miles_rollout.results import checked_generation, checked_reward, checked_samples, flatten
+from miles_rollout.results import checked_generation, checked_reward, checked_samples
 
 if TYPE_CHECKING:
     from collections.abc import Coroutine

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from miles_api.errors import HookResultError
-from miles_rollout.results import flatten
+from miles_api.rollout_types import flatten
 
 if TYPE_CHECKING:
     from miles_api.rollout_types import Group

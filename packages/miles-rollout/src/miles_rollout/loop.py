@@ -16,6 +16,7 @@ from miles_api.rollout_types import (
     RolloutFnEvalOutput,
     RolloutFnTrainInput,
     RolloutFnTrainOutput,
+    flatten,
 )
 from miles_rollout.evaluate import evaluate
 from miles_rollout.failures import HookFailed, count_drop, named
@@ -23,7 +24,7 @@ from miles_rollout.group import run_group
 from miles_rollout.hook_names import CALLED_BY_LOOP
 from miles_rollout.options import RolloutOptions
 from miles_rollout.pristine import copy_group, without_response
-from miles_rollout.results import checked_data, checked_samples, checked_verdict, flatten
+from miles_rollout.results import checked_data, checked_samples, checked_verdict
 from miles_rollout.state import State
 
 if TYPE_CHECKING:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from miles_api.errors import HookResultError
 from miles_api.loading.plain import make_plain, plain_number
-from miles_api.rollout_types import DynamicFilterOutput
+from miles_api.rollout_types import DynamicFilterOutput, flatten
 from miles_api.sample import Sample, Status
 
 if TYPE_CHECKING:
@@ -20,15 +20,9 @@ __all__ = [
     "checked_rewards",
     "checked_samples",
     "checked_verdict",
-    "flatten",
 ]
 
 _PER_TOKEN = ("loss_mask", "rollout_log_probs", "teacher_log_probs")
-
-
-def flatten(groups: list[Group]) -> list[Sample]:
-    """Return all samples of `groups`, fan-outs opened, in order."""
-    return [s for group in groups for item in group for s in (item if isinstance(item, list) else [item])]
 
 
 def checked_generation(result: Any, sample: Sample, who: str) -> Sample | list[Sample]:

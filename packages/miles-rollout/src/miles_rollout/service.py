@@ -23,6 +23,7 @@ from miles_api.rollout_types import (
     RolloutFnEvalInput,
     RolloutFnTrainInput,
     RolloutFnTrainOutput,
+    flatten,
 )
 from miles_api.run_options import RunOptions
 from miles_rollout.data_source import RolloutDataSourceWithBuffer
@@ -32,7 +33,7 @@ from miles_rollout.hook_names import CALLED_BY_SERVICE
 from miles_rollout.identity import require_identity
 from miles_rollout.metrics import hook_metrics, rollout_metrics
 from miles_rollout.recording import Recorder
-from miles_rollout.results import checked_groups, checked_rewards, checked_samples, flatten
+from miles_rollout.results import checked_groups, checked_rewards, checked_samples
 from miles_rollout.running import announce
 
 if TYPE_CHECKING:

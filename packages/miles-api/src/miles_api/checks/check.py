@@ -124,7 +124,7 @@ def check_run(config: RunConfig) -> CheckReport:
     checkers = _checkers(problems)
     config = _derive_others(config, checkers)
     with _deprecations(notes):
-        rows, texts = rows_of(config, idle_hooks(config))
+        rows, texts = rows_of(config, _idle(config, checkers))
         texts += _uncalled(config, checkers, rows)
         problems += _problems([*texts, *check_run_options(config)], _API)
         for owner, module in checkers.values():
@@ -163,8 +163,12 @@ def _derive_others(config: RunConfig, checkers: dict[str, tuple[str, Any]]) -> R
 
 def idle_hooks(config: RunConfig) -> dict[str, str]:
     """Return the hooks that this very run does not call by itself, with the reason."""
+    return _idle(config, _checkers([]))
+
+
+def _idle(config: RunConfig, checkers: dict[str, tuple[str, Any]]) -> dict[str, str]:
     reasons = idle_by_run_options(config)
-    for _, module in _checkers([]).values():
+    for _, module in checkers.values():
         reasons |= module.idle(config)
     return reasons
 

@@ -12,7 +12,8 @@ from miles_api.errors import HookLoadError, MilesError, SampleError
 from miles_api.loading.load import provider
 from miles_api.loading.plain import plain_number
 from miles_api.replay.replayer import Replayer, same, trained
-from miles_api.replay.subject import Subject, samples_of
+from miles_api.replay.subject import Subject
+from miles_api.rollout_types import flatten
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -50,12 +51,12 @@ class PostProcessReplayer(_WholeRollout):
         self._groups: list[dict[str, Any]] = []
 
     def arguments(self, subject: Subject) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        return (self.args, [copy.copy(sample) for sample in samples_of(subject.groups)]), {}
+        return (self.args, [copy.copy(sample) for sample in flatten(subject.groups)]), {}
 
     def result(self, value: Any, arguments: tuple[Any, ...], subject: Subject) -> Any:
         if not isinstance(value, list | tuple) or len(value) != len(self._differ):
             raise self.wrong(f"returned {type(value).__name__}, not (raw_rewards, rewards)")
-        samples = samples_of(subject.groups)
+        samples = flatten(subject.groups)
         return [self._numbers(part, samples, name) for part, name in zip(value, self._differ, strict=True)]
 
     def _numbers(self, values: Any, samples: list[Sample], name: str) -> list[float]:
@@ -67,7 +68,7 @@ class PostProcessReplayer(_WholeRollout):
         return [plain_number(value, self.who, f"{name} of sample {sample.index}") for value, sample in pairs]
 
     def compare(self, subject: Subject, result: Any) -> None:
-        samples = samples_of(subject.groups)
+        samples = flatten(subject.groups)
         self._samples += len(samples)
         groups: dict[Any, float] = {}
         for name, new in zip(self._differ, result, strict=True):
@@ -120,7 +121,7 @@ class ConvertReplayer(_WholeRollout):
         return self._given(subject)
 
     def _given(self, subject: Subject) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        samples = copy.deepcopy(samples_of(subject.groups))
+        samples = copy.deepcopy(flatten(subject.groups))
         raw, rewards = subject.raw_rewards, subject.rewards
         if raw is None or rewards is None or len(raw) != len(samples) or len(rewards) != len(samples):
             raw = rewards = [sample.get_reward_value(self.args) for sample in samples]

@@ -8,7 +8,8 @@ from collections import Counter
 from typing import TYPE_CHECKING, Any
 
 from miles_api.replay.replayer import Replayer, copies
-from miles_api.replay.subject import Subject, samples_of
+from miles_api.replay.subject import Subject
+from miles_api.rollout_types import flatten
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -44,7 +45,7 @@ class DynamicFilterReplayer(Replayer):
             yield Subject(number, record.rollout_id, False, [group.samples], dropped=group.dropped)
 
     def arguments(self, subject: Subject) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        return (self.args, samples_of(copies(subject.groups))), {}
+        return (self.args, flatten(copies(subject.groups))), {}
 
     def result(self, value: Any, arguments: tuple[Any, ...], subject: Subject) -> Any:
         bare = isinstance(value, bool) or not hasattr(value, "keep")
@@ -67,7 +68,7 @@ class DynamicFilterReplayer(Replayer):
             return
         self.changed += 1
         if len(self._changes) < self.shown:
-            samples = samples_of(subject.groups)
+            samples = flatten(subject.groups)
             self._changes.append({
                 "group": samples[0].group_index, "rollout": subject.rollout_id, "recorded": before, "new": after,
                 "reason": subject.dropped if keep else reason, "rewards": [sample.reward for sample in samples],
@@ -108,22 +109,22 @@ class SampleFilterReplayer(Replayer):
     def arguments(self, subject: Subject) -> tuple[tuple[Any, ...], dict[str, Any]]:
         groups = copies(subject.groups)
         if self.recorded.get("rollout_sample_filter_path"):
-            for sample in samples_of(groups):
+            for sample in flatten(groups):
                 sample.remove_sample = False
         return (self.args, groups), {}
 
     def result(self, value: Any, arguments: tuple[Any, ...], subject: Subject) -> Any:
-        after = samples_of(arguments[1])
-        if len(after) != len(samples_of(subject.groups)):
+        after = flatten(arguments[1])
+        if len(after) != len(flatten(subject.groups)):
             raise self.wrong(
-                f"left {len(after)} of {len(samples_of(subject.groups))} samples: it may mark samples "
+                f"left {len(after)} of {len(flatten(subject.groups))} samples: it may mark samples "
                 "(remove_sample = True) and not take them out"
             )
         return [bool(sample.remove_sample) for sample in after]
 
     def compare(self, subject: Subject, result: Any) -> None:
         flipped = False
-        for sample, removed in zip(samples_of(subject.groups), result, strict=True):
+        for sample, removed in zip(flatten(subject.groups), result, strict=True):
             self._samples += 1
             self._removed_before += sample.remove_sample
             self._removed_after += removed
@@ -173,7 +174,7 @@ class AllSamplesReplayer(Replayer):
         return (self.args, copies(subject.groups), _NoDataSource()), {}
 
     def result(self, value: Any, arguments: tuple[Any, ...], subject: Subject) -> Any:
-        before, after = samples_of(subject.groups), samples_of(arguments[1])
+        before, after = flatten(subject.groups), flatten(arguments[1])
         if len(before) != len(after):
             return {"number of samples": abs(len(before) - len(after))}
         fields = Counter(name for old, new in zip(before, after, strict=True) for name in _changed_fields(old, new))

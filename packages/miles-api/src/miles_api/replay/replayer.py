@@ -7,15 +7,16 @@ import math
 from typing import TYPE_CHECKING, Any
 
 from miles_api.errors import HookResultError
-from miles_api.replay.subject import Subject, samples_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from miles_api.args import Args
     from miles_api.record import RecordedRollout
+    from miles_api.replay.subject import Subject
     from miles_api.rollout_types import Group
     from miles_api.sample import Sample
+from miles_api.rollout_types import flatten
 
 __all__ = ["Replayer", "copies", "excerpt", "same", "trained"]
 
@@ -84,7 +85,7 @@ class Replayer:
 
 def trained(record: RecordedRollout) -> list[Sample]:
     """Return the samples that the rollout trained on, in the order of conversion."""
-    samples = samples_of([group.samples for group in record.groups if group.dropped is None])
+    samples = flatten([group.samples for group in record.groups if group.dropped is None])
     return sorted(samples, key=lambda sample: (sample.group_index or 0, sample.index or 0))
 
 

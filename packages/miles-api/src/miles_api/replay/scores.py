@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from miles_api.loading.plain import plain_number
 from miles_api.replay.replayer import Replayer, excerpt, same
-from miles_api.replay.subject import Subject, samples_of
+from miles_api.replay.subject import Subject
+from miles_api.rollout_types import flatten
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -37,7 +38,7 @@ class RewardReplayer(Replayer):
     def subjects(self, record: RecordedRollout) -> Iterator[Subject]:
         number = 0
         for group in record.groups:
-            for sample in samples_of([group.samples]):
+            for sample in flatten([group.samples]):
                 if sample.custom_rm_path is not None:
                     self.skip(_OWN_HOOK)
                     continue
@@ -140,11 +141,11 @@ class GroupRewardReplayer(RewardReplayer):
 
     def arguments(self, subject: Subject) -> tuple[tuple[Any, ...], dict[str, Any]]:
         # Those with a hook of their own are scored before the group is.
-        samples = samples_of(subject.groups)
+        samples = flatten(subject.groups)
         return (self.args, [copy.copy(s) if s.custom_rm_path is not None else _unscored(s) for s in samples]), {}
 
     def result(self, value: Any, arguments: tuple[Any, ...], subject: Subject) -> Any:
-        samples = samples_of(subject.groups)
+        samples = flatten(subject.groups)
         values = value.tolist() if hasattr(value, "tolist") else value
         if not isinstance(values, list | tuple) or len(values) != len(samples):
             got = f"{len(values)} rewards" if isinstance(values, list | tuple) else type(values).__name__
@@ -153,7 +154,7 @@ class GroupRewardReplayer(RewardReplayer):
 
     def compare(self, subject: Subject, result: Any) -> None:
         changed = False
-        for sample, value in zip(samples_of(subject.groups), result, strict=True):
+        for sample, value in zip(flatten(subject.groups), result, strict=True):
             if sample.custom_rm_path is not None:
                 self.skip(_OWN_HOOK)
             elif self._compare_one(subject, sample, value):

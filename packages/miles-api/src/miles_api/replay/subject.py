@@ -4,17 +4,14 @@ from __future__ import annotations
 
 import traceback
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import msgspec
 
 from miles_api.errors import MilesError
-from miles_api.rollout_types import Group
+from miles_api.rollout_types import Group, flatten
 
-if TYPE_CHECKING:
-    from miles_api.sample import Sample
-
-__all__ = ["Failure", "Reply", "Subject", "failure_of", "samples_of", "timed_out"]
+__all__ = ["Failure", "Reply", "Subject", "failure_of", "timed_out"]
 
 _OURS = frozenset(("miles_api", "miles_rollout", "miles_train", "miles_router"))
 """The packages whose code calls hooks."""
@@ -40,7 +37,7 @@ class Subject(msgspec.Struct):
     def name(self) -> str:
         """Say which one it is, in words."""
         where = f"{'evaluation of ' if self.evaluation else ''}rollout {self.rollout_id}"
-        samples = samples_of(self.groups)
+        samples = flatten(self.groups)
         if len(samples) == 1:
             return f"sample {samples[0].index} ({where})"
         if len(self.groups) == 1 and samples:
@@ -64,11 +61,6 @@ class Reply(msgspec.Struct):
     seconds: float
     result: Any = None
     failure: Failure | None = None
-
-
-def samples_of(groups: list[Group]) -> list[Sample]:
-    """Return all samples, fan-outs opened, in order."""
-    return [one for group in groups for item in group for one in (item if isinstance(item, list) else [item])]
 
 
 def failure_of(error: BaseException) -> Failure:

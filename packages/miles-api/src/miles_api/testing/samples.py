@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
     from miles_api.rollout_types import Group
 
-__all__ = ["Maker", "flatten", "make_group", "make_prompt", "make_sample", "text_of"]
+__all__ = ["Maker", "make_group", "make_prompt", "make_sample", "text_of"]
 
 _PROMPT = "What is 3 + 4? Answer with a number."
 _LABEL = "7"
@@ -68,11 +68,6 @@ def text_of(prompt: Any) -> str:
     if isinstance(prompt, str):
         return prompt
     return "\n".join(f"{message.get('role')}: {message.get('content')}" for message in prompt)
-
-
-def flatten(groups: Sequence[Group] | Sequence[list[Sample]]) -> list[Sample]:
-    """Return all samples of `groups`, fan-outs opened, in order."""
-    return [s for group in groups for item in group for s in (item if isinstance(item, list) else [item])]
 
 
 class Maker:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import re
-import string
 from collections import Counter
 from typing import TYPE_CHECKING, Any
 
 from miles_rollout.compat.state import state_of
 from miles_rollout.group import gather
+from miles_rollout.rewards.f1 import squad_words
 from miles_rollout.rewards.math import last_boxed, math_score
 
 if TYPE_CHECKING:
@@ -104,8 +104,6 @@ def _same(answer: str, wanted: str) -> bool:
     return math_score(f"\\boxed{{{answer}}}", last_boxed(wanted) or wanted) == 1.0
 
 
-_ARTICLES = re.compile(r"\b(a|an|the)\b")
-_PUNCTUATION = str.maketrans("", "", string.punctuation)
 _VERDICTS = ("yes", "no", "noanswer")
 
 
@@ -113,14 +111,10 @@ def f1_score(prediction: str | None, ground_truth: Any) -> tuple[float, float, f
     """Return token F1, precision and recall after SQuAD's normalisation; a yes or no must be exact."""
     if prediction is None:
         return 0.0, 0.0, 0.0
-    said, wanted = _words(prediction), _words(str(ground_truth))
+    said, wanted = squad_words(prediction), squad_words(str(ground_truth))
     if said != wanted and (" ".join(said) in _VERDICTS or " ".join(wanted) in _VERDICTS):
         return 0.0, 0.0, 0.0
     common = sum((Counter(said) & Counter(wanted)).values())
     if common == 0:
         return 0.0, 0.0, 0.0
     return 2 * common / (len(said) + len(wanted)), common / len(said), common / len(wanted)
-
-
-def _words(text: str) -> list[str]:
-    return _ARTICLES.sub(" ", text.lower().translate(_PUNCTUATION)).split()

@@ -7,20 +7,21 @@ import string
 from collections import Counter
 from typing import Any
 
-__all__ = ["f1_score"]
+__all__ = ["f1_score", "squad_words"]
 
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
 _PUNCTUATION = str.maketrans("", "", string.punctuation)
 
 
-def _words(text: str) -> list[str]:
+def squad_words(text: str) -> list[str]:
+    """Return the words of a text after SQuAD's normalisation."""
     return _ARTICLES.sub(" ", text.lower().translate(_PUNCTUATION)).split()
 
 
 def f1_score(response: str, label: Any) -> float:
     """Return the best token F1 over the accepted answers: `label` is one answer or a list of them."""
     answers = label if isinstance(label, list) else [label]
-    return max((_f1(_words(response), _words(str(answer))) for answer in answers), default=0.0)
+    return max((_f1(squad_words(response), squad_words(str(answer))) for answer in answers), default=0.0)
 
 
 def _f1(predicted: list[str], wanted: list[str]) -> float:

@@ -19,6 +19,7 @@ from miles_api.loading.load import TRAINER_PACKAGES
 from miles_api.packing.frames import MAGIC, looks_like
 from miles_api.parsing.given import Given
 from miles_api.record import RecordedRollout, read_dump
+from miles_api.rollout_types import flatten
 from miles_api.sample import Sample
 
 if TYPE_CHECKING:
@@ -190,7 +191,7 @@ def _dumped_samples(path: str) -> list[Sample]:
     groups = [group.samples for record in dump if isinstance(record, RecordedRollout) for group in record.groups]
     if dump.damage:
         print(f"warning: {dump.damage}", file=sys.stderr)
-    return [one for group in groups for item in group for one in (item if isinstance(item, list) else [item])]
+    return flatten(groups)
 
 
 def _written_samples(path: str, start: bytes) -> list[Sample]:

@@ -6,8 +6,8 @@ import math
 from typing import TYPE_CHECKING, Any
 
 from miles_api.batch import check_columns
+from miles_api.rollout_types import flatten
 from miles_api.testing.case import case
-from miles_api.testing.samples import flatten
 from miles_api.testing.tensors import clone, rollout_data, the_torch
 from miles_api.testing.untouched import IDENTITY, Untouched
 

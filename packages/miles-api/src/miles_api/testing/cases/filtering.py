@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from miles_api.rollout_types import flatten
 from miles_api.sample import Sample, Status
 from miles_api.testing.case import case
-from miles_api.testing.samples import flatten
 from miles_api.testing.state import MemorySource
 from miles_api.testing.untouched import IDENTITY, READ_ONLY, Untouched
 

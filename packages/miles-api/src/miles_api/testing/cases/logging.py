@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from miles_api.rollout_types import flatten
 from miles_api.sample import Status
 from miles_api.testing.case import case
-from miles_api.testing.samples import flatten
 from miles_api.testing.untouched import READ_ONLY, Untouched
 
 if TYPE_CHECKING:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from miles_api.rollout_types import flatten
 from miles_api.testing.case import case
-from miles_api.testing.samples import flatten
 from miles_api.testing.untouched import Untouched
 
 if TYPE_CHECKING:

@@ -13,10 +13,10 @@ from miles_api.rollout_types import (
     RolloutFnEvalOutput,
     RolloutFnTrainInput,
     RolloutFnTrainOutput,
+    flatten,
 )
 from miles_api.sample import Sample, Status
 from miles_api.testing.case import case
-from miles_api.testing.samples import flatten
 from miles_api.testing.state import MemorySource, State
 from miles_api.testing.untouched import IDENTITY, Untouched
 
