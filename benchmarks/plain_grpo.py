@@ -1,13 +1,12 @@
 """The quickstart's job as a plain transformers script: no router, no HTTP, no Ray, no Megatron: the floor.
 
 Same warmed model, prompts, reward, batch arithmetic, optimizer and clipping; like the quickstart it reuses the
-generation's log-probs and leaves samples without advantage out of the forward pass.
+generation's log-probs and leaves samples without advantage out of the forward pass. One line of JSON a rollout.
 """
 
 import argparse
 import json
 import random
-import statistics
 import time
 from pathlib import Path
 
@@ -70,10 +69,24 @@ def train(model, optimizer, sequences, prompt_mask, mask, old, advantages):
         optimizer.step()
 
 
+def one_rollout(model, tokenizer, optimizer, rows):
+    """Generate, score and train; return when it ended, the mean reward and the seconds of each part."""
+    started = time.perf_counter()
+    sequences, prompt_mask, mask, old = generate(model, tokenizer, rows)
+    texts = tokenizer.batch_decode(sequences[:, prompt_mask.shape[1] :], skip_special_tokens=True)
+    wanted = [row["label"] for row in rows for _ in range(GROUP)]
+    rewards = torch.tensor([float(text == label) for text, label in zip(texts, wanted, strict=True)])
+    generated = time.perf_counter()
+    train(model, optimizer, sequences, prompt_mask, mask, old, advantages_of(rewards))
+    seconds = {"generate": generated - started, "train": time.perf_counter() - generated}
+    return {"time": time.time(), "reward": float(rewards.mean()), "seconds": seconds}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--data", type=Path, required=True, help="the quickstart's data/ after its warm-up")
-    parser.add_argument("--rollouts", type=int, default=120)
+    parser.add_argument("--rollouts", type=int, default=60)
+    parser.add_argument("--out", type=Path, required=True, help="where the lines go")
     options = parser.parse_args()
     torch.set_num_threads(1)
     torch.manual_seed(0)
@@ -81,24 +94,11 @@ def main() -> None:
     model = AutoModelForCausalLM.from_pretrained(options.data / "warm", dtype=torch.float32)
     optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.95), weight_decay=0.0)
     rows = load_rows(options.data / "train.jsonl")
-    seconds: dict[str, list[float]] = {"generate": [], "train": [], "total": []}
-    curve = []
-    for number in range(options.rollouts):
-        started = time.perf_counter()
-        chosen = [rows[(number * PROMPTS + i) % len(rows)] for i in range(PROMPTS)]
-        sequences, prompt_mask, mask, old = generate(model, tokenizer, chosen)
-        texts = tokenizer.batch_decode(sequences[:, prompt_mask.shape[1] :], skip_special_tokens=True)
-        wanted = [row["label"] for row in chosen for _ in range(GROUP)]
-        rewards = torch.tensor([float(text == label) for text, label in zip(texts, wanted, strict=True)])
-        generated = time.perf_counter()
-        train(model, optimizer, sequences, prompt_mask, mask, old, advantages_of(rewards))
-        finished = time.perf_counter()
-        for name, value in (("generate", generated - started), ("train", finished - generated)):
-            seconds[name].append(value)
-        seconds["total"].append(finished - started)
-        curve.append(float(rewards.mean()))
-    medians = {name: statistics.median(values) for name, values in seconds.items()}
-    print(json.dumps({"seconds": medians, "sum": sum(seconds["total"]), "reward_last10": statistics.mean(curve[-10:])}))
+    with options.out.open("w") as out:
+        for number in range(options.rollouts):
+            chosen = [rows[(number * PROMPTS + i) % len(rows)] for i in range(PROMPTS)]
+            out.write(json.dumps({"rollout": number, **one_rollout(model, tokenizer, optimizer, chosen)}) + "\n")
+            out.flush()
 
 
 if __name__ == "__main__":

@@ -59,7 +59,7 @@ FAILURES: list[tuple[tuple[str, ...], str, str, str]] = [
     ),
     (("dynamic_filter",), "`--hook-timeout`, each call", _REPEATED, _DROPPED),
     (ONCE, "`--hook-timeout`", "no", "the run stops"),
-    (("rollout", "eval_rollout"), "`--trainer-timeout` for the whole", "no", "the run stops"),
+    (("rollout", "eval_rollout"), "`--rollout-timeout` for the whole", "no", "the run stops"),
     (("data_source", "buffer_filter"), "none of their own", "no", "the run stops"),
     (
         ("agent", "execute_tool"),

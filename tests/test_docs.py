@@ -4,9 +4,12 @@ import re
 import shutil
 import sys
 from pathlib import Path
+from typing import get_args, get_type_hints
 
 import pytest
 
+from miles_api.config import option_groups
+from miles_api.parsing.flags import option_strings
 from miles_api.parsing.parse import parse_run
 from miles_api.run_options import RunOptions
 from miles_api.testing.options import ReliedOn
@@ -14,6 +17,9 @@ from miles_rollout import failures
 from miles_rollout.hook_names import CALLED_BY_LOOP, CALLED_BY_SERVICE
 from miles_rollout.options import FailureOptions
 from miles_router.check import HOOKS as OF_ROUTER
+from miles_train import advantages, estimators
+from miles_train.estimators import ESTIMATORS
+from miles_train.options import ObjectiveOptions
 from miles_train.train_hooks import TRAIN_HOOKS
 
 ROOT = Path(__file__).parent.parent
@@ -69,3 +75,14 @@ def test_every_file_that_the_page_on_security_names_is_there():
     assert len(named) > 15
     missing = [name for name in named if not list(ROOT.glob(f"packages/*/src/{name}"))]
     assert missing == []
+
+
+def test_the_page_of_objectives_names_every_choice_and_only_flags_and_files_that_exist(tmp_path):
+    page = ROOT / "docs" / "algorithms.md"
+    text = page.read_text()
+    rows = set(re.findall(r"^\| (?:with )?`?([\w ]+)`? \|", text, re.MULTILINE))
+    assert {*ESTIMATORS, *get_args(get_type_hints(ObjectiveOptions)["policy_loss_type"])} <= rows
+    flags = {flag for kind in option_groups().values() for flag in option_strings(kind)}
+    assert set(re.findall(r"`(--[a-z-]+)", text)) <= flags
+    assert set(re.findall(r"`(?:estimators|advantages)\.(\w+)`", text)) <= {*estimators.__all__, *advantages.__all__}
+    assert run_blocks(page, tmp_path) == 1

@@ -3,11 +3,9 @@
 import json
 import subprocess
 import sys
-import time
 import tomllib
 from pathlib import Path
 
-import psutil
 import pytest
 
 from miles_api.checks.check import derive
@@ -136,7 +134,7 @@ def test_the_exported_weights_are_what_transformers_loads(finished):
 
 
 def test_no_generation_reaches_an_engine_except_through_the_router(small_run):
-    config = derive(parse_run(small_run()))
+    config = derive(parse_run(small_run(generate_timeout=5)))
     fleet, router = (provider("miles.services", name)(config) for name in ("engines", "router"))
     worker = provider("miles.services", "rollout")(config)
     try:
@@ -194,23 +192,3 @@ def test_a_process_that_loads_other_code_than_was_checked_stops_the_run_before_t
     assert "the reward hook" in run.stderr
     assert "is not the same everywhere: file hash" in run.stderr
     assert rows(tmp_path / "run", "rollout") == []
-
-
-def test_a_terminated_run_ends_in_seconds_with_a_report_and_no_process_left(small_run, tmp_path):
-    words = [sys.executable, "-m", "miles_api.cli", "train", *small_run(num_rollout=1000, eval_interval=1000)]
-    run = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True)
-    metrics = tmp_path / "run" / "metrics.jsonl"
-    deadline = time.monotonic() + TIMEOUT
-    while not (metrics.exists() and metrics.read_text().count("\n") > 3):
-        assert time.monotonic() < deadline
-        assert run.poll() is None
-        time.sleep(0.2)
-    started = psutil.Process(run.pid).children(recursive=True)
-    assert {"miles_rollout.engines.local", "miles_router"} <= {word for p in started for word in p.cmdline()}
-    run.terminate()
-    run.communicate(timeout=30)
-    assert run.returncode == 1
-    assert json.loads((tmp_path / "run" / "summary.json").read_text())["error"] == "interrupted"
-    assert (tmp_path / "run" / "report.html").exists()
-    _, left = psutil.wait_procs(started, timeout=20)
-    assert [p.cmdline() for p in left if p.status() != psutil.STATUS_ZOMBIE] == []

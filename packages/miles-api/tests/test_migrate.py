@@ -325,6 +325,21 @@ def test_a_kl_penalty_of_weight_zero_is_not_needed_and_any_other_is_missing(fold
     assert [left.flag.split()[0] for left in lacking] == ["--use-kl-loss", "--kl-loss-coef", "--ref-load"]
 
 
+@needs_every_package
+def test_reinforce_plus_plus_takes_its_discount_and_needs_no_switch_to_whiten(folder):
+    flags = "--advantage-estimator reinforce_plus_plus --gamma 0.9 --eps-clip-c 3.0"
+    migration = outcome(folder, f"{flags} --normalize-advantages")
+    expected = {"advantage_estimator": "reinforce_plus_plus", "gamma": 0.9, "eps_clip_c": 3.0}
+    assert taken(migration).items() >= expected.items()
+    assert [left.flag for left in migration.dropped] == ["--normalize-advantages"]
+    assert not any(entry.doubt for entry in migration.entries)
+    [entry] = [entry for entry in outcome(folder, flags).entries if entry.key == "advantage_estimator"]
+    assert "whitened" in entry.doubt
+    migration = outcome(folder, "--advantage-estimator grpo --gamma 0.9 --normalize-advantages")
+    assert [left.flag for left in migration.dropped] == ["--gamma 0.9"]
+    assert [left.flag for left in migration.lacking] == ["--normalize-advantages"]
+
+
 def test_one_file_for_all_rollouts_takes_the_place_of_a_name_with_a_placeholder(folder):
     found = taken(outcome(folder, "--save-debug-rollout-data d/{rollout_id}.pt --save-hf hf/iter_{rollout_id}"))
     assert (found["save_debug_rollout_data"], found["save_hf"]) == ("d/rollout.mdump", "hf")

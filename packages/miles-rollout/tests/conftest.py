@@ -61,10 +61,13 @@ class QuietServer(ThreadingHTTPServer):
 
 
 class FakeEngine:
-    """Answers /generate like an engine, from a function of the request; for unit tests of the loop alone."""
+    """Answers /generate like an engine, from a function of the request; for unit tests of the loop alone.
+
+    Of a request with several prompts, `requests` holds each, and `joint` counts it.
+    """
 
     def __init__(self, answer):
-        self.requests = []
+        self.requests, self.joint = [], 0
         self.answer = answer
         engine = self
 
@@ -73,8 +76,11 @@ class FakeEngine:
 
             def do_POST(self):
                 payload = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-                engine.requests.append((self.path, payload))
-                status, reply = engine.answer(payload)
+                answers = [engine.one(self.path, request) for request in _apart(payload)]
+                status, reply = max(answers, key=lambda answer: answer[0])
+                if status == 200 and _is_joint(payload):
+                    engine.joint += 1
+                    reply = [each for _, each in answers]
                 body = json.dumps(reply).encode()
                 self.send_response(status)
                 self.send_header("Content-Length", str(len(body)))
@@ -87,9 +93,24 @@ class FakeEngine:
         self.url = f"http://127.0.0.1:{self._server.server_port}"
         threading.Thread(target=self._server.serve_forever, args=(0.02,), daemon=True).start()
 
+    def one(self, path, payload):
+        self.requests.append((path, payload))
+        return self.answer(payload)
+
     def close(self):
         self._server.shutdown()
         self._server.server_close()
+
+
+def _is_joint(payload):
+    return isinstance(next(iter(payload.get("input_ids", ())), None), list)
+
+
+def _apart(payload):
+    if not _is_joint(payload):
+        return [payload]
+    pairs = zip(payload["input_ids"], payload["sampling_params"], strict=True)
+    return [{**payload, "input_ids": ids, "sampling_params": params} for ids, params in pairs]
 
 
 def reply(ids, text, *, version="1", finish="stop", log_prob=-0.5):

@@ -7,7 +7,7 @@ import pytest
 from transformers import AutoTokenizer
 
 from miles_api.errors import DataError
-from miles_rollout.check import check, idle
+from miles_rollout.check import check, idle, notes
 from miles_rollout.tokenizer_files import ChatTemplate, check_tokenizer
 
 
@@ -43,6 +43,22 @@ def test_hooks_that_recorded_rollouts_do_not_call_are_idle(configure):
 def test_the_default_loop_by_its_name_calls_its_hooks(configure):
     assert "reward" not in idle(configure(rollout_function_path="inference"))
     assert "reward" in idle(configure(rollout_function_path="sft"))
+
+
+def test_a_deterministic_run_is_refused_without_our_own_forward(configure, tmp_path):
+    asked = {"deterministic": True, "engine_impl": "hf"}
+    assert any("--engine-impl lean or auto, not hf" in problem for problem in check(configure(**asked)))
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "gpt2"}))
+    problems = list(check(configure(deterministic=True, hf_checkpoint=str(tmp_path))))
+    assert any("--deterministic needs our own forward" in problem and "gpt2" in problem for problem in problems)
+    assert not [problem for problem in check(configure(deterministic=True)) if "determin" in problem]
+
+
+def test_the_plan_of_a_deterministic_run_names_hooks_that_may_not_be(configure):
+    (note,) = notes(configure(deterministic=True, custom_rm_path="mine.py:score", rm_type=None))
+    assert "hooks of yours do: reward" in note
+    assert notes(configure(deterministic=True, custom_generate_function_path="single_turn")) == []
+    assert notes(configure(custom_rm_path="mine.py:score", rm_type=None)) == []
 
 
 @pytest.fixture

@@ -328,8 +328,8 @@ def test_leftovers_that_swallow_their_cancellation_do_not_hold_up_the_rollout(ho
 
 
 def test_what_the_default_generation_meets_at_the_engine_is_not_the_hooks_fault(worker, fake_engine):
-    engine = fake_engine(lambda payload: (503, {"error": "no worker"}))
-    with pytest.raises(ServiceError, match=r"answered 503"):
+    engine = fake_engine(lambda payload: (500, {"error": "broken weights"}))
+    with pytest.raises(ServiceError, match=r"answered 500"):
         worker(engine, hook_error_budget="100").generate(0, "1")
     assert len(engine.requests) <= 6
 

@@ -102,9 +102,26 @@ def test_a_log_hook_that_returns_true_suppresses_the_metrics(worker, hook):
 
 
 def test_an_engine_that_refuses_is_quoted(worker, fake_engine):
-    engine = fake_engine(lambda payload: (503, {"error": "no worker"}))
-    with pytest.raises(ServiceError, match=r"answered 503: .*no worker"):
+    engine = fake_engine(lambda payload: (400, {"error": "too long"}))
+    with pytest.raises(ServiceError, match=r"answered 400: .*too long"):
         worker(engine).generate(0, "1")
+
+
+def test_requests_that_were_sent_again_are_counted_once_and_their_samples_are_there_once(
+    worker, fake_engine, engine_reply
+):
+    seen = []
+
+    def answer(payload):
+        seen.append(payload)
+        return (502, {"error": "worker_lost"}) if len(seen) == 2 else (200, engine_reply([5, 1], "3"))
+
+    running = worker(fake_engine(answer))
+    output = running.generate(0, "1")
+    assert output["metrics"]["rollout/request_retries"] == 1
+    assert len(output["batch"]["tokens"]) == 6
+    assert seen.count(seen[1]) == 2
+    assert "rollout/request_retries" not in running.generate(1, "1")["metrics"]
 
 
 def test_an_engine_whose_ids_disagree_with_its_log_probs_is_refused(worker, fake_engine, engine_reply):
@@ -259,4 +276,4 @@ def test_a_sample_index_alone_decides_the_sampling_seed():
 def test_a_router_token_goes_along_with_every_request(configure):
     args = configure(router_token="sesame").args
     args.sglang_router_ip, args.sglang_router_port = "127.0.0.1", 1
-    assert State(args, HookSet(args, [])).headers["Authorization"] == "Bearer sesame"
+    assert State(args, HookSet(args, [])).requests.headers["Authorization"] == "Bearer sesame"

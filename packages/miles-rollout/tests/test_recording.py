@@ -92,17 +92,15 @@ def test_recorded_rollouts_cannot_be_evaluated(recording, worker):
         worker(load_debug_rollout_data=str(recording[0]), **REPLAY).evaluate(0, "1")
 
 
-def test_a_resumed_run_continues_the_recording_and_the_later_rollout_counts(
-    recording, worker, hook, configure, tmp_path
-):
+def test_a_resumed_run_records_each_rollout_once(recording, worker, hook, tmp_path):
     path, _ = recording
-    checkpoint = tmp_path / "checkpoint"
-    checkpoint.mkdir()
+    worker().save(1, str(tmp_path))
     running = worker(
-        save_debug_rollout_data=str(path), load=str(checkpoint), rm_type=None,
-        custom_rm_path=hook("def fn(args, sample):\n    return 4.0\n"),
-    )  # fmt: skip
+        save_debug_rollout_data=str(path), rm_type=None, custom_rm_path=hook("def fn(args, sample):\n    return 4.0\n")
+    )
+    running.load(1, str(tmp_path))
     running.generate(2, "1")
+    assert [record.rollout_id for record in read_dump(path) if not record.evaluation] == [0, 1, 2]
     replay = worker(load_debug_rollout_data=str(path), **REPLAY)
     assert replay.generate(2, "1")["batch"]["raw_reward"] == [4.0] * 6
     assert replay.generate(1, "1")["batch"]["raw_reward"] != [4.0] * 6

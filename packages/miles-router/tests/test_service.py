@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import concurrent.futures
 import http.client
 import os
 import socket
@@ -102,11 +103,35 @@ def test_a_router_that_died_says_so_when_called():
     router.start()
     router._process.kill()
     router._process.wait()
-    with pytest.raises(ServiceError, match="ended with status -9"):
+    assert router.dead().startswith("the router (pid ")
+    with pytest.raises(ServiceError, match="died with exit code -9"):
         router.register(Endpoint(url="http://127.0.0.1:1"))
     router.stop()
     with pytest.raises(ServiceError, match="was stopped"):
         router.register(Endpoint(url="http://127.0.0.1:1"))
+
+
+def test_a_router_that_died_is_replaced_at_its_address_and_who_connects_meanwhile_waits_for_it():
+    router = Router(RouterOptions())
+    url = router.start()
+    try:
+        assert router.dead() == ""
+        router._process.kill()
+        router._process.wait()
+        with concurrent.futures.ThreadPoolExecutor() as pool:
+            early = pool.submit(_get, url, "/health")
+            router.restart()
+            assert early.result(20)[0] == 200
+        assert router.dead() == ""
+        router.register(Endpoint(url="http://127.0.0.1:1", weight_version="3"))
+        assert b'"weight_version":"3"' in _get(url, "/workers")[1]
+    finally:
+        router.stop()
+    assert router.dead() == ""
+    with pytest.raises(ServiceError, match="was stopped"):
+        router.restart()
+    with pytest.raises(OSError, match="refused"):
+        _get(url, "/health")
 
 
 def test_a_router_that_was_never_started_says_so_when_called():
@@ -235,7 +260,7 @@ def test_the_command_takes_short_and_long_flags(monkeypatch):
     assert options == RouterOptions(
         sglang_router_ip="::1", sglang_router_port=23456, router_policy="round_robin", router_token="from-env"
     )
-    assert (workers, kwargs) == (["http://a:1", "http://b:2"], {"middleware": [], "parent_pid": None})
+    assert (workers, kwargs) == (["http://a:1", "http://b:2"], {"middleware": [], "parent_pid": None, "fd": None})
 
 
 def test_importing_options_command_and_service_costs_no_web_server():

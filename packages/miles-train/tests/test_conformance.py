@@ -5,7 +5,8 @@ import torch
 
 from miles_api.options import options_from
 from miles_api.testing import ConformanceError, check_hook
-from miles_train.advantages import grpo_advantages
+from miles_train.advantages import set_advantages
+from miles_train.estimators import ESTIMATORS
 from miles_train.importance import truncated_importance_sampling
 from miles_train.loss import policy_loss, sft_loss
 from miles_train.options import ObjectiveOptions
@@ -39,7 +40,7 @@ def test_truncated_importance_sampling_passes_the_kit(clips):
 
 
 def test_the_default_advantages_pass_the_kit():
-    assert check_hook("advantage", lambda args, rollout_data: grpo_advantages(rollout_data)).passed
+    assert check_hook("advantage", lambda args, rollout_data: set_advantages(rollout_data, ESTIMATORS["grpo"])).passed
 
 
 def test_a_model_provider_is_told_that_stand_ins_are_no_megatron():

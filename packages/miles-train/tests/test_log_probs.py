@@ -72,6 +72,20 @@ def test_logits_are_left_as_they_were_and_only_response_rows_get_a_gradient():
     assert touched == response_rows(tokens, lengths)[0].tolist() == [1, 2, 3, 6, 8, 9, 10, 11, 12, 13]
 
 
+def test_an_entropy_that_is_only_looked_at_changes_no_gradient_and_may_be_all_that_has_one():
+    tokens, lengths = sequences()
+    logits = make_logits(19).requires_grad_()
+    torch.cat(log_probs_and_entropy(logits, tokens, lengths, 0.7)[0]).sum().backward()
+    plain, logits.grad = logits.grad, None
+    log_probs, entropies = log_probs_and_entropy(logits, tokens, lengths, 0.7, entropy=True)
+    (bonus,) = torch.autograd.grad(torch.cat(entropies).sum(), logits, retain_graph=True)
+    torch.cat(log_probs).sum().backward()
+    assert torch.equal(logits.grad, plain)
+    logits.grad = None
+    torch.cat(reference(logits, tokens, lengths, 0.7)[1]).sum().backward()
+    torch.testing.assert_close(bonus, logits.grad, rtol=0, atol=1e-5)
+
+
 def test_half_precision_logits_are_computed_in_fp32_and_get_a_gradient_of_their_own_type():
     tokens, lengths = sequences()
     logits = make_logits(19, torch.bfloat16).requires_grad_()

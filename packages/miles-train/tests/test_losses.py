@@ -7,7 +7,6 @@ import math
 import pytest
 import torch
 
-from miles_train.advantages import grpo_advantages
 from miles_train.loss import policy_loss, sft_loss
 from miles_train.options import ObjectiveOptions
 from miles_train.reducers import sum_of_sample_mean
@@ -60,6 +59,14 @@ def test_the_entropy_bonus_lowers_the_loss_and_is_reported_only_when_asked_for()
     assert metrics["pg_loss"].item() == pytest.approx(plain)
 
 
+def test_the_entropy_can_be_reported_without_a_bonus():
+    plain, _, grad = run_policy([1.1], [1.0])
+    loss, metrics, same = run_policy([1.1], [1.0], entropies=[0.5], report_entropy=True)
+    assert metrics["entropy"].item() == 0.5
+    assert (loss, same) == (plain, grad)
+    assert "pg_loss" not in metrics
+
+
 def test_an_impossible_old_log_prob_of_a_masked_token_does_not_reach_loss_or_gradient():
     loss, metrics, grad = run_policy([1.0, 1.0], [1.0, 1.0], masks=[0.0, 1.0], old=[-200.0, 0.0])
     assert loss == -1.0
@@ -89,10 +96,3 @@ def test_sft_loss_is_the_negative_log_likelihood_of_unmasked_tokens():
         log_probs_and_entropy=lambda logits: ([torch.tensor([-1.0, -9.0, -2.0])], None),
     )
     assert loss.item() == metrics["loss"].item() == 1.5
-
-
-def test_grpo_gives_every_response_token_the_reward_of_its_sample():
-    data = {"rewards": [1.5, -0.5, 2], "loss_masks": [torch.ones(2), torch.ones(0), torch.zeros(3)]}
-    grpo_advantages(data)
-    assert [a.tolist() for a in data["advantages"]] == [[1.5, 1.5], [], [2.0, 2.0, 2.0]]
-    assert [a.tolist() for a in data["returns"]] == [[1.5, 1.5], [], [2.0, 2.0, 2.0]]

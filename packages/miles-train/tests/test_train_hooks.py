@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from miles_api.errors import SampleError
+from miles_api.record import read_dump
 from miles_train.metrics import Metrics
 from miles_train.options import BatchingOptions, ObjectiveOptions
 
@@ -104,11 +105,10 @@ def test_a_reducer_hook_reduces_the_policy_loss_and_not_the_entropy(hf_dir, tmp_
 def test_truncated_importance_sampling_changes_nothing_where_trainer_and_engine_agree(hf_dir, tmp_path):
     batch = make_batch()
     with tiny.Started(make_config(hf_dir, hooked(advantage="advantage_from_log_probs"))) as trainer:
-        data, _ = trainer._load_batch(batch)
-        batch["rollout_log_probs"] = [
-            values.tolist()
-            for values in trainer._passes.old_log_probs(trainer._model, data, range(16), Metrics())["log_probs"]
-        ]
+        data, _ = trainer._learner._load_batch(batch)
+        passes = trainer._learner._passes
+        current = passes.old_log_probs(trainer._model, data, range(16), Metrics())["log_probs"]
+        batch["rollout_log_probs"] = [values.tolist() for values in current]
     plain, metrics = train_once(make_config(hf_dir), tmp_path / "a", batch)
     found, own = train_once(make_config(hf_dir, ObjectiveOptions(use_tis=True)), tmp_path / "b", batch)
     assert_same_weights(plain, found)
@@ -155,8 +155,8 @@ def test_masks_that_a_correction_returns_do_not_change_denominators(hf_dir, tmp_
     )
     found, metrics = train_once(config, tmp_path / "a", batch)
     with tiny.Started(make_config(hf_dir)) as trainer:
-        data, _ = trainer._load_batch(batch)
-        current = trainer._passes.old_log_probs(trainer._model, data, range(16), Metrics())["log_probs"]
+        data, _ = trainer._learner._load_batch(batch)
+        current = trainer._learner._passes.old_log_probs(trainer._model, data, range(16), Metrics())["log_probs"]
     kept = [values <= -3.5 for values in current]
     masks = [torch.tensor(mask) for mask in batch["loss_masks"]]
     expected = sum(
@@ -233,6 +233,27 @@ def test_masks_changed_after_advantages_count_in_denominators(hf_dir, tmp_path, 
     assert {"advantages", "returns", "log_probs", "loss_masks", "tokens"} <= set(call["columns"])
     assert {call[name].dtype for name in ("advantages", "log_probs", "loss_masks")} == {torch.float32}
     assert len(call["log_probs"]) == len(call["advantages"]) == batch["response_lengths"][0]
+
+
+def test_advantages_are_whitened_over_the_masks_that_a_hook_left(hf_dir, tmp_path):
+    objective = ObjectiveOptions(advantage_estimator="reinforce_plus_plus", gamma=0.9)
+    record, batch = str(tmp_path / "train.miles"), make_batch()
+    options = hooked(rollout_data_postprocess="mask_first_token")
+    with tiny.Started(make_config(hf_dir, objective, options, save_debug_train_data=record)) as trainer:
+        trainer.train(0, batch)
+    [columns] = [one.columns for one in read_dump(record)]
+    assert columns["loss_masks"] != batch["loss_masks"]
+    masks, values, returns = (
+        torch.cat([torch.tensor(v) for v in columns[name]]) for name in ("loss_masks", "advantages", "returns")
+    )
+    kept = values[masks != 0]
+    assert kept.mean().item() == pytest.approx(0, abs=1e-6)
+    assert kept.std(correction=0).item() == pytest.approx(1, abs=1e-6)
+    assert not values[masks == 0].any()
+    # The hook itself saw them as the estimator left them.
+    [call] = calls_of("rollout_data_postprocess")
+    torch.testing.assert_close(call["advantages"], torch.tensor(columns["returns"][0]))
+    assert returns.abs().max() == 1
 
 
 @pytest.mark.parametrize("steps", [1, 2])

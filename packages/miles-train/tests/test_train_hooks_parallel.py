@@ -37,6 +37,14 @@ CASES = {
     ),
     # Earlier stages can tell neither which samples pull nor how many tokens are unmasked.
     "skip": (COLUMNS | {"pg_loss_reducer": "plain_reducer"}, {"skip_zero_advantage": True}, {}),
+    # Groups are spread over the ranks, and advantages are whitened over all of them once masks are final.
+    "whiten": (
+        {"rollout_data_postprocess": "mask_first_token"},
+        {"advantage_estimator": "reinforce_plus_plus_baseline", "policy_loss_type": "cispo"},
+        {},
+    ),
+    # Without a hook every stage has the advantages, and must find the same samples to run.
+    "discount": ({}, {"advantage_estimator": "reinforce_plus_plus", "gamma": 0.9, "skip_zero_advantage": True}, {}),
 }
 PAIRS = [(layout, case) for layout in LAYOUTS for case in CASES]
 

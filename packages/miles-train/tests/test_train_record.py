@@ -59,12 +59,17 @@ def test_a_trainer_without_the_option_writes_nothing(hf_dir, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_run_that_continues_adds_to_the_record(hf_dir, tmp_path):
-    path = str(tmp_path / "train.miles")
-    for rollout_id, load in ((0, None), (1, "checkpoint")):
-        with tiny.Started(make_config(hf_dir, save_debug_train_data=path, load=load)) as trainer:
-            trainer.train(rollout_id, make_batch())
-    assert [record.rollout_id for record in read_dump(path)] == [0, 1]
+def test_a_run_that_continues_records_each_rollout_once(hf_dir, tmp_path):
+    config = make_config(hf_dir, save_debug_train_data=str(tmp_path / "train.miles"))
+    with tiny.Started(config) as trainer:
+        trainer.train(0, make_batch())
+        trainer.save(0, str(tmp_path / "saved"))
+        trainer.train(1, make_batch())
+    with tiny.Started(config) as trainer:
+        trainer.load(0, str(tmp_path / "saved"))
+        trainer.train(1, make_batch())
+        trainer.train(2, make_batch())
+    assert [record.rollout_id for record in read_dump(tmp_path / "train.miles")] == [0, 1, 2]
 
 
 def test_advantages_are_compared_with_the_recorded_ones(dump):

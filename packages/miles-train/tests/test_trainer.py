@@ -110,7 +110,7 @@ def test_a_second_step_compares_with_the_log_probs_before_the_first(hf_dir, tmp_
     batch = make_batch()
     lazy_weights, lazy = train_once(make_config(hf_dir), tmp_path / "lazy", batch)
     with Started(make_config(hf_dir)) as trainer:
-        trainer._recompute_first = True
+        trainer._learner._recompute_first = True
         full = trainer.train(0, batch).metrics
         full_weights = weights_of(trainer, tmp_path / "full")
     assert_same_weights(lazy_weights, full_weights)

@@ -14,6 +14,7 @@ A file holds prompts, responses and metadata as they are. Give the header `confi
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
@@ -46,14 +47,16 @@ class DumpWriter:
     damage: str | None = None
     """What was cut off the end of the file that is continued."""
 
-    def __init__(self, path: str | Path, header: DumpHeader, *, append: bool = False) -> None:
+    def __init__(self, path: str | Path, header: DumpHeader, *, append: bool = False, after: int | None = None) -> None:
         """Open `path` and create directories above it; what is there is replaced.
 
-        With `append` a dump is continued, after cutting off a record that a crash left unfinished. Raises `DataError`
-        if the file cannot be written, or is no dump of this kind; `ConfigError` for a path with a placeholder.
+        With `append` a dump is continued, after cutting off a record that a crash left unfinished, and with `after`
+        also everything from the first record of a later rollout on. Raises `DataError` if the file cannot be written,
+        or is no dump of this kind; `ConfigError` for a path with a placeholder.
         """
         self._path = _path(path)
         self._kind = header.kind
+        self._after = math.inf if after is None else after
         try:
             self._path.parent.mkdir(parents=True, exist_ok=True)
             going_on = append and self._path.exists() and self._path.stat().st_size > 0
@@ -103,11 +106,18 @@ class DumpWriter:
             return False
         if header.kind != self._kind:
             raise DataError(f"{self._path} cannot be continued: it is a {header.kind} dump, not a {self._kind} dump")
-        while frames.read() is not None:
-            pass
+        end = frames.end
+        while (payload := frames.read()) is not None and not self._is_later(payload):
+            end = frames.end
         self.damage = frames.damage
-        self._file.truncate(self._file.seek(frames.end))
+        self._file.truncate(self._file.seek(end))
         return True
+
+    def _is_later(self, payload: bytes) -> bool:
+        if self._after == math.inf:
+            return False
+        record = record_from(payload, f"{self._path}: a record, although undamaged")
+        return record is not None and record.rollout_id > self._after
 
 
 class Dump:

@@ -34,8 +34,13 @@ class RunOptions(Options, frozen=True, kw_only=True):
     """Sampling temperature; the trainer divides its logits by it before it compares log-probs."""
     seed: int = 1234
     """Seed of model initialisation and dropout."""
+    deterministic: bool = False
+    """Make the run repeatable bit for bit, also across a kill and --resume: a request's tokens depend on nothing but
+    its prompt, its seed and the weights, and groups are taken in the order of the data. Costs speed; needs the local
+    engine."""
     run_dir: OutputPath = "runs/latest"
-    """Directory of the run: config, metrics, report, checkpoints. Must be new or empty, or pass --overwrite."""
+    """Directory of the run: config, metrics, report, checkpoints. Must be new or empty without --resume or
+    --overwrite."""
     overwrite: bool = False
     """Replace the contents of an earlier run in --run-dir."""
     save: OutputPath | None = None
@@ -44,8 +49,19 @@ class RunOptions(Options, frozen=True, kw_only=True):
     """Save a checkpoint every so many rollouts; the last rollout is always saved."""
     save_hf: OutputPath | None = None
     """Also write the final weights as a Hugging Face directory here."""
+    save_total_limit: _Positive | None = None
+    """Keep so many of this run's newest checkpoints; default: all."""
     load: UserPath | None = None
-    """Checkpoint directory to continue from."""
+    """Folder of checkpoints, or one checkpoint, of another run to continue from."""
+    resume: bool = False
+    """Continue this run from its newest checkpoint, in its own --run-dir; begin anew where there is none yet: one
+    command for the first start and for every other."""
+    load_optim: bool = True
+    """Continue with the checkpoint's optimizer and schedule; off: fresh ones, on the checkpoint's weights."""
+    load_rng: bool = True
+    """Continue with the checkpoint's random states; off: fresh ones, from --seed."""
+    reset_data_source: bool = False
+    """Continue with the prompts from their beginning, whatever the checkpoint says of the data source."""
     eval_interval: _Positive | None = None
     """Evaluate every so many rollouts, and before the first and after the last one."""
     save_debug_rollout_data: OutputPath | None = None

@@ -59,8 +59,15 @@ class EngineFleet(Protocol):
 
     def resume(self) -> None: ...
 
+    def dead(self) -> dict[int, str]:
+        """Say which engines died by themselves, by index: how, and what they said last. Does not ask them."""
+        ...
+
     def restart(self, index: int) -> Endpoint:
-        """Replace a dead engine and return its new address; it serves no request before it has the weights."""
+        """Replace a dead engine and return its new address; it serves no request before it has the weights.
+
+        May be called for several engines at once, and while another thread is in `stop`, which makes it raise.
+        """
         ...
 
     def stop(self) -> None: ...
@@ -80,6 +87,14 @@ class RouterService(Protocol):
 
     def report(self) -> list[dict[str, Any]]:
         """Say which hooks the router has, from where, and how they fared, for `hooks.json`."""
+        ...
+
+    def dead(self) -> str:
+        """Say how the router died by itself and what it said last; an empty string while it runs. Does not ask it."""
+        ...
+
+    def restart(self) -> None:
+        """Replace a dead router at the same URL; the new one knows no engine. Raises `ServiceError`."""
         ...
 
     def stop(self) -> None: ...
@@ -103,10 +118,18 @@ class RolloutService(Protocol):
         ...
 
     def save(self, rollout_id: int, directory: str) -> None:
-        """Write the data-source position and buffer below a staging directory."""
+        """Write what the rollout process has come to (data source, buffer, error budget) below a staging directory.
+
+        Raises `DataError` when it cannot be written; the checkpoint is then given up.
+        """
         ...
 
-    def load(self, rollout_id: int, directory: str) -> None: ...
+    def load(self, rollout_id: int, directory: str) -> None:
+        """Continue from what `save` wrote, after `start`; records of rollouts after `rollout_id` are cut.
+
+        Raises `DataError` when it is missing or of another run; `--reset-data-source` does without.
+        """
+        ...
 
     def report(self) -> list[dict[str, Any]]:
         """Say which hooks this process has, from where, and how they fared, for `hooks.json`."""
@@ -127,17 +150,34 @@ class TrainService(Protocol):
         """Train on this rank's shard of the columns."""
         ...
 
-    def export(self, directory: str, weights_only: bool = False) -> None:
-        """Write the current weights as a Hugging Face directory, without tokenizer files if `weights_only`."""
+    def export(self, directory: str, weights_only: bool = False, checksums: bool = False) -> dict[str, str]:
+        """Write the current weights as a Hugging Face directory, without tokenizer files if `weights_only`.
+
+        With `checksums` it returns the hashes of the tensors that this rank wrote, by name, else nothing.
+        """
         ...
 
-    def save(self, rollout_id: int, directory: str) -> None: ...
+    def score(self, tokens: list[list[int]]) -> list[list[float]]:
+        """Return each sequence's log-probs after its first token, untempered; nothing where logits are not seen."""
+        ...
+
+    def save(self, rollout_id: int, directory: str) -> None:
+        """Write weights, optimizer, schedule and random states below a staging directory, on a shared file system.
+
+        Raises `DataError` when it cannot be written; the checkpoint is then given up.
+        """
+        ...
 
     def saved(self, rollout_id: int, checkpoint_dir: str, hf_checkpoint_dir: str | None) -> None:
         """Call the post-save hook on rank 0: the checkpoint was renamed into place."""
         ...
 
-    def load(self, rollout_id: int, directory: str) -> None: ...
+    def load(self, rollout_id: int, directory: str) -> None:
+        """Continue from what `save` wrote, after `start`; `--no-load-optim` and `--no-load-rng` leave parts out.
+
+        Raises `DataError` when it is missing or does not fit.
+        """
+        ...
 
     def report(self) -> list[dict[str, Any]]:
         """Say which hooks this rank has, from where, and how they fared, for `hooks.json`."""

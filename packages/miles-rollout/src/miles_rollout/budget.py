@@ -15,7 +15,7 @@ _EVERYTHING = 100.0
 
 
 class ErrorBudget:
-    """Counts groups that were started and groups that were lost; both over the whole run in this process."""
+    """Counts groups that were started and groups that were lost; both over the whole run."""
 
     def __init__(self, text: str, least: int = 1) -> None:
         """Read `N`, `P%` or `N,P%`; `ConfigError` for anything else.
@@ -34,6 +34,14 @@ class ErrorBudget:
         self._least = least
         self.started = 0
         self.lost = 0
+
+    def state_dict(self) -> dict[str, int]:
+        """Return the counts, for a checkpoint."""
+        return {"started": self.started, "lost": self.lost}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Take the counts of the run that is continued."""
+        self.started, self.lost = state["started"], state["lost"]
 
     def allowed(self) -> float:
         """Return how many groups may be lost by now."""

@@ -12,6 +12,8 @@ from miles_api.errors import problem_of
 from miles_api.loading.hookset import configured_hooks
 from miles_api.run_options import RunOptions
 from miles_rollout.budget import ErrorBudget
+from miles_rollout.engines.local.errors import CheckpointError, UnsupportedModelError
+from miles_rollout.engines.local.lean_config import LeanConfig
 from miles_rollout.engines.local.options import LocalEngineOptions, check_loopback
 from miles_rollout.generate import derive as generation
 from miles_rollout.hook_names import CALLED, CALLED_BY_LOOP
@@ -25,7 +27,7 @@ if TYPE_CHECKING:
 
     from miles_api.config import RunConfig
 
-__all__ = ["HOOKS", "check", "derived", "idle"]
+__all__ = ["HOOKS", "check", "derived", "idle", "notes"]
 
 HOOKS = frozenset(CALLED)
 """The hooks that this package calls."""
@@ -59,6 +61,17 @@ def idle(config: RunConfig) -> dict[str, str]:
     return reasons
 
 
+def notes(config: RunConfig) -> list[str]:
+    """Return what `--deterministic` cannot promise: a user's own hooks may draw, or look at the clock."""
+    run = config.group(RunOptions)
+    if not run.deterministic or run.load_debug_rollout_data is not None:
+        return []
+    # Short names are those of installed packages.
+    own = [name for name, given in configured_hooks(config.args).items() if any(":" in r or "." in r for r in given)]
+    named = ", ".join(sorted(HOOKS.intersection(own)))
+    return [f"deterministic: the run repeats as far as these hooks of yours do: {named}"] if named else []
+
+
 def check(config: RunConfig) -> Iterator[str]:
     """Yield what does not fit: error budget, prompt files, tokenizer, reward. `miles_api` checks that hooks load."""
     run = config.group(RunOptions)
@@ -71,6 +84,7 @@ def check(config: RunConfig) -> Iterator[str]:
         yield from _reward(config)
         yield from _lengths(config)
         yield from problem_of(lambda: check_loopback(config.group(LocalEngineOptions).engine_host))
+        yield from _determinism(config)
 
 
 def _data(config: RunConfig) -> Iterator[str]:
@@ -119,3 +133,17 @@ def _lengths(config: RunConfig) -> Iterator[str]:
             f"--rollout-max-response-len {wanted} leaves no room for a prompt: the engine holds {room} tokens "
             "(--engine-max-total-len, or the model's max_position_embeddings)"
         )
+
+
+def _determinism(config: RunConfig) -> Iterator[str]:
+    """Check that the engines will run our own forward: transformers' rows depend on each other, to the last bit."""
+    run, engine = config.group(RunOptions), config.group(LocalEngineOptions)
+    if not run.deterministic:
+        return
+    if engine.engine_impl == "hf":
+        yield "--deterministic needs our own forward: --engine-impl lean or auto, not hf"
+    elif Path(str(run.hf_checkpoint), "config.json").is_file():
+        try:
+            LeanConfig.read(Path(str(run.hf_checkpoint)), engine.engine_max_total_len)
+        except (CheckpointError, UnsupportedModelError) as error:
+            yield f"--deterministic needs our own forward, and {error}"

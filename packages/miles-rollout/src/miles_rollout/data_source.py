@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import random
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,11 +12,12 @@ import msgspec
 from miles_api.errors import ConfigError, DataError, HookResultError
 from miles_api.loading.hookset import HookSet
 from miles_api.options import options_from
+from miles_api.packing.packed import ArrayBlob
 from miles_api.sample import Sample
 from miles_rollout.jsonl import Prompt, read_prompts, takes_messages
 from miles_rollout.options import DataOptions
 from miles_rollout.pristine import copied
-from miles_rollout.tokenizers import encode, load_tokenizer
+from miles_rollout.tokenizers import encode, load_prompt_tokenizer
 
 if TYPE_CHECKING:
     from miles_api.args import Args
@@ -24,6 +26,7 @@ if TYPE_CHECKING:
 __all__ = ["RolloutDataSourceWithBuffer", "pop_first"]
 
 _STATE_FILE = "data_source.json"
+_WAY_OUT = "--reset-data-source begins with the first prompt"
 
 
 def pop_first(args: Args, rollout_id: int | None, buffer: list[Group], num_samples: int) -> list[Group]:
@@ -43,7 +46,7 @@ class RolloutDataSourceWithBuffer:
             raise ConfigError("--prompt-data is not set: name a JSONL file of prompts")
         self._path = options.prompt_data
         self._shuffle = options.rollout_shuffle
-        tokenizer = load_tokenizer(args.hf_checkpoint) if options.apply_chat_template else None
+        tokenizer = load_prompt_tokenizer(args.hf_checkpoint) if options.apply_chat_template else None
         self._prompts = self._short_enough(read_prompts(self._path, options, tokenizer, messages=takes_messages(args)))
         self._hooks = HookSet(args, ["buffer_filter"])
         self._buffer_filter = self._hooks.need("buffer_filter")
@@ -60,7 +63,7 @@ class RolloutDataSourceWithBuffer:
         limit = self._args.rollout_max_prompt_len
         if limit is None:
             return prompts
-        tokenizer = load_tokenizer(self._args.hf_checkpoint)
+        tokenizer = load_prompt_tokenizer(self._args.hf_checkpoint)
         kept = [p for p in prompts if len(encode(tokenizer, str(p.prompt))) <= limit]
         if not kept:
             raise DataError(f"{self._path}: all {len(prompts)} prompts exceed --rollout-max-prompt-len {limit}")
@@ -142,12 +145,12 @@ class RolloutDataSourceWithBuffer:
         """Restore what `save` wrote, from `args.load`; `DataError` if it is missing or of another prompt file."""
         file = Path(self._args.load, _STATE_FILE)
         if not file.is_file():
-            raise DataError(f"checkpoint {self._args.load} holds no {_STATE_FILE}")
+            raise DataError(f"checkpoint {self._args.load} holds no {_STATE_FILE}; {_WAY_OUT}")
         state = msgspec.json.decode(file.read_bytes())
         if state["prompts"] != len(self._prompts):
             raise DataError(
                 f"{file} was written for {state['prompts']} prompts of {state['prompt_data']}, "
-                f"{self._path} has {len(self._prompts)}"
+                f"{self._path} has {len(self._prompts)}; {_WAY_OUT}"
             )
         self._epoch, self._position = state["epoch"], state["position"]
         self._next_group, self._next_sample = state["next_group"], state["next_sample"]
@@ -156,7 +159,16 @@ class RolloutDataSourceWithBuffer:
 
 
 def _plain(item: Sample | list[Sample]) -> Any:
-    return [one.to_dict() for one in item] if isinstance(item, list) else item.to_dict()
+    return [_one_plain(one) for one in item] if isinstance(item, list) else _one_plain(item)
+
+
+def _one_plain(sample: Sample) -> dict[str, Any]:
+    """Return the sample as JSON holds it; routed experts in an array come back as an `ArrayBlob`."""
+    experts = sample.rollout_routed_experts
+    if hasattr(experts, "__array_interface__") and not isinstance(experts, ArrayBlob):
+        sample = copy.copy(sample)
+        sample.rollout_routed_experts = ArrayBlob.of(experts)
+    return sample.to_dict()
 
 
 def _sample(item: Any) -> Sample | list[Sample]:

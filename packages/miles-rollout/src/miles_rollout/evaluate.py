@@ -64,7 +64,7 @@ async def _one(state: State, group: Group) -> Group | HookFailed:
 def _groups(state: State, options: EvalOptions) -> list[Group]:
     data: DataOptions = options_from(state.args, DataOptions)
     path = str(options.eval_prompt_data)
-    prompts = read_prompts(path, data, state.tokenizer, messages=takes_messages(state.args))
+    prompts = read_prompts(path, data, state.prompt_tokenizer, messages=takes_messages(state.args))
     n = options.n_samples_per_eval_prompt
     return [
         [

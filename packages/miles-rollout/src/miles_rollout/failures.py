@@ -2,7 +2,8 @@
 
 A call gets a deadline and a few retries; then its group starts over once, from a copy taken before generation; then
 the group is dropped and spends the error budget; past it the run stops with the hook's own traceback. Nothing is ever
-scored 0 for want of a score. The budget counts over the whole run of this process; evaluation does not spend it.
+scored 0 for want of a score. The budget counts over the whole run, across its checkpoints; evaluation does not spend
+it.
 """
 
 from __future__ import annotations
@@ -89,7 +90,6 @@ class Guard:
         self.threads = HookThreads(_THREADS)
         self.grace = min(_GRACE, self.options.hook_timeout)
         """Seconds that a cancelled call is waited for."""
-        self._dropped = 0
 
     async def once(self, hook: BoundHook, *arguments: Any, **keywords: Any) -> Any:
         """Call a hook within the deadline, without retries; its own exceptions come through."""
@@ -193,8 +193,7 @@ class Guard:
                 f"{self.budget.lost} groups of {self.budget.started} were lost to failing hooks, more than "
                 f"--hook-error-budget {self.budget.text} allows",
             )
-        self._dropped += 1
-        saved = self._save(failure) if self._dropped <= _SAVED else ""
+        saved = self._save(failure) if self.budget.lost <= _SAVED else ""
         print(f"warning: {named(failure.hook)} failed for good, a group is dropped: {failure.error!r}{saved}")
         return reason
 

@@ -28,6 +28,8 @@ from miles_rollout.results import checked_data, checked_samples, checked_verdict
 from miles_rollout.state import State
 
 if TYPE_CHECKING:
+    from collections.abc import Collection
+
     from miles_api.args import Args
     from miles_api.loading.bind import BoundHook
 
@@ -63,6 +65,7 @@ class InferenceRollout:
         self._state.watchdog.add(hook for name in CALLED_BY_LOOP for hook in self._hooks.many(name))
         self._options: RolloutOptions = options_from(args, RolloutOptions)
         self._target: int = args.rollout_batch_size
+        self._in_order: bool = args.deterministic
         self._everything: list[Group] = []
         self._dropped: list[tuple[Group, str]] = []
         self._counts: Counter[str] = Counter()
@@ -77,6 +80,15 @@ class InferenceRollout:
     def dropped_groups(self) -> list[tuple[Group, str]]:
         """Return the groups that the last rollout generated and filtered out, with the reasons."""
         return self._dropped
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what a checkpoint holds of the loop: the error budget, and which groups had their first chance."""
+        return {"budget": self._state.guard.budget.state_dict(), "returned": list(self._returned.items())}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take the state of the run that is continued."""
+        self._state.guard.budget.load_state_dict(state["budget"])
+        self._returned = {index: bool(again) for index, again in state["returned"]}
 
     async def __call__(
         self,
@@ -112,8 +124,7 @@ class InferenceRollout:
             while len(kept) < target:
                 self._start((target if started else first) - len(kept) - len(running), running)
                 started = True
-                done, _ = await asyncio.wait(running, return_when=asyncio.FIRST_COMPLETED)
-                for task in done:
+                for task in await self._next_done(running):
                     # What finishes beyond the target stays among the running, whose prompts go back. What failed
                     # has had its chance.
                     if len(kept) == target and not isinstance(task.exception(), HookFailed):
@@ -129,9 +140,20 @@ class InferenceRollout:
                     except HookFailed as failure:
                         self._lose(turn, failure)
                 self._require_progress(target)
+            if self._in_order and running:
+                # How far they get before they are cancelled, and which hooks they call, would be chance.
+                await asyncio.wait(running)
         finally:
             await self._put_back(running)
         return kept
+
+    async def _next_done(self, running: dict[asyncio.Task[Group], _Turn]) -> Collection[asyncio.Task[Group]]:
+        """Wait for the groups to judge next: those that end first or, with `--deterministic`, the oldest."""
+        if self._in_order:
+            oldest = next(iter(running))
+            await asyncio.wait([oldest])
+            return [oldest]
+        return (await asyncio.wait(running, return_when=asyncio.FIRST_COMPLETED))[0]
 
     def _start(self, count: int, running: dict[asyncio.Task[Group], _Turn]) -> None:
         """Start `count` more groups: those that start over, then new ones."""

@@ -10,7 +10,10 @@ from miles_api.sample import Sample, Status
 if TYPE_CHECKING:
     from miles_api.args import Args
 
-__all__ = ["hook_metrics", "rollout_metrics"]
+__all__ = ["HookCounts", "rollout_metrics"]
+
+Totals = dict[str, dict[str, float]]
+"""By hook and by what is counted."""
 
 _COUNTS = ("errors", "timeouts", "retries")
 
@@ -35,26 +38,45 @@ def rollout_metrics(args: Args, samples: list[Sample]) -> dict[str, float]:
     }
 
 
-def hook_metrics(
-    report: list[dict[str, Any]], before: dict[str, dict[str, float]]
-) -> tuple[dict[str, float], dict[str, dict[str, float]]]:
-    """Return `hooks/<hook>/calls|seconds|errors|timeouts|retries` since `before`, and the totals to pass next time.
+class HookCounts:
+    """Counts what each hook did from one rollout to the next, also across a checkpoint."""
 
-    A default hook is silent until it fails; a configured one gives calls and seconds, and counts once they are not 0.
-    """
-    totals: dict[str, dict[str, float]] = {}
-    shown: set[str] = set()
-    for line in report:
-        name = line["hook"]
-        sums = totals.setdefault(name, dict.fromkeys(("calls", "seconds", *_COUNTS), 0.0))
-        for count in sums:
-            sums[count] += line[count]
-        if (line["configured"] and line["calls"]) or any(sums[count] for count in _COUNTS):
-            shown.add(name)
-    metrics: dict[str, float] = {}
-    for name in sorted(shown):
-        earlier = before.get(name, {})
-        for count, total in totals[name].items():
-            if count not in _COUNTS or total:
-                metrics[f"hooks/{name}/{count}"] = total - earlier.get(count, 0.0)
-    return metrics, totals
+    def __init__(self) -> None:
+        self._before: Totals = {}
+        """The totals of the last rollout."""
+        self._loaded: Totals = {}
+        """The totals of the run that is continued."""
+
+    def metrics(self, report: list[dict[str, Any]]) -> dict[str, float]:
+        """Return `hooks/<hook>/calls|seconds|errors|timeouts|retries` since the last call; `report` counts from 0.
+
+        A default hook is silent until it fails; a configured one gives calls and seconds, and counts once they are not
+        0.
+        """
+        totals, metrics = self._totals(report), {}
+        configured = {line["hook"] for line in report if line["configured"]}
+        for name, sums in sorted(totals.items()):
+            if not ((name in configured and sums["calls"]) or any(sums[count] for count in _COUNTS)):
+                continue
+            earlier = self._before.get(name, {})
+            for count, total in sums.items():
+                if count not in _COUNTS or total:
+                    metrics[f"hooks/{name}/{count}"] = total - earlier.get(count, 0.0)
+        self._before = totals
+        return metrics
+
+    def state_dict(self, report: list[dict[str, Any]]) -> dict[str, Totals]:
+        """Return what a checkpoint holds; `report` as for `metrics`."""
+        return {"totals": self._totals(report), "before": self._before}
+
+    def load_state_dict(self, state: dict[str, Totals]) -> None:
+        """Take the counts of the run that is continued; its hooks have not been called in this process yet."""
+        self._loaded, self._before = state["totals"], state["before"]
+
+    def _totals(self, report: list[dict[str, Any]]) -> Totals:
+        totals = {name: dict(sums) for name, sums in self._loaded.items()}
+        for line in report:
+            sums = totals.setdefault(line["hook"], dict.fromkeys(("calls", "seconds", *_COUNTS), 0.0))
+            for count in sums:
+                sums[count] += line[count]
+        return totals

@@ -49,7 +49,8 @@ class RolloutOptions(Options, frozen=True, kw_only=True):
     sglang_server_concurrency: _Positive = 256
     """Requests that run at once on each engine."""
     generate_timeout: _Seconds = 600.0
-    """Seconds one generation request may take before the run stops."""
+    """Seconds one generation request may take before the run stops, all attempts together: what an engine or the router
+    took with it when it died is sent again."""
     max_filter_attempts: _Positive = 100
     """Stop the run when dynamic filters have dropped this many times --rollout-batch-size groups in one rollout."""
 
@@ -89,7 +90,7 @@ class RewardOptions(Options, frozen=True, kw_only=True):
     eval_group_rm: bool = False
     """Call the group reward in evaluation too; without it, evaluation scores sample by sample with --rm-type."""
     rewards_normalization: bool = True
-    """Centre rewards within each group."""
+    """Centre rewards within each group. Off by itself for an --advantage-estimator that centres them."""
     grpo_std_normalization: bool = True
     """Also divide by the group's standard deviation (GRPO, arXiv 2402.03300); off: Dr.GRPO, arXiv 2503.20783."""
 

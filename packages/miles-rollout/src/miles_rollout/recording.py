@@ -28,9 +28,22 @@ __all__ = ["Recorder", "save_failed"]
 class Recorder:
     """Writes one record a rollout or evaluation to `--save-debug-rollout-data`."""
 
-    def __init__(self, path: str, config: dict[str, Any], *, append: bool) -> None:
-        """Open the file; `append` continues the recording of a run that is resumed."""
-        self._writer = DumpWriter(path, _header(config), append=append)
+    def __init__(self, path: str, config: dict[str, Any]) -> None:
+        """Name the file; `open` opens it."""
+        self._path = path
+        self._config = config
+        self._after: int | None = None
+        self._writer: DumpWriter | None = None
+
+    def continue_after(self, rollout_id: int) -> None:
+        """Continue the recording that is there already behind this rollout; called before `open`."""
+        self._after = rollout_id
+
+    def open(self) -> None:
+        """Open the file, if it is not open yet; raises `DataError` when it cannot be written."""
+        if self._writer is None:
+            append = self._after is not None
+            self._writer = DumpWriter(self._path, _header(self._config), append=append, after=self._after)
 
     def rollout(
         self, rollout_id: int, weight_version: str, kept: list[Group], dropped: list[tuple[Group, str]]
@@ -54,11 +67,14 @@ class Recorder:
 
     def write(self, record: RecordedRollout) -> None:
         """Append one record."""
+        self.open()
+        assert self._writer is not None
         self._writer.write(record)
 
     def close(self) -> None:
         """Close the file."""
-        self._writer.close()
+        if self._writer is not None:
+            self._writer.close()
 
 
 def save_failed(args: Args, hook: BoundHook, subject: list[Sample]) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import gc
 import inspect
 import time
@@ -26,19 +25,18 @@ from miles_api.rollout_types import (
     flatten,
 )
 from miles_api.run_options import RunOptions
+from miles_rollout import checkpoint
 from miles_rollout.data_source import RolloutDataSourceWithBuffer
 from miles_rollout.evaluate import checked_evaluation, eval_metrics
 from miles_rollout.failures import Guard, named
 from miles_rollout.hook_names import CALLED_BY_SERVICE
 from miles_rollout.identity import require_identity
-from miles_rollout.metrics import hook_metrics, rollout_metrics
+from miles_rollout.metrics import HookCounts, rollout_metrics
 from miles_rollout.recording import Recorder
 from miles_rollout.results import checked_groups, checked_rewards, checked_samples
 from miles_rollout.running import announce
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
     from miles_api.config import RunConfig
     from miles_api.loading.bind import BoundHook
     from miles_api.sample import Sample
@@ -66,8 +64,9 @@ class RolloutWorker:
         self._loop = uvloop.new_event_loop()
         # Not `asyncio.Runner.run`: its signal handling prints the finished task, so the whole rollout, to no use.
         self._wait = self._loop.run_until_complete
-        self._recorder: Recorder | None = None
-        self._seen: dict[str, dict[str, float]] = {}
+        path = self._run.save_debug_rollout_data
+        self._recorder = Recorder(path, config.public()) if path else None
+        self._counts = HookCounts()
 
     def start(self, router_url: str) -> None:
         """Resolve hooks, read the prompts, build the rollout hook. `router_url` is empty when no engine runs."""
@@ -84,10 +83,8 @@ class RolloutWorker:
         self._data_source: Any = source and source.target
         self._rollout = self._built("rollout")
         self._eval = self._rollout if self._hooks.one("eval_rollout") is None else self._built("eval_rollout")
-        if self._run.save_debug_rollout_data:
-            self._recorder = Recorder(
-                self._run.save_debug_rollout_data, self._config.public(), append=self._run.load is not None
-            )
+        if self._run.deterministic:
+            checkpoint.seed(self._args.rollout_seed)
         # What is loaded by now stays, and requests leave few cycles: the default collector took a fifth of a rollout.
         gc.collect()
         gc.freeze()
@@ -123,6 +120,7 @@ class RolloutWorker:
     def generate(self, rollout_id: int, weight_version: str) -> dict[str, Any]:
         """Produce one rollout and its columns."""
         started = time.perf_counter()
+        self._open_recording()
         if isinstance(self._data_source, RolloutDataSourceWithBuffer):
             self._data_source.rollout_id = rollout_id
         request = RolloutFnTrainInput(rollout_id=rollout_id, weight_version=weight_version)
@@ -149,7 +147,7 @@ class RolloutWorker:
         report = self.report()
         return {
             "batch": batch,
-            "metrics": {} if any(value is True for value in suppressed) else metrics | self._hook_metrics(report),
+            "metrics": {} if any(value is True for value in suppressed) else metrics | self._counts.metrics(report),
             "samples": _shown(output.samples, self._run.report_samples),
             "seconds": seconds,
             "hooks": report,
@@ -200,6 +198,7 @@ class RolloutWorker:
 
     def evaluate(self, rollout_id: int, weight_version: str) -> dict[str, Any]:
         """Run the evaluation hook and return its metrics."""
+        self._open_recording()
         request = RolloutFnEvalInput(rollout_id=rollout_id, weight_version=weight_version)
         result = self._call(self._eval, request)
         with self._guard.judging(self._eval):
@@ -214,27 +213,44 @@ class RolloutWorker:
         return {"metrics": metrics, "samples": shown, "hooks": self.report()}
 
     def save(self, rollout_id: int, directory: str) -> None:
-        """Write the data source's state to a staging directory."""
-        if self._data_source is not None:
-            with _pointed(self._source_args, "save", directory):
-                self._data_source.save(rollout_id)
+        """Write the states of data source, loop and hooks to a staging directory; `DataError` if it cannot be."""
+        if self._data_source is None:
+            return
+        checkpoint.save_source(self._data_source, self._source_args, rollout_id, directory)
+        loop = self._rollout.target
+        state = checkpoint.RolloutState(
+            loop=loop.state_dict() if hasattr(loop, "state_dict") else None,
+            hooks=self._counts.state_dict(self.report()),
+            random=checkpoint.random_states(),
+        )
+        checkpoint.write(directory, state)
 
     def load(self, rollout_id: int, directory: str) -> None:
-        """Restore the data source's state."""
-        if self._data_source is not None:
-            with _pointed(self._source_args, "load", directory):
-                self._data_source.load(rollout_id)
+        """Continue from what `save` wrote; records of later rollouts are cut. Raises `DataError` if it does not fit.
+
+        With `--reset-data-source` the prompts begin anew, and with them what the loop knew of groups.
+        """
+        if self._recorder:
+            self._recorder.continue_after(rollout_id)
+        if self._data_source is None or self._run.reset_data_source:
+            return
+        checkpoint.load_source(self._data_source, self._source_args, rollout_id, directory)
+        state = checkpoint.read(directory)
+        if state.loop is not None and hasattr(self._rollout.target, "load_state_dict"):
+            self._rollout.target.load_state_dict(state.loop)
+        self._counts.load_state_dict(state.hooks)
+        if self._run.load_rng:
+            checkpoint.restore_random_states(state.random)
+
+    def _open_recording(self) -> None:
+        if self._recorder:
+            self._recorder.open()
 
     def report(self) -> list[dict[str, Any]]:
         """Say which hooks this process has and how they fared, for `hooks.json`."""
         # The default rollout and data source call hooks of their own.
         inner = [getattr(part, "report", list)() for part in (self._data_source, self._rollout.target)]
         return [*self._hooks.report(), *inner[0], *inner[1]]
-
-    def _hook_metrics(self, report: list[dict[str, Any]]) -> dict[str, float]:
-        """Return what each hook did since the last rollout: configured hooks, and defaults that failed."""
-        metrics, self._seen = hook_metrics(report, self._seen)
-        return metrics
 
     def stop(self) -> None:
         """Close every hook that can be closed, and the event loop, whatever still runs in it."""
@@ -251,20 +267,6 @@ class RolloutWorker:
                 # A hook that swallows its cancellation is not waited for.
                 self._wait(asyncio.wait(left, timeout=self._guard.grace))
             self._loop.close()
-
-
-@contextlib.contextmanager
-def _pointed(view: Args, option: str, directory: str) -> Iterator[None]:
-    """Set a directory in the data source's view for one call; what is found there later was written by the source."""
-    before = view.overlay()
-    setattr(view, option, directory)
-    try:
-        yield
-    finally:
-        if option in before:
-            setattr(view, option, before[option])
-        else:
-            delattr(view, option)
 
 
 async def _awaited(result: Any) -> Any:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from miles_api.errors import DataError
 from miles_api.rollout_types import RolloutFnConstructorInput, RolloutFnTrainInput, RolloutFnTrainOutput
 from miles_api.sample import Sample, Status
-from miles_rollout.tokenizers import encode, load_tokenizer
+from miles_rollout.tokenizers import encode, load_prompt_tokenizer
 
 __all__ = ["SftRollout"]
 
@@ -16,7 +16,7 @@ class SftRollout:
     def __init__(self, input: RolloutFnConstructorInput) -> None:  # noqa: A002
         self._args = input.args
         self._data_source = input.data_source
-        self._tokenizer = load_tokenizer(input.args.hf_checkpoint)
+        self._tokenizer = load_prompt_tokenizer(input.args.hf_checkpoint)
 
     def __call__(self, input: RolloutFnTrainInput) -> RolloutFnTrainOutput:  # noqa: A002
         groups = self._data_source.get_samples(self._args.rollout_batch_size)

@@ -7,18 +7,16 @@ import functools
 from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any, Literal
 
-import aiohttp
-import msgspec
-
-from miles_api.errors import ServiceError
 from miles_api.hooks import REGISTRY
-from miles_api.loading.hookset import HookSet
+from miles_api.loading.hookset import HookSet, configured_hooks
 from miles_api.options import options_from
 from miles_api.sample import Sample
 from miles_rollout import running
 from miles_rollout.failures import Guard
+from miles_rollout.joint import JointRequests
 from miles_rollout.options import EngineFleetOptions, EvalOptions, RewardOptions, RolloutOptions
-from miles_rollout.tokenizers import load_tokenizer
+from miles_rollout.requests import Requests
+from miles_rollout.tokenizers import load_prompt_tokenizer, load_tokenizer
 from miles_rollout.watchdog import Watchdog
 
 if TYPE_CHECKING:
@@ -29,8 +27,6 @@ if TYPE_CHECKING:
 __all__ = ["Slots", "State"]
 
 _SEES_SAMPLES = ("generate", "reward", "group_reward", "dynamic_filter")
-_ERROR_BODY = 500
-
 
 _depth: ContextVar[int] = ContextVar("slots taken by this call", default=0)
 
@@ -41,11 +37,18 @@ class Slots(asyncio.Semaphore):
     The loop holds a slot around each generate hook, and hooks written for other stacks take one themselves.
     """
 
+    waiting = 0
+    """How many calls wait for a slot."""
+
     async def acquire(self) -> Literal[True]:
         """Wait for a slot, unless this call has one."""
         depth = _depth.get()
         if depth == 0:
-            await super().acquire()
+            self.waiting += 1
+            try:
+                await super().acquire()
+            finally:
+                self.waiting -= 1
         _depth.set(depth + 1)
         return True
 
@@ -64,7 +67,7 @@ class State:
     def __init__(self, args: Args, hooks: HookSet) -> None:
         self.args = args
         self.hooks = hooks
-        self.tokenizer = load_tokenizer(args.hf_checkpoint)
+        self.prompt_tokenizer = load_prompt_tokenizer(args.hf_checkpoint)
         self.processor = None
         self.aborted = False
         self.rewards: RewardOptions = options_from(args, RewardOptions)
@@ -78,26 +81,36 @@ class State:
         self._eval_key = self.rewards.eval_reward_key or self.rewards.reward_key
         self.sampling_params = _sampling_params(self.options, args.rollout_temperature)
         self.eval_sampling_params = _eval_params(self.sampling_params, options_from(args, EvalOptions))
-        self._base_url = f"http://{args.sglang_router_ip}:{args.sglang_router_port}"
-        self.headers = {"Content-Type": "application/json"}
         # The option belongs to miles-router; another router may stand in its place.
-        if "router_token" in args and args.router_token:
-            self.headers["Authorization"] = f"Bearer {args.router_token}"
-        self._encode = msgspec.json.Encoder().encode
-        self._decode = msgspec.json.Decoder().decode
+        token = args.router_token if "router_token" in args else None
+        self.requests = Requests(
+            f"http://{args.sglang_router_ip}:{args.sglang_router_port}",
+            {"Authorization": f"Bearer {token}"} if token else {},
+            self.options.generate_timeout,
+            self.concurrency,
+        )
+        self.joint = JointRequests(self.post, self._may_join)
+        if "generate" in configured_hooks(args):
+            # It is given this state. Loaded when first asked for, the tokenizer would hold up all generations.
+            _ = self.tokenizer
 
     @functools.cached_property
-    def generate_fn_semaphore(self) -> asyncio.Semaphore:
+    def tokenizer(self) -> Any:
+        """The tokenizer of transformers, for hooks; it takes seconds to import, and our own defaults do without."""
+        return load_tokenizer(self.args.hf_checkpoint)
+
+    @functools.cached_property
+    def generate_fn_semaphore(self) -> Slots:
         """Bounds how many generations run at once, over all engines."""
         # Every generation starts here, inside the event loop: hooks of older stacks ask for this loop's state.
         running.claim(self)
         return Slots(self.concurrency)
 
-    @functools.cached_property
-    def _session(self) -> aiohttp.ClientSession:
-        connector = aiohttp.TCPConnector(limit=self.concurrency, keepalive_timeout=3600)
-        timeout = aiohttp.ClientTimeout(total=self.options.generate_timeout)
-        return aiohttp.ClientSession(connector=connector, timeout=timeout)
+    def _may_join(self) -> bool:
+        """Say whether samples may share a request: nobody waits for a slot, and no middleware expects them alone."""
+        # The option belongs to miles-router, like its token.
+        alone = "miles_router_middleware_paths" in self.args and self.args.miles_router_middleware_paths
+        return not alone and self.generate_fn_semaphore.waiting == 0
 
     def scores_groups(self, evaluation: bool) -> bool:
         """Say whether whole groups are scored, by the group reward."""
@@ -139,34 +152,25 @@ class State:
         return [line for hooks in (self.hooks, *self._own.values()) for line in hooks.report()]
 
     def hook_metrics(self) -> dict[str, float]:
-        """Return what hooks did to the event loop and to their threads, where it is bad news."""
+        """Return what went badly since the last call: hooks that block, hooks that hang, requests sent again."""
         metrics = {f"hooks/{name}/blocked": float(n) for name, n in self.watchdog.blocked.items()}
         self.watchdog.blocked.clear()
-        hung = self.guard.hung()
-        return metrics | ({"hooks/hung_threads": float(hung)} if hung else {})
+        counts = {"hooks/hung_threads": self.guard.hung(), "rollout/request_retries": self.requests.take_repeated()}
+        return metrics | {name: float(count) for name, count in counts.items() if count}
 
     async def post(self, path: str, payload: dict[str, Any]) -> dict[str, Any]:
-        """POST JSON to the router; raise `ServiceError` with status and body when it is refused."""
-        url = self._base_url + path
-        try:
-            async with self._session.post(url, data=self._encode(payload), headers=self.headers) as reply:
-                body = await reply.read()
-        except TimeoutError as error:
-            raise ServiceError(
-                f"{url} did not answer within --generate-timeout {self.options.generate_timeout}"
-            ) from error
-        except aiohttp.ClientError as error:
-            raise ServiceError(f"{url}: {type(error).__name__}: {error}") from error
-        if reply.status != 200:  # noqa: PLR2004
-            raise ServiceError(f"{url} answered {reply.status}: {body[:_ERROR_BODY].decode(errors='replace')}")
-        return self._decode(body)
+        """POST JSON to the router and return the decoded answer.
+
+        What nobody served is sent again within `--generate-timeout`. Raises `ServiceError` with status and body when it
+        is refused, and with what was tried when the time is up.
+        """
+        return await self.requests.post(path, payload)
 
     async def close(self) -> None:
         """Close the connections, the hook threads, and hooks that can be closed."""
         for hooks in (self.hooks, *self._own.values()):
             await hooks.aclose()
-        if "_session" in self.__dict__:
-            await self._session.close()
+        await self.requests.close()
         self.guard.close()
 
 

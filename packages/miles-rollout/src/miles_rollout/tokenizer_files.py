@@ -17,7 +17,7 @@ from tokenizers import Tokenizer
 
 from miles_api.errors import DataError
 
-__all__ = ["ChatTemplate", "check_tokenizer", "require_tokenizer"]
+__all__ = ["ChatTemplate", "check_tokenizer", "read_object", "require_tokenizer"]
 
 _CONFIG = "tokenizer_config.json"
 _WHOLE = "tokenizer.json"
@@ -50,7 +50,7 @@ class ChatTemplate:
 
     def __init__(self, path: str) -> None:
         self._path = path
-        config = _json(Path(path, _CONFIG))
+        config = read_object(Path(path, _CONFIG))
         self._tokens = {
             name: token.get("content") if isinstance(token, dict) else token
             for name, token in config.items()
@@ -84,7 +84,7 @@ def _templates(folder: Path, config: dict[str, Any]) -> dict[str, str]:
     elif isinstance(inside, list):
         named = {entry["name"]: entry["template"] for entry in inside}
     if (folder / "chat_template.json").is_file():
-        named["default"] = _json(folder / "chat_template.json")["chat_template"]
+        named["default"] = read_object(folder / "chat_template.json")["chat_template"]
     if (folder / "chat_template.jinja").is_file():
         named["default"] = (folder / "chat_template.jinja").read_text(encoding="utf-8")
     for file in folder.glob("additional_chat_templates/*.jinja"):
@@ -92,7 +92,8 @@ def _templates(folder: Path, config: dict[str, Any]) -> dict[str, str]:
     return named
 
 
-def _json(file: Path) -> dict[str, Any]:
+def read_object(file: Path) -> dict[str, Any]:
+    """Read a JSON object, an empty one where there is no file; `DataError` for anything else."""
     if not file.is_file():
         return {}
     try:

@@ -51,6 +51,10 @@ def build(kind: str):
         return Qwen3ForCausalLM(Qwen3Config(**SMALL, head_dim=16, tie_word_embeddings=True))
     if kind == "qwen2":
         return Qwen2ForCausalLM(Qwen2Config(**SMALL, tie_word_embeddings=False))
+    if kind == "wide":
+        # A vocabulary scanned in chunks, the last one cut short; all query heads on one key/value head.
+        shape = {"vocab_size": 1234, "num_key_value_heads": 1, "head_dim": 32, "max_position_embeddings": 512}
+        return LlamaForCausalLM(LlamaConfig(**{**SMALL, **shape}, tie_word_embeddings=False))
     if kind == "llama":
         return LlamaForCausalLM(LlamaConfig(**SMALL, tie_word_embeddings=True))
     return LlamaForCausalLM(LlamaConfig(**SMALL, rope_parameters=LLAMA3_ROPE, attention_bias=True, rms_norm_eps=1e-5))
@@ -74,7 +78,7 @@ def save(kind: str, directory, seed: int = 0):
 
 @pytest.fixture(scope="session")
 def kit(tmp_path_factory):
-    """Tiny models on disk by kind (`qwen3`, `qwen2`, `llama`, `llama3`), and what tests do with them."""
+    """Tiny models on disk by kind (`qwen3`, `qwen2`, `llama`, `llama3`, `wide`), and what tests do with them."""
     torch.set_num_threads(1)
     root = tmp_path_factory.mktemp("models")
     references, directories = {}, {}
@@ -90,9 +94,10 @@ def kit(tmp_path_factory):
             references[kind, seed] = loaded.eval()
         return references[kind, seed]
 
-    def scheduler(kind: str = "qwen3", impl: str = "auto", seed: int = 0, **limits):
+    def scheduler(kind: str = "qwen3", impl: str = "auto", seed: int = 0, deterministic: bool = False, **limits):
         path = directory(kind, seed)
-        return Scheduler(load_model(path, impl, None), TextCodec(path), Limits(**limits))
+        model = load_model(path, impl, None, deterministic=deterministic)
+        return Scheduler(model, TextCodec(path), Limits(**limits))
 
     return SimpleNamespace(directory=directory, reference=reference, scheduler=scheduler, save=save, root=root)
 

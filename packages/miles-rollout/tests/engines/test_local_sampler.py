@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from miles_rollout.engines.local.sampler import SamplingRows, sample, uniforms
+from miles_rollout.engines.local.sampler import SamplingRows, Truncation, sample, uniforms
 
 DRAWS = 40_000
 
@@ -17,13 +17,12 @@ def rows(count, vocabulary, temperature=1.0, top_k=None, top_p=1.0, min_p=0.0):
     return SamplingRows(
         temperature=torch.full((count,), temperature or 1.0),
         greedy=torch.full((count,), temperature == 0),
-        top_k=torch.full((count,), top_k),
         top_p=torch.full((count,), top_p),
         min_p=torch.full((count,), min_p),
         any_scaled=temperature not in (0, 1.0),
         any_greedy=temperature == 0,
         all_greedy=temperature == 0,
-        any_truncated=top_k < vocabulary or top_p < 1 or min_p > 0,
+        truncated=[Truncation(None, top_k)] if top_k < vocabulary or top_p < 1 or min_p > 0 else [],
     )
 
 

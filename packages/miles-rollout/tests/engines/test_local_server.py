@@ -217,6 +217,19 @@ def test_a_port_in_use_is_said_so_before_the_model_loads(kit):
     assert f"cannot listen on 127.0.0.1:{port}" in done.stderr
 
 
+def test_a_port_that_an_engine_cannot_have_names_the_flag_the_port_and_the_way_out():
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        fleet = LocalFleet(LocalEngineOptions(rollout_engine_base_port=port - 1), "model", seed=0)
+        with pytest.raises(ServiceError) as caught:
+            fleet._listen(1)
+    assert f"engine 1 cannot listen on 127.0.0.1:{port} (Address already in use)" in str(caught.value)
+    assert f"--rollout-engine-base-port {port - 1} gives it this port" in str(caught.value)
+    assert "leave it out" in str(caught.value)
+    with pytest.raises(ServiceError, match="--rollout-engine-base-port leaves no port for engine 1: 65536"):
+        LocalFleet(LocalEngineOptions(rollout_engine_base_port=65535), "model", seed=0)._listen(1)
+
+
 @pytest.mark.parametrize("host", ["0.0.0.0", "::", "", "192.0.2.1", "engine.example"])
 def test_a_fleet_that_others_could_reach_is_refused(host):
     with pytest.raises(ConfigError, match=f"--engine-host {host or repr(host)} is not loopback"):
@@ -319,7 +332,7 @@ def test_an_engine_that_dies_says_why_and_one_that_is_stopped_or_replaced_says_n
     fleet.start([Placement()])
     try:
         fleet.restart(0)
-        assert fleet.why_dead() == []
+        assert fleet.dead() == {}
         fleet.resume()
         shown = ""
         deadline = time.monotonic() + 10
@@ -328,13 +341,35 @@ def test_an_engine_that_dies_says_why_and_one_that_is_stopped_or_replaced_says_n
             shown += capfd.readouterr().err
         text = f"engine 0 (pid {pids[1]}) died with exit code 3: first"
         assert shown == f"{text}\nKeyError: 'cache'\n"
-        assert fleet.why_dead() == [f"{text} | KeyError: 'cache'"]
+        assert fleet.dead() == {0: f"{text}\nKeyError: 'cache'"}
         fleet.restart(0)
-        assert fleet.why_dead() == []
+        assert fleet.dead() == {}
     finally:
         fleet.stop()
-    assert fleet.why_dead() == []
+    assert fleet.dead() == {}
     assert capfd.readouterr().err == ""
+
+
+def test_a_port_that_was_taken_since_an_engine_died_is_said_so_and_the_engine_stays_dead(stand_in):
+    pids = stand_in(HEALTHY)
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        port = probe.getsockname()[1]
+    fleet = LocalFleet(LocalEngineOptions(rollout_engine_base_port=port), "model", seed=0)
+    fleet.start([Placement()])
+    try:
+        os.kill(pids[0], signal.SIGKILL)
+        deadline = time.monotonic() + 10
+        while not fleet.dead():
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        with socket.create_server(("127.0.0.1", port)):
+            with pytest.raises(ServiceError, match=f"--rollout-engine-base-port {port} gives it this port"):
+                fleet.restart(0)
+            assert set(fleet.dead()) == {0}
+        assert fleet.restart(0).url == f"http://127.0.0.1:{port}"
+        assert fleet.dead() == {}
+    finally:
+        fleet.stop()
 
 
 def test_an_engine_dies_with_its_parent(kit, tmp_path):

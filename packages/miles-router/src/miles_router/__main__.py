@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 
+from miles_api import stacks
 from miles_api.errors import MilesError
 
 from .command import command
@@ -12,6 +13,7 @@ from .command import command
 
 def main() -> int:
     """Run the router; return the exit status."""
+    stacks.register("router")
     parser = argparse.ArgumentParser(prog="python -m miles_router", description=command.help)
     command.configure(parser)
     try:

@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING
 
 from miles_api.errors import problem_of
 from miles_api.run_options import RunOptions
+from miles_router.listening import bind
 from miles_router.options import MIDDLEWARE_HOOK, RouterOptions, check_binding
-from miles_router.server import bind
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -48,6 +48,8 @@ class RouterCommand:
         )  # fmt: skip
         # Router passes its own process id, so that the child can tell when it has been orphaned
         parser.add_argument("--parent-pid", type=int, help=argparse.SUPPRESS)
+        # and its listening socket, so that the port is never free between this process and one that replaces it
+        parser.add_argument("--fd", type=int, help=argparse.SUPPRESS)
 
     def run(self, namespace: argparse.Namespace) -> int:
         """Serve until interrupted. Raises `ConfigError` or `ServiceError` if it cannot start."""
@@ -63,7 +65,8 @@ class RouterCommand:
             raise ConfigError(f"miles router: {exc}") from exc
         references = [part.strip() for given in namespace.miles_router_middleware_paths for part in given.split(",")]
         middleware = resolve_middleware(filter(None, references))
-        run_router(options, namespace.worker, middleware=middleware, parent_pid=namespace.parent_pid)
+        inherited = {"parent_pid": namespace.parent_pid, "fd": namespace.fd}
+        run_router(options, namespace.worker, middleware=middleware, **inherited)
         return 0
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import errno
 import gc
 import logging
 import os
@@ -14,9 +13,8 @@ from typing import TYPE_CHECKING
 import uvicorn
 import uvloop
 
-from miles_api.errors import ServiceError
-
 from .app import RouterApp
+from .listening import bind
 from .middleware import MiddlewareStack
 from .options import READY_PREFIX, RouterOptions, check_binding
 from .proxy import Receive, Scope, Send
@@ -24,7 +22,7 @@ from .proxy import Receive, Scope, Send
 if TYPE_CHECKING:
     from miles_api.loading.bind import BoundHook
 
-__all__ = ["bind", "run_router"]
+__all__ = ["run_router"]
 
 _App = Callable[[Scope, Receive, Send], Awaitable[None]]
 
@@ -32,21 +30,6 @@ _PARENT_POLL_S = 0.5
 _GRACE_S = 2
 # longer than any client's own limit, so that it is never the router that closes a connection just being reused
 _KEEP_ALIVE_S = 600
-_BACKLOG = 2048
-
-
-def bind(host: str, port: int) -> socket.socket:
-    """Return a bound, listening TCP socket. Raises `ServiceError`, which names the flag to change."""
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    try:
-        return socket.create_server((host, port), family=family, backlog=_BACKLOG)
-    except OSError as exc:
-        reason = os.strerror(exc.errno) if exc.errno in errno.errorcode else str(exc)
-        if exc.errno in (errno.EADDRINUSE, errno.EACCES):
-            advice = f"--sglang-router-port {port} is taken or not allowed; choose another, or 0 for a free one"
-        else:
-            advice = f"--sglang-router-ip {host} is not an address of this machine"
-        raise ServiceError(f"the router cannot listen on {host}:{port} ({reason}): {advice}") from exc
 
 
 def run_router(
@@ -55,16 +38,17 @@ def run_router(
     *,
     middleware: Sequence[BoundHook] = (),
     parent_pid: int | None = None,
+    fd: int | None = None,
 ) -> None:
     """Serve until SIGINT or SIGTERM, or until `parent_pid` is no longer the parent.
 
     Prints one line, `READY_PREFIX` and the URL, when it accepts requests; warnings go to stderr. `workers` are URLs
-    registered from the start; `middleware` (`resolve_middleware` makes it) wraps the router, outermost first. Raises
-    `ConfigError` or `ServiceError` if it cannot start.
+    registered from the start; `middleware` (`resolve_middleware` makes it) wraps the router, outermost first; `fd` is
+    a listening socket to use instead of opening one. Raises `ConfigError` or `ServiceError` if it cannot start.
     """
     check_binding(options)
     logging.basicConfig(level=logging.WARNING, format="miles-router: %(message)s")
-    sock = bind(options.sglang_router_ip, options.sglang_router_port)
+    sock = bind(options.sglang_router_ip, options.sglang_router_port) if fd is None else socket.socket(fileno=fd)
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         try:
             runner.run(_serve(options, sock, list(workers), middleware, parent_pid))
@@ -112,7 +96,6 @@ def _uvicorn_config(app: _App) -> uvicorn.Config:
         access_log=False,
         log_config=None,
         log_level="error",
-        backlog=_BACKLOG,
         timeout_keep_alive=_KEEP_ALIVE_S,
         timeout_graceful_shutdown=_GRACE_S,
     )

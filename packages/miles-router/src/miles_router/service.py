@@ -19,9 +19,11 @@ import msgspec
 from miles_api.errors import ServiceError
 from miles_api.loading.hookset import configured_hooks
 
+from .listening import bind
 from .options import MIDDLEWARE_HOOK, READY_PREFIX, REPORT_PATH, TOKEN_VARIABLE, RouterOptions, check_binding
 
 if TYPE_CHECKING:
+    import socket
     from collections.abc import Sequence
 
     from miles_api.config import RunConfig
@@ -55,6 +57,8 @@ class Router:
         self._middleware = list(middleware)
         self._lock = threading.Lock()  # `stop` may come from another thread while `start` waits
         self._stopped = False
+        # held here as long as the router is wanted: while its process is replaced nobody else can take the port
+        self._socket: socket.socket | None = None
         self._process: subprocess.Popen[str] | None = None
         self._url = ""
         self._errors: collections.deque[str] = collections.deque(maxlen=30)
@@ -63,16 +67,31 @@ class Router:
     def start(self) -> str:
         """Start the child and return its base URL once it answers.
 
-        Raises `ServiceError` with the child's last words if it dies, if it says nothing until the deadline, or if
-        `stop` is called before or meanwhile.
+        Raises `ServiceError` if the port is taken, with the child's last words if it dies, if it says nothing until
+        the deadline, or if `stop` is called before or meanwhile.
         """
-        process = self._spawn()
         try:
-            self._wait_ready(process)
+            self._launch()
         except BaseException:
             self._end()
+            self._close()
             raise
         return self._url
+
+    def dead(self) -> str:
+        """Say how the child died by itself and what it said last; an empty string if it did not."""
+        process = self._process
+        if self._stopped or process is None or process.poll() is None:
+            return ""
+        return f"the router (pid {process.pid}) died with exit code {process.returncode}: {self._said()}"
+
+    def restart(self) -> None:
+        """Replace a dead child at the same address; the new one knows no engine. Raises as `start` does.
+
+        Who connects meanwhile waits for it.
+        """
+        self._end()
+        self._launch()
 
     def register(self, endpoint: Endpoint) -> None:
         """Send requests to an engine from now on.
@@ -95,6 +114,11 @@ class Router:
         with self._lock:
             self._stopped = True
         self._end()
+        self._close()
+
+    def _launch(self) -> None:
+        process = self._spawn()
+        self._wait_ready(process)
 
     def _spawn(self) -> subprocess.Popen[str]:
         with self._lock:
@@ -104,15 +128,19 @@ class Router:
                 raise ServiceError("the router is already started")
             self._url = ""
             self._errors.clear()
+            if self._socket is None:
+                self._socket = bind(self._options.sglang_router_ip, self._options.sglang_router_port)
+            descriptor = self._socket.fileno()
             # a session of its own: Ctrl-C is for the driver, which still needs the router while it shuts down
             self._process = process = subprocess.Popen(
-                self._command_line(),
+                self._command_line(descriptor),
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.PIPE,
                 text=True,
                 errors="replace",
                 env=self._environment(),
+                pass_fds=(descriptor,),
                 start_new_session=True,
             )
             self._readers = [
@@ -135,11 +163,17 @@ class Router:
         for reader in self._readers:
             reader.join()
 
-    def _command_line(self) -> list[str]:
+    def _close(self) -> None:
+        with self._lock:
+            if self._socket is not None:
+                self._socket.close()
+            self._socket = None
+
+    def _command_line(self, descriptor: int) -> list[str]:
         options = self._options
         flags = {
             "--host": options.sglang_router_ip,
-            "--port": options.sglang_router_port,
+            "--fd": descriptor,
             "--policy": options.router_policy,
             "--health-interval": options.router_health_interval,
             "--request-timeout": options.router_request_timeout,
@@ -188,18 +222,23 @@ class Router:
             if ended:
                 for reader in self._readers:
                     reader.join()
-                said = "\n  ".join(self._errors) or "(nothing on stderr)"
-                raise ServiceError(f"the router ended with status {process.returncode} while starting:\n  {said}")
+                raise ServiceError(
+                    f"the router ended with status {process.returncode} while starting:\n  {self._said()}"
+                )
             if time.monotonic() > deadline:
-                said = "\n  ".join(self._errors) or "(nothing on stderr)"
-                raise ServiceError(f"the router was not ready after {_START_DEADLINE_S:g} s:\n  {said}")
+                raise ServiceError(f"the router was not ready after {_START_DEADLINE_S:g} s:\n  {self._said()}")
             time.sleep(_POLL_S)
         self._call("GET", "/health")
 
+    def _said(self) -> str:
+        return "\n  ".join(list(self._errors)) or "(nothing on stderr)"
+
     def _call(self, method: str, path: str, body: object = None, *, missing_ok: bool = False) -> str:
-        process = self._process
-        if process is None:
+        if self._process is None:
             raise ServiceError(_STOPPED if self._stopped else "the router is not started")
+        # the port takes connections without the child too, and they would wait for one that replaces it
+        if dead := self.dead():
+            raise ServiceError(f"{dead}\n  it cannot be asked for {method} {path}")
         parts = urlsplit(self._url)
         headers = {"content-type": "application/json"}
         if self._options.router_token is not None:
@@ -210,9 +249,8 @@ class Router:
             response = connection.getresponse()
             text = response.read().decode(errors="replace")
         except (OSError, http.client.HTTPException) as exc:
-            said = "".join(f"\n  {line}" for line in self._errors)
-            state = "" if process.poll() is None else f"; its process ended with status {process.returncode}{said}"
-            raise ServiceError(f"the router at {self._url} does not answer {method} {path}: {exc}{state}") from exc
+            state = self.dead() or "its process runs"
+            raise ServiceError(f"the router at {self._url} does not answer {method} {path}: {exc}; {state}") from exc
         finally:
             connection.close()
         if response.status != _OK and not (missing_ok and response.status == _NOT_FOUND):

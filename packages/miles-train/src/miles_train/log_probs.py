@@ -104,8 +104,10 @@ class _ResponseLogProbs(torch.autograd.Function):
         exp_RV = scaled_RV.exp()
         parts = [target_R, exp_RV.sum(-1)]
         if entropy:
-            # Where exp underflows to 0 the product must be 0 too, even for a logit of -inf.
-            parts.append(torch.where(exp_RV > 0, scaled_RV, 0.0).mul_(exp_RV).sum(-1))
+            # Where exp underflows to 0 the product must be 0 too, even for a logit of -inf. As a product of matrices it
+            # needs no third tensor of this size.
+            scaled_RV.clamp_(min=torch.finfo(scaled_RV.dtype).min)
+            parts.append(torch.bmm(exp_RV.unsqueeze(1), scaled_RV.unsqueeze(2)).flatten())
         if group is not None:
             packed = torch.stack(parts)
             dist.all_reduce(packed, group=group)
@@ -115,13 +117,17 @@ class _ResponseLogProbs(torch.autograd.Function):
         entropy_R = log_sum_R - parts[2] / parts[1] if entropy else None
         probs_RV = exp_RV.div_(parts[1].unsqueeze(-1))
         ctx.save_for_backward(probs_RV, rows_R, local_R, here_R, entropy_R)
+        # An entropy that is only looked at costs no backward pass.
+        ctx.set_materialize_grads(False)
         ctx.temperature, ctx.shape, ctx.dtype = temperature, logits_TV.shape, logits_TV.dtype
         return log_probs_R, entropy_R
 
     @staticmethod
     # pyrefly: ignore[bad-override]  one gradient for each output, not any number
-    def backward(ctx: Any, grad_log_probs_R: Tensor, grad_entropy_R: Tensor | None) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad_log_probs_R: Tensor | None, grad_entropy_R: Tensor | None) -> tuple[Tensor | None, ...]:
         probs_RV, rows_R, local_R, here_R, entropy_R = ctx.saved_tensors
+        if grad_log_probs_R is None:
+            grad_log_probs_R = probs_RV.new_zeros(len(probs_RV))
         grad_RV = probs_RV * -grad_log_probs_R.unsqueeze(-1)
         on_target_R = grad_log_probs_R if here_R is None else grad_log_probs_R * here_R
         grad_RV.scatter_add_(-1, local_R.unsqueeze(-1), on_target_R.unsqueeze(-1))

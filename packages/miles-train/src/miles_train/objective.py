@@ -12,7 +12,8 @@ from torch import Tensor
 
 from miles_api.errors import ConfigError, SampleError
 from miles_api.run_options import RunOptions
-from miles_train.advantages import grpo_advantages
+from miles_train.advantages import set_advantages, whiten_advantages
+from miles_train.estimators import ESTIMATORS, with_baselines
 from miles_train.guards import check_finite_numbers
 from miles_train.hook_calls import call_advantage, call_importance_weights, call_loss, call_pg_loss_reducer
 from miles_train.loss import policy_loss, sft_loss
@@ -41,7 +42,6 @@ __all__ = [
     "samples_that_pull",
 ]
 
-_ADVANTAGES = {"grpo": grpo_advantages}
 _NAMED_AT_MOST = 8
 
 
@@ -58,6 +58,10 @@ class Pieces(NamedTuple):
     """Whether samples that pull in no direction are left out."""
     late_columns: bool = False
     """Whether hooks may set advantages or masks: then only the last pipeline stage, which calls them, has them."""
+    baselines: Callable[[dict[str, Any]], dict[str, Any]] = lambda columns: columns
+    """Adds to the columns of all ranks what `advantage` needs to know of whole groups."""
+    normalise: Callable[[dict[str, Any]], None] | None = None
+    """Changes the advantages once masks are final; a collective of the data-parallel ranks."""
 
 
 def pieces_of(config: RunConfig, hooks: HookCalls) -> Pieces:
@@ -72,14 +76,26 @@ def pieces_of(config: RunConfig, hooks: HookCalls) -> Pieces:
     run, objective = config.group(RunOptions), config.group(ObjectiveOptions)
     if run.loss_type == "sft_loss":
         return Pieces(None, partial(sft_loss, objective), late_columns=bool(hooks.many("rollout_data_postprocess")))
-    own = hooks.one("advantage")
-    advantage = partial(call_advantage, hooks, own) if own else _ADVANTAGES[objective.advantage_estimator]
-    late = own is not None or bool(hooks.many("rollout_data_postprocess"))
     own_loss = hooks.one("loss")
     if run.loss_type == "custom_loss" and own_loss is not None:
-        name = f"the loss of {hooks.named(own_loss)}"
-        return Pieces(advantage, partial(call_loss, hooks, own_loss), name, late_columns=late)
-    return Pieces(advantage, *_policy_loss(objective, hooks), late_columns=late)
+        loss, name, skips = partial(call_loss, hooks, own_loss), f"the loss of {hooks.named(own_loss)}", False
+    else:
+        loss, name, skips = _policy_loss(objective, hooks)
+    own = hooks.one("advantage")
+    late = own is not None or bool(hooks.many("rollout_data_postprocess"))
+    if own is not None:
+        return Pieces(partial(call_advantage, hooks, own), loss, name, skips, late)
+    estimator = ESTIMATORS[objective.advantage_estimator]
+    return Pieces(
+        partial(set_advantages, estimator=estimator, gamma=objective.gamma),
+        loss,
+        name,
+        skips,
+        late,
+        baselines=partial(with_baselines, estimator=estimator),
+        # Looked up at the call: the process groups do not exist yet.
+        normalise=(lambda data: whiten_advantages(data, hooks.parallel.dp)) if estimator.whitens else None,
+    )
 
 
 def _policy_loss(objective: ObjectiveOptions, hooks: HookCalls) -> tuple[Any, str, bool]:

@@ -15,6 +15,7 @@ __all__ = [
     "ObjectiveOptions",
     "OptimizerOptions",
     "ParallelOptions",
+    "WeightSyncOptions",
 ]
 
 _Positive = Annotated[int, msgspec.Meta(ge=1)]
@@ -78,14 +79,25 @@ class OptimizerOptions(Options, frozen=True, kw_only=True):
 class ObjectiveOptions(Options, frozen=True, kw_only=True):
     """What the policy loss is made of."""
 
-    advantage_estimator: Literal["grpo"] = "grpo"
-    """How rewards become advantages."""
+    advantage_estimator: Literal["grpo", "gspo", "rloo", "reinforce_plus_plus", "reinforce_plus_plus_baseline"] = "grpo"
+    """How rewards become advantages: normalised within groups (grpo, and gspo, whose importance ratio is of whole
+    responses), less the mean of the group's others (rloo), discounted and whitened over the rollout
+    (reinforce_plus_plus), less the group's mean and whitened (reinforce_plus_plus_baseline)."""
+    gamma: Annotated[float, msgspec.Meta(ge=0, le=1)] = 1.0
+    """Discount of the reward for each token before the last, with reinforce_plus_plus."""
+    policy_loss_type: Literal["clip", "cispo"] = "clip"
+    """How the importance ratio enters the policy loss: clipped, where a clipped token no longer pulls (PPO, arXiv
+    1707.06347), or as a clipped weight of every token (CISPO, arXiv 2506.13585)."""
     eps_clip: _NonNegative = 0.2
-    """Lower clip of the importance ratio: ratios below 1 - eps are clipped (PPO, arXiv 1707.06347)."""
+    """Lower clip of the importance ratio: ratios below 1 - eps are clipped; 1 sets no lower clip."""
     eps_clip_high: _NonNegative | None = None
     """Upper clip, 1 + eps (clip-higher, DAPO, arXiv 2503.14476); default: the same as --eps-clip."""
+    eps_clip_c: Annotated[float, msgspec.Meta(gt=1)] | None = None
+    """Dual clip (arXiv 1912.09729): ratios above this no longer pull where the advantage is negative."""
     entropy_coef: _NonNegative = 0.0
     """Weight of the entropy bonus."""
+    report_entropy: bool = False
+    """Report the mean entropy of the policy, train/entropy, also without a bonus: one more pass over the logits."""
     calculate_per_token_loss: bool = False
     """Average over all tokens of a step instead of over samples of their own means."""
     use_tis: bool = False
@@ -113,13 +125,34 @@ class BatchingOptions(Options, frozen=True, kw_only=True):
     """Most tokens packed into one micro-batch; one longer sample gets a micro-batch of its own."""
 
 
+class WeightSyncOptions(Options, frozen=True, kw_only=True):
+    """How it is proved that the engines serve the trainer's weights."""
+
+    weight_check_interval: Annotated[int, msgspec.Meta(ge=0)] = 10
+    """Check each so many versions of the weights; 0 checks only the first push of a run, which is always checked, as is
+    the one after an engine was replaced. A check compares a hash of every tensor with the engine's, where an engine
+    offers such hashes, and the log-probs of fixed sequences of random tokens. A difference stops the run."""
+    weight_check_tolerance: Annotated[float, msgspec.Meta(gt=0)] | None = None
+    """How many nats the log-probs of trainer and engine may be apart in the mean over one probe sequence. The mean,
+    because between two bf16 kernels the log-prob of one unlikely token differs by half a nat, while wrong weights move
+    all tokens. Default: 1e-3 for fp32 weights, where 1e-5 was measured on a 135 M model, else 0.5, where 0.2 was; one
+    tensor taken from another layer gave 1.5."""
+
+
 class ClusterOptions(Options, frozen=True, kw_only=True):
     """Where the run's processes live."""
 
     ray_address: str | None = None
     """Address of a running Ray cluster; default: a Ray of its own on this machine."""
     trainer_timeout: Annotated[float, msgspec.Meta(gt=0)] = 1800.0
-    """Seconds that one call to the trainer ranks or to the rollout may take before the run stops."""
+    """Seconds that the trainer ranks may take to start, to train one rollout or to save before the run stops, with the
+    stacks of all processes in its directory."""
+    rollout_timeout: Annotated[float, msgspec.Meta(gt=0)] = 7200.0
+    """The same for the rollout process and one rollout or evaluation. Requests and hooks have deadlines of their own:
+    this is for what they miss."""
+    engine_max_restarts: Annotated[int, msgspec.Meta(ge=0)] = 3
+    """How often each engine, and the router, is replaced in one run when it dies; the next death stops the run. A few,
+    for a stray kill or a moment without memory: what dies again and again has a cause that a restart does not mend."""
 
 
 class LoggingOptions(Options, frozen=True, kw_only=True):

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from miles_api.errors import HookResultError
 from miles_api.loading.hookset import HookSet, configured_hooks
 from miles_api.run_options import RunOptions
+from miles_train.objective_check import check_objective
 from miles_train.options import ObjectiveOptions
 from miles_train.parallel import Parallel
 
@@ -176,7 +177,7 @@ def recomputes_log_probs(config: RunConfig) -> bool:
 
 
 def check_train_hooks(config: RunConfig) -> Iterator[str]:
-    """Yield what does not fit between the objective's options and its hooks; imports no hook."""
+    """Yield what does not fit among the objective's options and its hooks; imports no hook."""
     run, objective = config.group(RunOptions), config.group(ObjectiveOptions)
     configured = configured_hooks(config.args)
     if run.loss_type == "custom_loss" and "loss" not in configured:
@@ -194,3 +195,4 @@ def check_train_hooks(config: RunConfig) -> Iterator[str]:
         )
     if objective.tis_clip < objective.tis_clip_low:
         yield f"--tis-clip {objective.tis_clip} is below --tis-clip-low {objective.tis_clip_low}"
+    yield from check_objective(config)

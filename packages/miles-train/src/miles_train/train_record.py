@@ -15,12 +15,17 @@ __all__ = ["TrainRecorder"]
 
 
 class TrainRecorder:
-    """Writes one record a rollout; the file is created with the first, and continued by a run that continues."""
+    """Writes one record a rollout; the file is created with the first, and continued by a run that continues one."""
 
     def __init__(self, config: RunConfig) -> None:
         self._run = config.group(RunOptions)
         self._header = DumpHeader(kind="train", config=config.public(), tokenizer=self._run.hf_checkpoint or "")
         self._writer: DumpWriter | None = None
+        self._after: int | None = None
+
+    def continue_after(self, rollout_id: int) -> None:
+        """Continue a record that is there already behind this rollout; later rollouts in it are cut."""
+        self._after = rollout_id
 
     def write(self, rollout_id: int, rollout_data: dict[str, Any]) -> None:
         """Append the columns of a rollout as this rank trains on them, if they are to be recorded.
@@ -33,7 +38,7 @@ class TrainRecorder:
         if path is None:
             return
         if self._writer is None:
-            self._writer = DumpWriter(path, self._header, append=self._run.load is not None)
+            self._writer = DumpWriter(path, self._header, append=self._after is not None, after=self._after)
         self._writer.write(RecordedTrainBatch(rollout_id, to_plain(rollout_data)))
 
     def close(self) -> None:

@@ -6,38 +6,22 @@ import gc
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-import torch
-import torch.distributed as dist
+from safetensors import SafetensorError
 
-from miles_api.errors import ConfigError, ServiceError
+from miles_api.errors import ConfigError, DataError, ServiceError
 from miles_api.run_options import RunOptions
-from miles_api.services import TrainStepReport
-from miles_train.columns import shard_columns, take_share, validate_columns
-from miles_train.guards import check_finite
-from miles_train.hook_calls import call_postprocess
+from miles_train import probe
+from miles_train.learner import Learner
 from miles_train.megatron import checkpoint, hf, init
 from miles_train.megatron.model import build_model
 from miles_train.megatron.optimizer import build_optimizer
-from miles_train.metrics import Metrics, PhaseClock
-from miles_train.objective import (
-    Plan,
-    Step,
-    add_loss_metrics,
-    check_policy_columns,
-    logprob_gap,
-    pieces_of,
-    plan_steps,
-    report_metrics,
-    samples_that_pull,
-)
-from miles_train.options import ObjectiveOptions, OptimizerOptions, ParallelOptions
-from miles_train.passes import Passes
-from miles_train.seen import check_seen
-from miles_train.train_hooks import TrainHooks, reads_log_probs, recomputes_log_probs
+from miles_train.options import OptimizerOptions, ParallelOptions
+from miles_train.train_hooks import TrainHooks
 from miles_train.train_record import TrainRecorder
 
 if TYPE_CHECKING:
     from miles_api.config import RunConfig
+    from miles_api.services import TrainStepReport
     from miles_train.megatron.core import DistributedDataParallel
 
 __all__ = ["Trainer"]
@@ -55,6 +39,8 @@ class Trainer:
         master_addr: str,
         master_port: int,
         local_rank: int = 0,
+        listen_fd: int | None = None,
+        timeout: float = 1800.0,
     ) -> None:
         """Read the options and load the hooks; nothing starts before `start`.
 
@@ -64,23 +50,18 @@ class Trainer:
         self._run = config.group(RunOptions)
         self._parallel = config.group(ParallelOptions)
         self._optimization = config.group(OptimizerOptions)
-        self._objective = config.group(ObjectiveOptions)
         self._place = {
             "rank": rank,
             "world_size": world_size,
             "master_addr": master_addr,
             "master_port": master_port,
             "local_rank": local_rank,
+            "listen_fd": listen_fd,
+            "timeout": timeout,
         }
-        if self._run.num_steps_per_rollout is None:
-            raise ConfigError("--num-steps-per-rollout was not derived before the trainer was built")
-        self._num_steps = self._run.num_steps_per_rollout
         self._hooks = TrainHooks(config)
-        self._pieces = pieces_of(config, self._hooks)
-        self._passes = Passes(config, self._pieces, self._hooks)
         self._recorder = TrainRecorder(config)
-        self._recompute = recomputes_log_probs(config)
-        self._recompute_first = reads_log_probs(config)
+        self._learner = Learner(config, self._hooks, self._recorder)
         self._model: list[DistributedDataParallel] = []
         self._optimizer: Any = None
 
@@ -98,8 +79,9 @@ class Trainer:
             provider=partial(hooks.call, provider, args=hooks.args) if provider is not None else None,
         )
         self._optimizer = build_optimizer(
-            self._model, self._optimization, self._parallel, total_steps=self._run.num_rollout * self._num_steps
+            self._model, self._optimization, self._parallel, total_steps=self._run.num_rollout * self._learner.num_steps
         )
+        self._learner.attach(self._model, self._optimizer)
         # The loaded modules stay: the collector need not look at them again in every step.
         gc.collect()
         gc.freeze()
@@ -116,34 +98,34 @@ class Trainer:
             MilesError: NaN or infinity in rewards, log-probs, advantages, loss or gradients.
         """
         self._require_start()
-        clock, metrics = PhaseClock(), Metrics()
-        with self._hooks.during(f" in rollout {rollout_id}"):
-            with clock.phase("data"):
-                data, shares = self._load_batch(batch)
-            data |= self._first_log_probs(data, metrics, clock)
-            with clock.phase("advantages"):
-                self._finish_columns(rollout_id, data)
-                plan = self._plan(data, shares)
-            later = data | self._later_log_probs(data, plan, metrics, clock)
-            trained = self._num_steps - plan.steps_skipped
-            for step in plan.steps:
-                with self._hooks.during(f", step {step.number}"):
-                    self._train_step(rollout_id, step, plan, later if step.number else data, metrics, clock)
-        with clock.phase("metrics"):
-            numbers = metrics.gather(contribute=init.is_reporting_rank(), device=init.device())
-            numbers |= {"samples_skipped": plan.samples_skipped, "skipped_steps": plan.steps_skipped}
-        return TrainStepReport(metrics=report_metrics(numbers, trained), seconds=clock.seconds)
+        return self._learner.train(rollout_id, batch)
 
-    def export(self, directory: str, weights_only: bool = False) -> None:
+    def export(self, directory: str, weights_only: bool = False, checksums: bool = False) -> dict[str, str]:
         """Write the current weights as a Hugging Face directory, with the tokenizer unless `weights_only`.
 
-        Every rank calls it.
+        Every rank calls it. With `checksums` the result holds the hashes of the tensors that this rank wrote, as
+        `megatron/checksum.py` defines them, else nothing. Raises DataError when the directory cannot be written.
         """
         self._require_start()
-        hf.export_hf(self._model, self._hf_checkpoint(), directory, extra_files=not weights_only)
+        source, extra = self._hf_checkpoint(), not weights_only
+        try:
+            return hf.export_hf(self._model, source, directory, extra_files=extra, with_checksums=checksums)
+        except (OSError, SafetensorError) as error:
+            raise DataError(f"{directory} cannot be written: {error}") from error
+
+    def score(self, tokens: list[list[int]]) -> list[list[float]]:
+        """Return for each sequence the log-probs of its tokens after the first, at temperature 1; trains nothing.
+
+        Every rank calls it with the same sequences; pipeline stages before the last return an empty list.
+        """
+        self._require_start()
+        return probe.score(self._model, tokens)
 
     def save(self, rollout_id: int, directory: str) -> None:  # noqa: ARG002  the directory already belongs to it
-        """Write weights, optimizer and schedule into `directory`, new or empty; every rank calls it."""
+        """Write weights, optimizer, schedule and random states into `directory`, new or empty; every rank calls it.
+
+        Raises DataError when the directory cannot be written.
+        """
         self._require_start()
         checkpoint.save(self._model, self._optimizer, directory)
 
@@ -154,10 +136,22 @@ class Trainer:
             with self._hooks.during(f" after the checkpoint of rollout {rollout_id}"):
                 self._hooks.call_each("post_save", self._hooks.args, rollout_id, checkpoint_dir, hf_checkpoint_dir)
 
-    def load(self, rollout_id: int, directory: str) -> None:  # noqa: ARG002
-        """Continue from what `save` wrote to `directory`; every rank calls it, after `start`."""
+    def load(self, rollout_id: int, directory: str) -> None:
+        """Continue from what `save` wrote to `directory`; every rank calls it, after `start`.
+
+        Without `--load-optim` the optimizer and its schedule begin anew on the loaded weights, without `--load-rng` the
+        random states do. What was recorded of rollouts after `rollout_id` is cut. Raises DataError for a checkpoint
+        that is missing, or does not fit this model or these ranks.
+        """
         self._require_start()
-        checkpoint.load(self._model, self._optimizer, directory)
+        checkpoint.load(
+            self._model,
+            self._optimizer,
+            directory,
+            with_optimizer=self._run.load_optim,
+            with_rng=self._run.load_rng,
+        )
+        self._recorder.continue_after(rollout_id)
 
     def report(self) -> list[dict[str, Any]]:
         """Say which hooks this rank has, from where, and how they fared.
@@ -169,116 +163,10 @@ class Trainer:
     def stop(self) -> None:
         """Leave the process groups, drop the model and close hooks and records; safe to call twice."""
         self._model, self._optimizer = [], None
+        self._learner.attach([], None)
         self._recorder.close()
         self._hooks.close()
         init.shutdown()
-
-    def _load_batch(self, batch: dict[str, Any]) -> tuple[dict[str, Any], list[list[int]]]:
-        """Return this rank's samples as tensors, and for each step their positions among them."""
-        columns = validate_columns(batch)
-        columns.setdefault("sample_indices", list(range(len(columns["tokens"]))))
-        if self._has_advantages(columns):
-            check_policy_columns(columns, self._objective, rewards=self._hooks.one("advantage") is None)
-        shards = shard_columns(columns, data_parallel_size=init.data_parallel_size(), num_steps=self._num_steps)
-        data, shares = take_share(columns, shards[init.data_parallel_rank()], init.device())
-        if "rollout_log_probs" in data:
-            values = torch.cat(data["rollout_log_probs"])
-            check_finite("rollout_log_probs", values, data["response_lengths"], data["sample_indices"])
-        return data, shares
-
-    def _has_advantages(self, columns: dict[str, Any]) -> bool:
-        """Say whether this rollout gets advantages and old log-probs: a custom loss may train on data without rewards,
-        as supervised training does."""
-        if self._run.loss_type == "custom_loss" and self._hooks.one("advantage") is None:
-            return "rewards" in columns
-        return self._pieces.advantage is not None
-
-    def _first_log_probs(self, data: dict[str, Any], metrics: Metrics, clock: PhaseClock) -> dict[str, Any]:
-        """Return the column `log_probs` where it must be whole before anything else is computed."""
-        if not self._has_advantages(data):
-            return {}
-        if self._objective.use_rollout_logprobs:
-            return {"log_probs": list(data["rollout_log_probs"])}
-        if not (self._recompute and self._recompute_first):
-            return {}
-        with clock.phase("log_probs"):
-            return self._passes.old_log_probs(self._model, data, range(len(data["tokens"])), metrics)
-
-    def _later_log_probs(self, data: dict[str, Any], plan: Plan, metrics: Metrics, clock: PhaseClock) -> dict[str, Any]:
-        """Return the column `log_probs` for the samples of later steps, where it is not there yet.
-
-        The first step runs on the weights of the old log-probs: there the loss detaches its own.
-        """
-        positions = [i for step in plan.steps[1:] for i in step.positions]
-        if self._recompute and not self._recompute_first and positions:
-            with clock.phase("log_probs"):
-                return self._passes.old_log_probs(self._model, data, positions, metrics)
-        if not (self._recompute and self._recompute_first and self._has_advantages(data)):
-            self._hooks.skip("before_log_prob")
-        return {}
-
-    def _finish_columns(self, rollout_id: int, data: dict[str, Any]) -> None:
-        """Set advantages, let hooks change the columns, record them.
-
-        Hooks run on the last pipeline stage only; what other stages need of their result, `_plan` tells them.
-        """
-        hooks, last, advantage = self._hooks, init.is_last_stage(), self._pieces.advantage
-        if advantage is not None and self._has_advantages(data) and (last or not self._pieces.late_columns):
-            advantage(data)
-            values = torch.cat(data["advantages"])
-            check_finite("advantages", values, data["response_lengths"], data["sample_indices"], hooks.where)
-        if last:
-            call_postprocess(hooks, rollout_id, data)
-        if init.is_reporting_rank() and init.data_parallel_rank() == 0:
-            self._recorder.write(rollout_id, data)
-
-    def _plan(self, data: dict[str, Any], shares: list[list[int]]) -> Plan:
-        """Choose what runs; all ranks come to the same plan."""
-        running = [True] * len(data["tokens"])
-        if self._pieces.skips:
-            knows = init.is_last_stage() or not self._pieces.late_columns
-            running = samples_that_pull(data) if knows else running
-            running = init.from_last_stage(running) if self._pieces.late_columns else running
-        return plan_steps(
-            data,
-            shares,
-            running,
-            per_token=self._objective.calculate_per_token_loss,
-            sum_over_ranks=_sum_over_ranks,
-        )
-
-    def _train_step(
-        self, rollout_id: int, step: Step, plan: Plan, data: dict[str, Any], metrics: Metrics, clock: PhaseClock
-    ) -> None:
-        """Take one optimizer step, if anything runs in it; metrics average over the rollout's steps that run."""
-        hooks = self._hooks
-        if not step.positions:
-            hooks.skip("before_train_step", "loss", "importance_weights", "pg_loss_reducer")
-            return
-        scheduler = self._optimizer.scheduler
-        hooks.call_each(
-            "before_train_step", hooks.args, rollout_id, step.number, self._model, self._optimizer.inner, scheduler
-        )
-        with clock.phase("forward_backward"):
-            results, seen, micro_batches = self._passes.forward_backward(self._model, step, data)
-        with clock.phase("guards"):
-            check_seen(seen, hooks.where, self._pieces.loss_name)
-            # Steps that train nothing leave the weights as they were: what matters is the first that trains.
-            fresh = not any(earlier.positions for earlier in plan.steps[: step.number])
-            if fresh and not (self._recompute and "log_probs" in data):
-                # These samples' only pass on the weights that generated them.
-                for one in seen:
-                    metrics.add_all(logprob_gap(one.log_probs_R, one.batch))
-        with clock.phase("optimizer"):
-            rate = self._optimizer.learning_rate
-            _, grad_norm = self._optimizer.step()
-        weight = 1.0 / (self._num_steps - plan.steps_skipped)
-        add_loss_metrics(metrics, results, step, loss_weight=1.0 / self._num_steps, weight=weight)
-        share = weight / init.data_parallel_size()
-        metrics.add("grad_norm", grad_norm * share)
-        metrics.add("lr", rate * share)
-        metrics.add("tokens", float(sum(data["total_lengths"][i] for i in step.positions)))
-        metrics.add("micro_batches", float(micro_batches))
 
     def _hf_checkpoint(self) -> str:
         if self._run.hf_checkpoint is None:
@@ -288,11 +176,3 @@ class Trainer:
     def _require_start(self) -> None:
         if not self._model:
             raise ServiceError("the trainer is not started")
-
-
-def _sum_over_ranks(counts: list[list[float]]) -> list[list[float]]:
-    if dist.get_world_size() == 1:
-        return counts
-    packed = torch.tensor(counts, dtype=torch.float64, device=init.device())
-    dist.all_reduce(packed if init.is_reporting_rank() else packed.zero_())
-    return packed.tolist()

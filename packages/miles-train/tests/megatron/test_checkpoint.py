@@ -1,10 +1,16 @@
 """Training goes on after a load as if it had never stopped."""
 
+import random
+import resource
+
+import msgspec
+import numpy as np
 import pytest
 import torch
 
 from miles_api.errors import DataError
 from miles_train.megatron import checkpoint, forward
+from miles_train.megatron.core import tensor_parallel
 from miles_train.megatron.model import build_model
 from miles_train.megatron.optimizer import build_optimizer
 from miles_train.options import OptimizerOptions, ParallelOptions
@@ -15,15 +21,18 @@ def loss_of(logits, batch):
     return torch.nn.functional.cross_entropy(logits, targets), {}
 
 
+SCHEDULE = {"lr": 1e-2, "lr_warmup_iters": 2, "lr_decay_style": "cosine"}
+
+
 @pytest.fixture(params=[False, True], ids=["plain", "sharded"])
 def make_run(request, megatron, hf_dir):
     parallel = ParallelOptions(use_distributed_optimizer=request.param)
 
     def make(**options):
-        options = {"lr": 1e-2, "lr_warmup_iters": 2, "lr_decay_style": "cosine"} | options
         model = build_model(hf_dir("qwen3-tied"), parallel)
-        return model, build_optimizer(model, OptimizerOptions(**options), parallel, total_steps=8)
+        return model, build_optimizer(model, OptimizerOptions(**(SCHEDULE | options)), parallel, total_steps=8)
 
+    make.parallel = parallel
     return make
 
 
@@ -56,6 +65,62 @@ def test_a_checkpoint_from_before_the_first_step_can_be_resumed(make_run, sequen
     train(resumed, sequences, range(10, 12))
     checkpoint.load(*resumed, str(tmp_path / "saved"))
     assert train(resumed, sequences, range(3)) == train(uninterrupted, sequences, range(3))
+
+
+def test_a_fresh_optimizer_can_be_asked_for(make_run, sequences, tmp_path):
+    saved = make_run()
+    train(saved, sequences, range(3))
+    checkpoint.save(*saved, str(tmp_path / "saved"))
+    fresh = saved[0], build_optimizer(saved[0], OptimizerOptions(**SCHEDULE), make_run.parallel, total_steps=8)
+    resumed = make_run()
+    checkpoint.load(*resumed, str(tmp_path / "saved"), with_optimizer=False)
+    assert resumed[1].steps == 0
+    assert train(resumed, sequences, range(3)) == train(fresh, sequences, range(3))
+
+
+def draw():
+    """Draw a number from every generator of a rank."""
+    with tensor_parallel.get_cuda_rng_tracker().fork():
+        tracked = torch.rand(1).item()
+    return tracked, torch.rand(1).item(), random.random(), np.random.random()
+
+
+def test_every_generator_goes_on_where_it_was_unless_told_otherwise(make_run, tmp_path):
+    run = make_run()
+    checkpoint.save(*run, str(tmp_path / "saved"))
+    expected, after = draw(), draw()
+    checkpoint.load(*run, str(tmp_path / "saved"))
+    assert draw() == expected
+    checkpoint.load(*run, str(tmp_path / "saved"), with_rng=False)
+    assert draw() == after
+
+
+def test_random_states_that_are_missing_or_of_other_ranks_are_refused_with_a_way_out(make_run, tmp_path):
+    run = make_run()
+    checkpoint.save(*run, str(tmp_path / "saved"))
+    file = tmp_path / "saved" / "random-00000.msgpack"
+    content = msgspec.msgpack.decode(file.read_bytes())
+    file.write_bytes(msgspec.msgpack.encode(content | {"layout": content["layout"] | {"ranks": 2, "data": 2}}))
+    with pytest.raises(DataError, match=r"of ranks 2, tensor 1, pipeline 1, data 2, this run has ranks 1.*no-load-rng"):
+        checkpoint.load(*run, str(tmp_path / "saved"))
+    file.unlink()
+    with pytest.raises(DataError, match=r"random-00000\.msgpack.*--no-load-rng continues with fresh ones"):
+        checkpoint.load(*run, str(tmp_path / "saved"))
+    checkpoint.load(*run, str(tmp_path / "saved"), with_rng=False)
+
+
+@pytest.mark.parametrize(("largest", "reason"), [(500, "a file was not taken whole"), (3000, "File too large")])
+def test_a_disk_that_takes_no_more_is_one_error_that_names_the_directory(make_run, tmp_path, largest, reason):
+    run = make_run()
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (largest, limits[1]))
+    try:
+        with pytest.raises(DataError) as caught:
+            checkpoint.save(*run, str(tmp_path / "saved"))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert str(caught.value).startswith(f"{tmp_path / 'saved'} cannot be written: ")
+    assert reason in str(caught.value)
 
 
 def test_a_resumed_run_follows_its_own_options(make_run, sequences, tmp_path):

@@ -73,7 +73,7 @@ def train_and_export(parallel, place, hf_dir, sequences, out, resume_from=None):
     norms = train(*run, 1)
     checkpoint.save(*run, f"{out}/checkpoint")
     resumed = build()
-    checkpoint.load(*resumed, resume_from or f"{out}/checkpoint")
+    checkpoint.load(*resumed, resume_from or f"{out}/checkpoint", with_rng=resume_from is None)
     norms += train(*resumed, 2)
     hf.export_hf(resumed[0], hf_dir, f"{out}/export", extra_files=False)
     if init.is_first_rank():

@@ -20,7 +20,7 @@ class FakeWandb(types.ModuleType):
         self.calls: list[tuple] = []
 
     def init(self, **how):
-        self.calls.append(("init", how["project"], how["config"]))
+        self.calls.append(("init", how["project"], how["config"], how["id"], how["resume"]))
         return self
 
     def define_metric(self, name, step_metric=None):
@@ -83,6 +83,23 @@ def test_tensorboard_reads_back_what_was_logged(tmp_path):
     assert events.Tags()["scalars"] == ["rollout/reward", "train/lr"]
 
 
+def test_tensorboard_hides_what_a_resumed_run_makes_again(tmp_path):
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    for after, points in ((None, {0: 0.25, 1: 0.5, 2: 0.75}), (1, {2: 4.0})):
+        (sink,) = make_sinks(LoggingOptions(use_tensorboard=True), tmp_path, {}, after=after)
+        for step, value in points.items():
+            sink.log(step, {"rollout/reward": value})
+        sink.close()
+        # files are read in the order of the second in their names
+        for file in (tmp_path / "tensorboard").glob("events.out.tfevents.*"):
+            file.rename(file.with_name(f"events.out.tfevents.{after or 0}.{file.name.removeprefix('events.out.')}"))
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    assert [(e.step, e.value) for e in events.Scalars("rollout/reward")] == [(0, 0.25), (1, 0.5), (2, 4.0)]
+
+
 def test_tensorboard_needs_no_torch(tmp_path):
     pytest.importorskip("tensorboard")
     code = (
@@ -120,11 +137,11 @@ def test_wandb_gets_the_config_and_the_rollout_as_the_step_of_every_metric(monke
     wandb = FakeWandb()
     monkeypatch.setitem(sys.modules, "wandb", wandb)
     options = LoggingOptions(use_wandb=True, wandb_project="sorting")
-    (sink,) = make_sinks(options, tmp_path, {"lr": 1e-6})
+    (sink,) = make_sinks(options, tmp_path, {"lr": 1e-6}, run_id="abc")
     sink.log(4, {"rollout/reward": 0.5})
     sink.close()
     assert wandb.calls == [
-        ("init", "sorting", {"lr": 1e-6}),
+        ("init", "sorting", {"lr": 1e-6}, "abc", "allow"),
         ("define", "rollout_id", None),
         ("define", "*", "rollout_id"),
         ("log", {"rollout/reward": 0.5, "rollout_id": 4}),

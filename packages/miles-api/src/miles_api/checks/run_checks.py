@@ -104,7 +104,7 @@ def _recorded(run: RunOptions, file: Path) -> Iterator[str]:
         yield f"{flag}: {error}"
         return
     # A run that is continued needs only what comes after its checkpoint.
-    wanted = range(run.num_rollout if run.load is None else 0)
+    wanted = range(run.num_rollout if run.load is None and not run.resume else 0)
     lacking = [rollout_id for rollout_id in wanted if rollout_id not in held]
     if lacking:
         damage = f"; its end is damaged: {dump.damage}" if dump.damage else ""
@@ -123,7 +123,7 @@ def _dump_target(run: RunOptions, field: str) -> Iterator[str]:
     replaced = run.overwrite and file.resolve().is_relative_to(Path(run.run_dir).resolve())
     if file.is_dir():
         yield f"{flag} {path} is a directory: name a file"
-    elif file.exists() and run.load is None and not replaced:
+    elif file.exists() and run.load is None and not run.resume and not replaced:
         yield f"{flag} {path} exists already: choose another file, or continue its run with --load"
     elif any(parent.exists() and not parent.is_dir() for parent in file.parents):
         yield f"{flag} {path} cannot be created: a folder of its path is a file"

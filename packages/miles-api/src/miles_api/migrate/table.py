@@ -132,7 +132,31 @@ def _in_sft(flag: Flag, flags: Flags) -> Drop | Lack:
 def _critic(flag: Flag, flags: Flags) -> Drop | Lack:
     if flags.get("--advantage-estimator", flag).values == ["ppo"]:
         return Lack("there is no critic in this build")
-    return Drop("only --advantage-estimator ppo reads it")
+    return Drop("the --advantage-estimator does not read it")
+
+
+def _estimator(flag: Flag, flags: Flags) -> Take:
+    doubt = ""
+    if _whitens(flags) and "--normalize-advantages" not in flags:
+        doubt = "advantages are always whitened over the rollout here; the script does not ask for it"
+    return Take("advantage_estimator", flag.values, doubt=doubt)
+
+
+def _normalize_advantages(_flag: Flag, flags: Flags) -> Drop | Lack:
+    if _whitens(flags):
+        return Drop("advantage_estimator says it: REINFORCE++ always whitens")
+    return Lack("an advantage hook (custom_advantage_function_path) can do it")
+
+
+def _gamma(flag: Flag, flags: Flags) -> Take | Drop | Lack:
+    if "--advantage-estimator" in flags and flags["--advantage-estimator"].values == ["reinforce_plus_plus"]:
+        return Take("gamma", flag.values)
+    return _critic(flag, flags)
+
+
+def _whitens(flags: Flags) -> bool:
+    given = flags["--advantage-estimator"].values if "--advantage-estimator" in flags else []
+    return given in (["reinforce_plus_plus"], ["reinforce_plus_plus_baseline"])
 
 
 def program_rule(program: str) -> Lack | None:
@@ -150,6 +174,8 @@ OURS: dict[str, Rule] = {
     "--save-debug-rollout-data": _dump("save_debug_rollout_data"),
     "--save-debug-train-data": _dump("save_debug_train_data"),
     **lack("a file of another stack: record one here with save_debug_rollout_data", "--load-debug-rollout-data"),
+    "--advantage-estimator": _estimator,
+    "--gamma": _gamma,
 }
 """Flags that have our name for something and write it in another way."""
 
@@ -226,12 +252,12 @@ THEIRS: dict[str, Rule] = {
     **with_value("rewards_normalization", False, "", "--disable-rewards-normalization"),
     **dict.fromkeys(("--disable-compute-advantages-and-returns", "--debug-train-only"), _in_sft),
     **dict.fromkeys(("--kl-loss-coef", "--kl-coef", "--use-kl-loss", "--kl-loss-type", "--use-unbiased-kl"), _kl),
-    **dict.fromkeys(("--gamma", "--lambd", "--value-clip", "--num-critic-only-steps", "--critic-lr"), _critic),
+    **dict.fromkeys(("--lambd", "--value-clip", "--num-critic-only-steps", "--critic-lr"), _critic),
     **lack("there is no reference model in this build", "--ref-update-interval"),
-    **lack("an importance-weights hook (custom_tis_function_path) can do it", "--use-opsm", "--opsm-delta",
-           "--eps-clip-c"),
-    **lack("an advantage hook (custom_advantage_function_path) can do it", "--normalize-advantages", "--use-opd",
-           "--opd-type", "--opd-kl-coef", "--opd-teacher-load"),
+    **lack("an importance-weights hook (custom_tis_function_path) can do it", "--use-opsm", "--opsm-delta"),
+    "--normalize-advantages": _normalize_advantages,
+    **lack("an advantage hook (custom_advantage_function_path) can do it", "--use-opd", "--opd-type", "--opd-kl-coef",
+           "--opd-teacher-load"),
     **lack("expert choices are not replayed in this build", "--use-routing-replay", "--use-rollout-routing-replay"),
     **lack("give the values to the hooks that read them, as [hooks.NAME] with `fn.options`", "--custom-config-path"),
     # Optimizer

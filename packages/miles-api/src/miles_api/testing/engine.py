@@ -21,7 +21,8 @@ _NOT_FOUND, _BAD_REQUEST = 404, 400
 class Engine:
     """Says the beginning of each prompt again, so that its ids are in any tokenizer's vocabulary.
 
-    Use it as a context manager to serve it at `url`; `requests` holds what was asked, as (path, payload).
+    Use it as a context manager to serve it at `url`; `requests` holds what was asked, as (path, payload), one for each
+    prompt of a request with several.
     """
 
     def __init__(self, weight_version: str = "1") -> None:
@@ -73,8 +74,15 @@ class Engine:
             self._server.shutdown()
             self._server.server_close()
 
-    def answer(self, path: str, payload: dict[str, Any]) -> dict[str, Any]:
-        """Return the reply to one request; `LookupError` for a path that no engine has, `ValueError` for a bad one."""
+    def answer(self, path: str, payload: dict[str, Any]) -> Any:
+        """Return the reply to one request, or the list of replies to several prompts with parameters of their own.
+
+        Raises `LookupError` for a path that no engine has, `ValueError` for a bad request.
+        """
+        ids = payload.get("input_ids")
+        if path == "/generate" and isinstance(ids, list) and ids and isinstance(ids[0], list):
+            pairs = zip(ids, payload["sampling_params"], strict=True)
+            return [self.answer(path, {**payload, "input_ids": one, "sampling_params": its}) for one, its in pairs]
         self.requests.append((path, payload))
         if path == "/generate":
             return self._generate(payload)

@@ -77,8 +77,8 @@ async def _once(url: str, action: str, body: bytes | None, headers: Mapping[str,
 async def _session() -> AsyncIterator[aiohttp.ClientSession]:
     """Yield the connections of this loop's rollout; a loop without one gets some for this request."""
     state = running.of_this_loop()
-    if state is not None and not state._session.closed:
-        yield state._session
+    if state is not None and not state.requests.session.closed:
+        yield state.requests.session
         return
     args = running.announced()
     timeout = aiohttp.ClientTimeout(total=None if args is None else args.generate_timeout)

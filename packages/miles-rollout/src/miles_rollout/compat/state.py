@@ -76,7 +76,7 @@ def state_of(args: Args) -> State:
 
 async def _disconnect(state: State) -> None:
     """Close what belongs to one event loop; the hooks serve the next one."""
-    await state._session.close()
+    await state.requests.close()
     state.guard.close()
 
 
@@ -207,8 +207,8 @@ async def state_generate_and_rm_group(
 
 def _with_sampling_params(state: State, sampling_params: dict[str, Any]) -> State:
     """Return a state that samples with these parameters and shares everything else."""
-    # Built on first use: the copy must not make a semaphore and a session of its own.
-    _ = state.generate_fn_semaphore, state._session
+    # Built on first use: the copy must not make one of its own.
+    _ = state.generate_fn_semaphore
     variant = copy.copy(state)
     variant.sampling_params = variant.eval_sampling_params = sampling_params
     return variant

@@ -18,4 +18,5 @@ __all__ = ["create"]
 def create(config: RunConfig) -> EngineFleet:
     """Build the fleet that `--rollout-engine` names; the entry point `miles.services: engines`."""
     run = config.group(RunOptions)
-    return LocalFleet(config.group(LocalEngineOptions), str(run.hf_checkpoint), run.seed)
+    options = config.group(LocalEngineOptions)
+    return LocalFleet(options, str(run.hf_checkpoint), run.seed, deterministic=run.deterministic)

@@ -6,6 +6,7 @@ import hashlib
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from miles_api.errors import DataError, ServiceError
+from miles_rollout.state import State
 
 if TYPE_CHECKING:
     from miles_api.rollout_types import GenerateFnInput
@@ -37,8 +38,12 @@ def sampling_seed(rollout_seed: int, sample_index: int | None, turn: int, *, eva
     return int.from_bytes(digest) >> 1
 
 
-async def ask(request: GenerateFnInput, tokens: list[int], max_new_tokens: int, turn: int, **sampling: Any) -> Answer:
+async def ask(
+    request: GenerateFnInput, tokens: list[int], max_new_tokens: int, turn: int, *, joint: bool = False, **sampling: Any
+) -> Answer:
     """Let the engines continue `tokens`; `sampling` overrides the request's sampling parameters.
+
+    A `joint` request may travel with those of the same group, and then waits for the slowest of them.
 
     Raises `ServiceError` when the engine refuses, fails or contradicts itself.
     """
@@ -47,9 +52,14 @@ async def ask(request: GenerateFnInput, tokens: list[int], max_new_tokens: int, 
     params.setdefault(
         "sampling_seed", sampling_seed(args.rollout_seed, sample.index, turn, evaluation=request.evaluation)
     )
-    reply = await request.state.post(
-        "/generate", {"input_ids": tokens, "sampling_params": params, "return_logprob": True}
-    )
+    payload = {"input_ids": tokens, "sampling_params": params, "return_logprob": True}
+    state = request.state
+    if joint and isinstance(state, State):
+        # Evaluation numbers its groups anew; a sample that nobody numbered stays alone.
+        group = id(sample) if sample.group_index is None else (request.evaluation, sample.group_index)
+        reply = await state.joint.generate(group, payload)
+    else:
+        reply = await state.post("/generate", payload)
     meta = reply["meta_info"]
     log_probs = [entry[0] for entry in meta["output_token_logprobs"]]
     ids = [entry[1] for entry in meta["output_token_logprobs"]]

@@ -5,12 +5,15 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from miles_api.errors import problem_of
+from miles_api.errors import MilesError, problem_of
 from miles_api.hooks import REGISTRY
 from miles_api.loading.hookset import configured_hooks
 from miles_api.run_options import RunOptions
 from miles_train.driver import checkpoint
+from miles_train.driver.identity import changes, mismatches
+from miles_train.driver.start import LOCK, SUMMARY, start_of
 from miles_train.megatron.hf_config import check_sizes, read_hf_config
+from miles_train.objective_check import derived_rewards, objective_notes
 from miles_train.options import LoggingOptions, ObjectiveOptions, ParallelOptions
 from miles_train.train_hooks import TRAIN_HOOKS, check_train_hooks, idle_train_hooks
 from miles_train.view.sinks import check_sinks
@@ -20,13 +23,21 @@ if TYPE_CHECKING:
 
     from miles_api.config import RunConfig
 
-__all__ = ["HOOKS", "check", "idle", "notes"]
+__all__ = ["HOOKS", "check", "derived", "idle", "notes"]
 
 HOOKS = frozenset(TRAIN_HOOKS)
 """The hooks that this package calls."""
 
 idle = idle_train_hooks
 
+derived = derived_rewards
+
+_LEFT_BEHIND = {
+    "load_optim": "with a fresh optimizer and schedule",
+    "load_rng": "with fresh random states",
+    "reset_data_source": "with the first prompt",
+}
+_FLAGS = {"load_optim": "--no-load-optim", "load_rng": "--no-load-rng", "reset_data_source": "--reset-data-source"}
 _ASKED_FOR = ("advantage", "importance_weights", "pg_loss_reducer")
 """Hooks that belong to one loss or switch: a run that has them and not it is a mistake, not a choice."""
 
@@ -36,14 +47,31 @@ def notes(config: RunConfig) -> list[str]:
     run, objective = config.group(RunOptions), config.group(ObjectiveOptions)
     if run.debug_rollout_only:
         return ["debug_rollout_only: nothing is trained, and no checkpoint is written"]
+    found = _origin(config)
     if run.loss_type == "sft_loss":
-        return []
-    found = []
+        return found
+    found += objective_notes(config)
     if objective.use_rollout_logprobs:
         found.append("use_rollout_logprobs: the engine's log-probs are the old ones; no pass recomputes them")
     if objective.skip_zero_advantage:
         found.append("skip_zero_advantage: samples without advantage are left out of the forward pass")
     return found
+
+
+def _origin(config: RunConfig) -> list[str]:
+    """Say where the run begins, and what it does not take or not find there as it was."""
+    run = config.group(RunOptions)
+    try:
+        start = start_of(run)
+    except MilesError:
+        return []  # one of the problems
+    if start is None:
+        return ["resume: there is no checkpoint yet, the run begins anew"] if run.resume else []
+    rollout_id = start.state.rollout_id
+    where = f"{'resumed' if start.own else 'continued'} after rollout {rollout_id}, from {start.folder}"
+    left = [text for option, text in _LEFT_BEHIND.items() if getattr(run, option) == (option == "reset_data_source")]
+    done = ["all its rollouts are done"] if rollout_id + 1 >= run.num_rollout else []
+    return ["; ".join([where, *left, *done]), *start.remarks, *changes(start.state, config)]
 
 
 def check(config: RunConfig) -> Iterator[str]:
@@ -68,6 +96,7 @@ def check(config: RunConfig) -> Iterator[str]:
     yield from problem_of(lambda: check_sinks(config.group(LoggingOptions)))
     yield from _run_dir(run)
     yield from _checkpoints(run)
+    yield from _loaded(config)
 
 
 def _misplaced(config: RunConfig) -> Iterator[str]:
@@ -93,16 +122,48 @@ def _parallel(parallel: ParallelOptions) -> Iterator[str]:
 
 
 def _checkpoints(run: RunOptions) -> Iterator[str]:
-    """Check what is loaded, and that saving replaces neither another run's checkpoints nor the source model."""
-    if run.load:
-        yield from problem_of(lambda: checkpoint.find(Path(str(run.load))))
+    """Check that saving replaces neither another run's checkpoints nor the source model."""
     save = checkpoint.folder_of(run)
     own = run.overwrite and save.resolve().is_relative_to(Path(run.run_dir).resolve())
-    continued = run.load is not None and Path(run.load).resolve() == save.resolve()
+    continued = run.resume or (run.load is not None and save.resolve() in _with_parent(run.load))
     if (save / checkpoint.LATEST).exists() and not own and not continued:
         yield f"--save {save} holds another run's checkpoints: choose another, or continue them with --load"
     if run.save_hf and run.hf_checkpoint and Path(run.save_hf).resolve() == Path(run.hf_checkpoint).resolve():
         yield f"--save-hf {run.save_hf} is --hf-checkpoint itself: choose another directory"
+
+
+def _with_parent(path: str) -> tuple[Path, Path]:
+    """Return a folder of checkpoints or a checkpoint, and the folder around it."""
+    return Path(path).resolve(), Path(path).resolve().parent
+
+
+def _loaded(config: RunConfig) -> Iterator[str]:
+    """Check that what the run continues from is whole and fits it."""
+    run = config.group(RunOptions)
+    if run.resume and run.overwrite:
+        yield "--resume continues the run in --run-dir, and --overwrite deletes it: drop one"
+        return
+    if run.resume and run.debug_rollout_only:
+        yield "--debug-rollout-only writes no checkpoint that --resume could continue from: drop one"
+        return
+    try:
+        start = start_of(run)
+        if start is not None:
+            yield from mismatches(start.state, config, start.folder)
+    except MilesError as error:
+        yield str(error)
+        return
+    if start is None:
+        yield from (
+            f"{flag} says what to take of a checkpoint, and the run continues none: pass --load or --resume"
+            for option, flag in _FLAGS.items()
+            if not run.resume and getattr(run, option) == (option == "reset_data_source")
+        )
+    elif not start.own and start.state.rollout_id + 1 >= run.num_rollout:
+        yield (
+            f"--load {run.load} holds the state after rollout {start.state.rollout_id}: with --num-rollout "
+            f"{run.num_rollout} nothing is left to train"
+        )
 
 
 def _run_dir(run: RunOptions) -> Iterator[str]:
@@ -111,12 +172,13 @@ def _run_dir(run: RunOptions) -> Iterator[str]:
     if any(parent.exists() and not parent.is_dir() for parent in (folder, *folder.parents)):
         yield f"--run-dir {run.run_dir} cannot be created: a part of its path is a file"
         return
-    if not folder.is_dir() or not any(folder.iterdir()):
+    if not folder.is_dir() or not any(path.name != LOCK for path in folder.iterdir()):
         return
-    if not run.overwrite:
-        yield f"--run-dir {run.run_dir} holds an earlier run: choose another, or pass --overwrite"
-    elif not (folder / "summary.json").is_file():
-        yield f"--run-dir {run.run_dir} is not empty and not a run directory: --overwrite does not delete it"
+    if not run.overwrite and not run.resume:
+        yield f"--run-dir {run.run_dir} holds an earlier run: pass --resume to continue it, --overwrite, or another"
+    elif not (folder / SUMMARY).is_file():
+        flag = "--overwrite does not delete it" if run.overwrite else "there is nothing to --resume"
+        yield f"--run-dir {run.run_dir} is not empty and not a run directory: {flag}"
     for flag, path in (("--load", run.load), ("--hf-checkpoint", run.hf_checkpoint)):
         if run.overwrite and path and Path(path).resolve().is_relative_to(folder.resolve()):
             yield f"{flag} {path} lies in --run-dir {run.run_dir}, which would be overwritten: choose another --run-dir"

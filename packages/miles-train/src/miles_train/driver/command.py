@@ -14,14 +14,20 @@ from miles_api.run_options import RunOptions
 
 __all__ = ["command"]
 
-_EPILOG = "exit codes: 0 trained, 1 failed while running, 2 refused before anything started"
+_EPILOG = (
+    "exit codes: 0 trained, 1 failed while running, 2 refused before anything started, 130 and 143 interrupted by "
+    "SIGINT (Ctrl-C) and SIGTERM"
+)
 
 
 class _TrainCommand:
     help = "run a training described by a TOML file and flags"
 
     def main(self, argv: list[str]) -> int:
-        """Return 0 when trained, 1 when the run failed; raises `ConfigError` for what is refused before it starts."""
+        """Return 0 when trained, 1 when the run failed, 130 or 143 when SIGINT or SIGTERM ended it.
+
+        Raises `ConfigError` for what is refused before it starts.
+        """
         if any(word in ("-h", "--help") for word in argv):
             print_run_help("miles train", self.help, epilog=_EPILOG)
             return 0

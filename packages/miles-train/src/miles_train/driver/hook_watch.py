@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 import msgspec
 
 from miles_api.config import DERIVED
-from miles_api.errors import HookError
+from miles_api.errors import DataError, HookError
 from miles_api.hooks import REGISTRY
 from miles_api.loading.hookset import differs
 
@@ -104,7 +105,9 @@ class HookWatch:
         `patience` is for a run that fails: seconds to wait for each, and who does not answer keeps what it said last.
         """
         self._reports |= self._services.hook_reports(patience)
-        self._run_dir.hooks(self._reports)
+        # On a full disk what made the run fail is the error.
+        with suppress(*((DataError,) if patience else ())):
+            self._run_dir.hooks(self._reports)
 
     def rollout(self, hooks: list[dict[str, Any]]) -> None:
         """Take what the rollout process said along with its result."""

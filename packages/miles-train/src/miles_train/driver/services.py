@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import ChainMap
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
@@ -11,21 +12,29 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from miles_api.checks.run_checks import services_of
-from miles_api.errors import MilesError
+from miles_api.errors import MilesError, ServiceError
 from miles_api.loading.load import provider
 from miles_api.run_options import RunOptions
 from miles_api.services import Endpoint, EngineFleet, Placement, RouterService
 from miles_train.driver.cluster import Cluster, Remote
-from miles_train.options import ClusterOptions
-from miles_train.weight_sync.disk import DiskWeightSync, make_folder
+from miles_train.driver.supervisor import Supervisor
+from miles_train.megatron.hf_config import read_hf_config
+from miles_train.options import ClusterOptions, WeightSyncOptions
+from miles_train.weight_sync.disk import DiskWeightSync, Source, make_folder
 from miles_train.weight_sync.fixed import FixedWeights
+from miles_train.weight_sync.verify import probe_tokens
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Collection, Iterator
 
     from miles_api.config import RunConfig
 
 __all__ = ["Services", "running"]
+
+_PARTS = 3
+"""What starts at the same time: engines, trainer ranks, the rollout process."""
+_LOOK = 0.2
+"""Seconds between two looks at whether a start has to end."""
 
 
 class Services(msgspec.Struct, kw_only=True):
@@ -34,7 +43,7 @@ class Services(msgspec.Struct, kw_only=True):
     rollout: Remote
     trainers: Remote | None
     """None with `--debug-rollout-only`."""
-    router: RouterService | None
+    supervisor: Supervisor | None
     """None where no engine runs."""
     sync: DiskWeightSync | FixedWeights | None
     """None where no engine runs."""
@@ -54,8 +63,12 @@ class Services(msgspec.Struct, kw_only=True):
             ranks = self.trainers.call("report", timeout=patience) if self.trainers else []
             reports |= {f"trainer {rank}": hooks for rank, hooks in enumerate(ranks)}
         with suppress(*give_up):
-            reports |= {"router": self.router.report()} if self.router else {}
+            reports |= {"router": self.supervisor.router_report()} if self.supervisor else {}
         return reports
+
+    def restarts(self) -> dict[str, float]:
+        """Count what was replaced since the last call, as metrics; empty where nothing was."""
+        return self.supervisor.restarts() if self.supervisor else {}
 
 
 class _Clock:
@@ -71,60 +84,118 @@ class _Clock:
         return result
 
 
+class _Serving(msgspec.Struct, frozen=True):
+    """Engines and router, and what they are once they have started."""
+
+    fleet: EngineFleet
+    router: RouterService
+    started: Future[tuple[str, list[Endpoint]]]
+
+
 @contextmanager
-def running(config: RunConfig, say: Callable[[str], None]) -> Iterator[Services]:
+def running(
+    config: RunConfig, say: Callable[[str], None], note: Callable[[str], None], check: Callable[[], None]
+) -> Iterator[Services]:
     """Start router, engines, Ray, the rollout process and the trainer ranks; stop them all on the way out.
 
-    What this run does not need is not started. Engines load while Ray starts, and the trainer loads while the rollout
-    process does; the first failure of any of them ends the start.
+    What this run does not need is not started. Engines load while Ray starts, the trainer ranks while the rollout
+    process does; the first failure of any of them ends the start, and so does what `check` raises, which is asked
+    again and again. `say` gets each phase of the start, `note` a line for each thing worth keeping: an engine or the
+    router that died and is replaced.
     """
     wanted = services_of(config.group(RunOptions))
     clock = _Clock(say)
     with ExitStack() as stack:
-        pool = ThreadPoolExecutor(3, thread_name_prefix="start")
+        pool = ThreadPoolExecutor(_PARTS, thread_name_prefix="start")
         stack.callback(pool.shutdown)
-        router, serving = _start_serving(config, clock, pool, stack) if "engines" in wanted else (None, None)
-        cluster = clock.timed("ray", lambda: Cluster(config, trains="train" in wanted))
-        stack.callback(cluster.stop)
-        trainers = clock.timed("trainer processes", cluster.trainers) if "train" in wanted else None
-        loading = [pool.submit(clock.timed, "trainer", lambda: trainers.call("start"))] if trainers else []
-        rollout = clock.timed("rollout process", cluster.rollout)
-        _first_failure([*loading, *([serving] if serving else [])])
-        url, endpoints = serving.result() if serving else ("", [])
-        clock.timed("rollout", lambda: rollout.call("start", url))
+        serving = _start_serving(config, clock, pool, stack) if "engines" in wanted else None
+        stacks = Path(config.group(RunOptions).run_dir, "stacks")
+        cluster = clock.timed("ray", lambda: Cluster(config, check, stacks, trains="train" in wanted))
+        training = [pool.submit(_start_trainers, clock, cluster)] if "train" in wanted else []
+        sampling = pool.submit(_start_rollout, clock, cluster, serving)
+        stack.callback(_stop_cluster, cluster, [*training, sampling])
+        _first_failure([*training, sampling, *([serving.started] if serving else [])], check)
+        trainers, rollout = training[0].result() if training else None, sampling.result()
+        endpoints = serving.started.result()[1] if serving else []
         sync = _weight_sync(config, trainers, endpoints) if endpoints else None
         if sync:
             stack.callback(sync.close)
-        yield Services(rollout=rollout, trainers=trainers, router=router, sync=sync, seconds=clock.seconds)
+        supervisor = _supervise(config, serving, sync, note, stack) if serving and sync else None
+        if supervisor:
+            cluster.heed(supervisor.problem)
+        yield Services(rollout=rollout, trainers=trainers, supervisor=supervisor, sync=sync, seconds=clock.seconds)
         # Only after success: a process that failed or hangs would not answer, and ends with the cluster.
         rollout.call("stop")
         if trainers:
             trainers.call("stop")
 
 
-def _start_serving(
-    config: RunConfig, clock: _Clock, pool: ThreadPoolExecutor, stack: ExitStack
-) -> tuple[RouterService, Future[tuple[str, list[Endpoint]]]]:
+def _start_serving(config: RunConfig, clock: _Clock, pool: ThreadPoolExecutor, stack: ExitStack) -> _Serving:
     fleet: EngineFleet = provider("miles.services", "engines")(config)
     router: RouterService = provider("miles.services", "router")(config)
-    serving = pool.submit(_serve, clock, config, fleet, router)
+    started = pool.submit(_serve, clock, config, fleet, router)
 
     def stop() -> None:
         # Stopping makes a start that still goes on fail, and only when it has ended is nothing started any more.
         for _ in range(2):
             fleet.stop()
             router.stop()
-            wait([serving])
+            wait([started])
 
     stack.callback(stop)
-    return router, serving
+    return _Serving(fleet, router, started)
 
 
-def _first_failure(futures: list[Future[Any]]) -> None:
-    """Wait for all, or raise the first exception as soon as there is one."""
-    done, _ = wait(futures, return_when=FIRST_EXCEPTION)
-    for future in done:
-        future.result()
+def _supervise(
+    config: RunConfig,
+    serving: _Serving,
+    sync: DiskWeightSync | FixedWeights,
+    note: Callable[[str], None],
+    stack: ExitStack,
+) -> Supervisor:
+    supervisor = Supervisor(
+        serving.fleet,
+        serving.router,
+        serving.started.result()[1],
+        sync,
+        max_restarts=config.group(ClusterOptions).engine_max_restarts,
+        note=note,
+    )
+    supervisor.start()
+    stack.callback(supervisor.stop)
+    return supervisor
+
+
+def _start_trainers(clock: _Clock, cluster: Cluster) -> Remote:
+    trainers = clock.timed("trainer processes", cluster.trainers)
+    clock.timed("trainer", lambda: trainers.call("start"))
+    return trainers
+
+
+def _start_rollout(clock: _Clock, cluster: Cluster, serving: _Serving | None) -> Remote:
+    rollout = clock.timed("rollout process", cluster.rollout)
+    if serving:
+        _first_failure([serving.started], cluster.check)
+    url = serving.started.result()[0] if serving else ""
+    clock.timed("rollout", lambda: rollout.call("start", url))
+    return rollout
+
+
+def _stop_cluster(cluster: Cluster, starting: list[Future[Any]]) -> None:
+    """Stop Ray when nobody uses it any more: what still starts there is told to end first."""
+    cluster.heed(lambda: ServiceError("the run stops"))
+    wait(starting)
+    cluster.stop()
+
+
+def _first_failure(futures: list[Future[Any]], check: Callable[[], None]) -> None:
+    """Wait for all, or raise the first exception as soon as there is one, also what `check` raises."""
+    left: Collection[Future[Any]] = futures
+    while left:
+        check()
+        done, left = wait(left, timeout=_LOOK, return_when=FIRST_EXCEPTION)
+        for future in done:
+            future.result()
 
 
 def _weight_sync(
@@ -136,7 +207,15 @@ def _weight_sync(
     shared = Path(run.run_dir) if config.group(ClusterOptions).ray_address else None
     size = sum(file.stat().st_size for file in Path(str(run.hf_checkpoint)).glob("*.safetensors"))
     folder = make_folder(size, shared, fallback=Path(run.run_dir))
-    return DiskWeightSync(lambda target: trainers.call("export", target, True), endpoints, folder)
+    source = Source(
+        # Each pipeline stage writes and hashes its own tensors.
+        export=lambda target, hashed: dict(ChainMap(*trainers.call("export", target, True, hashed))),
+        # The last pipeline stage alone sees logits.
+        score=lambda tokens: next(filter(None, trainers.call("score", tokens))),
+        tokens=probe_tokens(read_hf_config(str(run.hf_checkpoint)).vocab_size),
+    )
+    patience = config.group(ClusterOptions).trainer_timeout
+    return DiskWeightSync(source, endpoints, folder, config.group(WeightSyncOptions), patience=patience)
 
 
 def _serve(clock: _Clock, config: RunConfig, fleet: EngineFleet, router: RouterService) -> tuple[str, list[Endpoint]]:

@@ -6,8 +6,10 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from miles_api.errors import DataError
 from miles_api.run_options import RunOptions
 from miles_train.driver import checkpoint
+from miles_train.driver.identity import identity_of, options_of, versions
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -34,15 +36,30 @@ class TrainLoop:
         self._run_dir = run_dir
         self._progress = progress
         self._watch = watch
+        self._start = run_dir.start
         self._version = 0
         self._first = 0
+        self._synced: dict[str, float] = {}
+        """What the last check of pushed weights found, until a row of metrics holds it."""
+        self._about_run = {
+            "run": run_dir.id,
+            "identity": identity_of(config) if services.trainers else {},
+            "options": options_of(config),
+            "versions": versions(),
+        }
 
     def run(self) -> None:
-        """Train every rollout, from the beginning or from `--load`; the last state is saved."""
+        """Train every rollout, from the beginning or from a checkpoint; the last state is saved."""
         self._watch.started()
         self._load()
         self._push_weights()
-        if self._evaluates:
+        if self._start and self._start.own:
+            # Before it saved these weights the run had pushed them, and evaluated them if that was due: no row of
+            # metrics tells of it twice.
+            self._synced = {}
+            # It may have been killed between a save and this.
+            self._retain()
+        elif self._evaluates:
             self._evaluate(self._first - 1)
         for rollout_id in range(self._first, self._run.num_rollout):
             self._one(rollout_id)
@@ -66,7 +83,9 @@ class TrainLoop:
             "weight_sync": finished - synced if self._services.sync else 0.0,
         }
         seconds |= {"other": finished - started - sum(seconds.values()), "total": finished - started}
-        metrics = {**rollout["metrics"], **(trained.metrics if trained else {})}
+        metrics = {**rollout["metrics"], **(trained.metrics if trained else {}), **self._synced}
+        metrics |= self._services.restarts()
+        self._synced = {}
         self._run_dir.log("rollout", rollout_id, metrics, seconds)
         self._run_dir.samples("train", rollout_id, rollout["samples"])
         self._watch.rollout(rollout["hooks"])
@@ -85,7 +104,7 @@ class TrainLoop:
     def _weights(self) -> str:
         """The version that engines report for the weights they serve now."""
         sync = self._services.sync
-        return sync.served(str(self._version)) if sync else str(self._version)
+        return sync.served(self._version) if sync else str(self._version)
 
     def _train(self, rollout_id: int, batch: Any) -> TrainStepReport | None:
         if self._services.trainers is None:
@@ -95,7 +114,7 @@ class TrainLoop:
 
     def _push_weights(self) -> None:
         if self._services.sync:
-            self._services.sync.push(str(self._version))
+            self._synced |= self._services.sync.push(self._version)
 
     def _evaluate(self, rollout_id: int) -> None:
         self._progress.phase("evaluate", rollout_id)
@@ -108,30 +127,44 @@ class TrainLoop:
         self._watch.after("eval")
 
     def _save(self, rollout_id: int) -> None:
-        """Write a checkpoint, and tell every trainer rank when it lies in its place."""
+        """Write a checkpoint, tell every trainer rank when it lies in its place, and delete those beyond the limit."""
         trainers = self._services.trainers
         if trainers is None:
             return
         self._progress.phase("save", rollout_id)
+        self._run_dir.sync()
         parts: dict[str, Callable[[str], Any]] = {
             "trainer": lambda folder: trainers.call("save", rollout_id, folder),
             "rollout": lambda folder: self._services.rollout.call("save", rollout_id, folder),
             "hf": lambda folder: trainers.call("export", folder),
         }
-        progress = checkpoint.Progress(rollout_id, self._version)
-        written = checkpoint.write(checkpoint.folder_of(self._run), progress, parts)
+        state = checkpoint.State(rollout_id=rollout_id, weight_version=self._version, **self._about_run)
+        written = checkpoint.write(checkpoint.folder_of(self._run), state, parts)
         trainers.call("saved", rollout_id, str(written), str(written / "hf"))
         self._watch.after("save")
+        self._retain()
+
+    def _retain(self) -> None:
+        """Delete this run's checkpoints beyond the limit."""
+        if self._run.save_total_limit is not None:
+            # A run that is started again with the same --load needs it again.
+            loaded = self._start.folder if self._start and not self._start.own else None
+            folder = checkpoint.folder_of(self._run)
+            checkpoint.retain(folder, self._run_dir.id, self._run.save_total_limit, spare=loaded)
 
     def _export(self) -> None:
         if self._run.save_hf and self._services.trainers:
-            Path(self._run.save_hf).mkdir(parents=True, exist_ok=True)
+            try:
+                Path(self._run.save_hf).mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise DataError(f"--save-hf {self._run.save_hf} cannot be created: {error}") from error
             self._services.trainers.call("export", self._run.save_hf)
 
     def _load(self) -> None:
-        if self._run.load is None or self._services.trainers is None:
+        start, trainers = self._start, self._services.trainers
+        if start is None or trainers is None:
             return
-        folder, progress = checkpoint.find(Path(self._run.load))
-        self._services.trainers.call("load", progress.rollout_id, str(folder / "trainer"))
-        self._services.rollout.call("load", progress.rollout_id, str(folder / "rollout"))
-        self._first, self._version = progress.rollout_id + 1, progress.weight_version
+        rollout_id = start.state.rollout_id
+        trainers.call("load", rollout_id, str(start.folder / "trainer"))
+        self._services.rollout.call("load", rollout_id, str(start.folder / "rollout"))
+        self._first, self._version = rollout_id + 1, start.state.weight_version

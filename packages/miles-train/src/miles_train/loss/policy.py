@@ -1,4 +1,4 @@
-"""The clipped policy-gradient loss (PPO, arXiv 1707.06347) with clip-higher (DAPO, arXiv 2503.14476)."""
+"""The policy-gradient loss: an importance ratio of tokens or sequences, a surrogate, corrections, a reduction."""
 
 # ruff: noqa: N803, N806  the shape suffixes
 # R response tokens of the micro-batch
@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from miles_train.loss.surrogates import clipped, clipped_weights, sequence_log_ratios
 from miles_train.metrics import is_max
 
 if TYPE_CHECKING:
@@ -33,18 +34,20 @@ def policy_loss(
     correct: _Correct | None = None,
     pg_reducer: Callable[[dict[str, Any]], _Reduce] | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Return the loss and `loss, pg_clipfrac, ppo_kl, ratio_max`, and `pg_loss, entropy` with an entropy bonus.
+    """Return the loss and `loss, pg_clipfrac, ppo_kl, ratio_max`, and `pg_loss` with an entropy bonus, `entropy` with
+    it or --report-entropy.
 
     Called once a micro-batch. `batch` has `advantages`, `loss_masks` and, unless this is the only step on the rollout,
     `log_probs`: the old ones, 1-D a sample. Without them the current ones serve, detached. `ppo_kl` is the mean of
-    old minus current log-probs; a token counts in `pg_clipfrac` where the clipped term is the larger loss.
+    old minus current log-probs; a token counts in `pg_clipfrac` where clipping decides its loss; `ratio_max` is of the
+    ratios that the surrogate gets: of whole responses with --advantage-estimator gspo, else of tokens.
 
     `correct(batch, pg_loss, train_log_probs)` returns another loss of each token and metrics of each token;
     `train_log_probs` are the recomputed old log-probs, else the current ones, detached. With --get-mismatch-metrics
     alone only its metrics count. `pg_reducer(batch)` returns what reduces the policy loss, and nothing else, in the
     place of `reduce`.
     """
-    want_entropy = objective.entropy_coef > 0
+    want_entropy = objective.entropy_coef > 0 or objective.report_entropy
     current, entropies = log_probs_and_entropy(logits, entropy=want_entropy)
     log_probs_R = torch.cat(current)
     old_R = torch.cat(batch["log_probs"]) if "log_probs" in batch else log_probs_R.detach()
@@ -52,11 +55,15 @@ def policy_loss(
     kept_R = torch.cat(batch["loss_masks"]) != 0
     # Masked tokens may hold any old log-prob; exp of it could overflow and turn the gradient into NaN.
     log_ratio_R = torch.where(kept_R, log_probs_R - old_R, 0.0)
-    ratio_R = log_ratio_R.exp()
-    high = objective.eps_clip if objective.eps_clip_high is None else objective.eps_clip_high
-    plain_R = -ratio_R * advantages_R
-    clipped_R = -ratio_R.clamp(1 - objective.eps_clip, 1 + high) * advantages_R
-    pg_loss_R = torch.maximum(plain_R, clipped_R)
+    if objective.advantage_estimator == "gspo":
+        lengths = [len(mask) for mask in batch["loss_masks"]]
+        ratio_R = sequence_log_ratios(log_ratio_R, kept_R, lengths).exp()
+    else:
+        ratio_R = log_ratio_R.exp()
+    if objective.policy_loss_type == "cispo":
+        pg_loss_R, cut_R = clipped_weights(objective, ratio_R, advantages_R, log_probs_R)
+    else:
+        pg_loss_R, cut_R = clipped(objective, ratio_R, advantages_R)
     measured: dict[str, Tensor] = {}
     if correct is not None:
         recomputed = "log_probs" in batch and not objective.use_rollout_logprobs
@@ -68,14 +75,16 @@ def policy_loss(
     pg_loss = loss = (pg_reducer(batch) if pg_reducer is not None else reduce)(pg_loss_R)
     with torch.no_grad():
         metrics = _reduced(measured, kept_R, reduce) | {
-            "pg_clipfrac": reduce((clipped_R > plain_R).float()),
+            "pg_clipfrac": reduce(cut_R.float()),
             "ppo_kl": reduce(-log_ratio_R),
             "ratio_max": torch.where(kept_R, ratio_R, 0.0).amax() if len(ratio_R) else ratio_R.new_zeros(()),
         }
     if entropies is not None:
         entropy = reduce(torch.cat(entropies))
-        loss = pg_loss - objective.entropy_coef * entropy
-        metrics |= {"pg_loss": pg_loss.detach(), "entropy": entropy.detach()}
+        metrics["entropy"] = entropy.detach()
+        if objective.entropy_coef > 0:
+            loss = pg_loss - objective.entropy_coef * entropy
+            metrics["pg_loss"] = pg_loss.detach()
     return loss, {"loss": loss.detach(), **metrics}
 
 

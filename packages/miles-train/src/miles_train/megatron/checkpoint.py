@@ -1,7 +1,11 @@
-"""Training checkpoints in Megatron's torch_dist format: weights, optimizer and schedule, loadable on other layouts."""
+"""Training checkpoints in Megatron's torch_dist format: weights, optimizer and schedule, loadable on other layouts.
+
+The random states of the ranks lie beside them (`rng`): these belong to one layout.
+"""
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -9,6 +13,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from miles_api.errors import DataError
 
+from . import rng
 from .core import DistributedDataParallel, dist_checkpointing, unwrap
 
 if TYPE_CHECKING:
@@ -24,44 +29,83 @@ _METADATA = {
 }
 
 _LONGEST_REASON = 300
+_FAILURES = (dist_checkpointing.core.CheckpointingException, CheckpointException)
 
 
 def save(model: list[DistributedDataParallel], optimizer: Optimizer, directory: str) -> None:
     """Write a checkpoint into `directory`, which is created and must be empty.
 
     A collective: every rank calls it with the same directory on a shared file system, and every rank returns after its
-    own files are complete. A caller that needs all or nothing saves into a staging directory and renames it.
+    own files are complete. A caller that needs all or nothing saves into a staging directory and renames it. Raises
+    DataError naming the directory when it cannot be written.
     """
-    Path(directory).mkdir(parents=True, exist_ok=True)
-    dist_checkpointing.save(_state(model, optimizer, is_loading=False), directory, content_metadata=dict(_METADATA))
+    state = _state(model, optimizer, is_loading=False)
+    try:
+        Path(directory).mkdir(parents=True, exist_ok=True)
+        dist_checkpointing.save(state, directory, content_metadata=dict(_METADATA))
+        rng.save(directory)
+    # torch's own writer turns a full disk into a RuntimeError
+    except (OSError, RuntimeError, *_FAILURES) as error:
+        raise DataError(f"{directory} cannot be written: {_words(_reason(error))}") from error
 
 
-def load(model: list[DistributedDataParallel], optimizer: Optimizer, directory: str) -> None:
+def load(
+    model: list[DistributedDataParallel],
+    optimizer: Optimizer,
+    directory: str,
+    *,
+    with_optimizer: bool = True,
+    with_rng: bool = True,
+) -> None:
     """Load what `save` wrote into a model and an optimizer built from the same HF directory and options.
 
-    The parallel sizes may differ from the saved ones. Raises DataError when the directory holds no checkpoint or one
-    of another model.
+    Without `with_optimizer` the optimizer and its schedule stay as they were built, on the loaded weights; without
+    `with_rng` so do the random states. The parallel sizes may differ from the saved ones, but not if the random states
+    are loaded. Raises DataError when the directory holds no checkpoint, one of another model, or random states of
+    other ranks.
     """
     if not dist_checkpointing.check_is_distributed_checkpoint(directory):
         raise DataError(f"{directory} holds no training checkpoint")
     try:
         # it returns a tuple only under a `strict` that asks for the keys that do not match
-        state = cast("dict[str, Any]", dist_checkpointing.load(_state(model, optimizer, is_loading=True), directory))
-    except (dist_checkpointing.core.CheckpointingException, CheckpointException) as error:
-        # the last line names the tensor; before it come every rank's tracebacks
-        reason = str(error).strip().splitlines()[-1]
-        raise DataError(f"{directory} does not fit this model: {reason[:_LONGEST_REASON]}") from error
+        wanted = _state(model, optimizer if with_optimizer else None, is_loading=True)
+        with warnings.catch_warnings():
+            # Megatron loads through what torch has deprecated
+            warnings.simplefilter("ignore", FutureWarning)
+            state = cast("dict[str, Any]", dist_checkpointing.load(wanted, directory))
+    except _FAILURES as error:
+        raise DataError(f"{directory} does not fit this model: {_reason(error)}") from error
     unwrap(model).load_state_dict(_plain(state["model"]))
-    optimizer.load_sharded_state(state["optimizer"])
+    if with_optimizer:
+        optimizer.load_sharded_state(state["optimizer"])
+    else:
+        # fp32 masters and shards were copied from the weights before these were loaded
+        optimizer.inner.reload_model_params()
+    if with_rng:
+        rng.load(directory)
 
 
-def _state(model: list[DistributedDataParallel], optimizer: Optimizer, *, is_loading: bool) -> dict[str, Any]:
+def _state(model: list[DistributedDataParallel], optimizer: Optimizer | None, *, is_loading: bool) -> dict[str, Any]:
     # a copy each: Megatron writes the process group of the moment into it
     weights = unwrap(model).sharded_state_dict(metadata=dict(_METADATA))
-    return {
-        "model": weights,
-        "optimizer": optimizer.sharded_state(weights, dict(_METADATA), is_loading=is_loading),
-    }
+    state = {"model": weights}
+    if optimizer is not None:
+        state["optimizer"] = optimizer.sharded_state(weights, dict(_METADATA), is_loading=is_loading)
+    return state
+
+
+def _reason(error: BaseException) -> str:
+    """Return the line that names the tensor or the file; before it come every rank's tracebacks."""
+    return str(error).strip().splitlines()[-1][:_LONGEST_REASON] if str(error).strip() else type(error).__name__
+
+
+def _words(reason: str) -> str:
+    """Translate what torch says of a file that could not be written."""
+    if "unexpected pos" in reason or "iostream error" in reason:
+        return "a file was not taken whole (full disk, quota or limit of file size)"
+    if reason.endswith("dict_keys([])"):
+        return "another rank could not write its part"
+    return reason.rpartition("Worker failure: ")[2]
 
 
 def _plain(state: dict[str, Any]) -> dict[str, Any]:

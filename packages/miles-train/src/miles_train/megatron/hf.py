@@ -23,6 +23,7 @@ from torch import Tensor
 
 from miles_api.errors import ConfigError, DataError
 
+from .checksum import checksums
 from .core import DistributedDataParallel, parallel_state, unwrap
 
 __all__ = ["export_hf", "load_hf_weights", "named_hf_tensors"]
@@ -163,8 +164,13 @@ def named_hf_tensors(model: list[DistributedDataParallel]) -> Iterator[tuple[str
 
 
 def export_hf(
-    model: list[DistributedDataParallel], hf_source_dir: str, out_dir: str, *, extra_files: bool = True
-) -> None:
+    model: list[DistributedDataParallel],
+    hf_source_dir: str,
+    out_dir: str,
+    *,
+    extra_files: bool = True,
+    with_checksums: bool = False,
+) -> dict[str, str]:
     """Write the model as a Hugging Face directory, readable by transformers and by engines.
 
     `config.json` (with the written dtype) and the weights, in `model.safetensors`, or one file per pipeline stage and
@@ -172,6 +178,9 @@ def export_hf(
     rank calls it; the first data-parallel replica writes, and the files are complete when every rank has returned. Each
     is renamed into place, the weights after the config, so a reader never sees half a file. Raises OSError when
     `out_dir` cannot be written.
+
+    Returns, if asked `with_checksums`, the hashes of the tensors that this rank writes, taken from memory before they
+    are written: those of all ranks together are the whole model's. Else, and on ranks that write nothing, it is empty.
     """
     target = Path(out_dir)
     writes = parallel_state.get_data_parallel_rank() == 0 and _tensor_parallel()[1] == 0
@@ -182,11 +191,12 @@ def export_hf(
             if extra_files:
                 _copy_extra_files(Path(hf_source_dir), target)
     tensors = {name: tensor.contiguous().cpu() for name, tensor in named_hf_tensors(model)}
+    sums = checksums(tensors) if writes and with_checksums else {}
     stages = parallel_state.get_pipeline_model_parallel_world_size()
     if stages == 1:
         if writes:
             _write_tensors(tensors, target / "model.safetensors")
-        return
+        return sums
     stage = parallel_state.get_pipeline_model_parallel_rank()
     file = f"model-{stage + 1:05d}-of-{stages:05d}.safetensors"
     if writes:
@@ -197,6 +207,7 @@ def export_hf(
         weight_map = {name: owner for owner, names in listings for name in names}
         index = msgspec.json.encode({"metadata": {}, "weight_map": weight_map})
         _replace(target / "model.safetensors.index.json", index)
+    return sums
 
 
 def _tensor_parallel() -> tuple[int, int]:

@@ -7,6 +7,7 @@ import random
 from datetime import timedelta
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 import torch.distributed as dist
 
@@ -43,11 +44,14 @@ def initialize(
     local_rank: int = 0,
     seed: int,
     timeout: float = 1800.0,
+    listen_fd: int | None = None,
 ) -> None:
     """Join the trainer's process groups; called once per rank, before any other function of this package.
 
     `local_rank` picks the GPU of this rank and is ignored on a CPU. `timeout` is in seconds and bounds every
-    collective. Raises ConfigError when `world_size` cannot hold the model-parallel sizes, or for context parallelism.
+    collective. `listen_fd` is the descriptor of a socket that listens at `master_addr` and `master_port`, on rank 0:
+    with it nobody can take the port first, and the store listens at no other address. Raises ConfigError when
+    `world_size` cannot hold the model-parallel sizes, or for context parallelism.
     """
     _check(parallel, world_size)
     backend = "nccl" if has_gpu() else "gloo"
@@ -58,13 +62,16 @@ def initialize(
     else:
         # more threads on busy cores make the same work up to 8 times slower
         torch.set_num_threads(1)
-    dist.init_process_group(
-        backend,
-        init_method=f"tcp://{master_addr}:{master_port}",
-        rank=rank,
-        world_size=world_size,
+    store = dist.TCPStore(
+        master_addr,
+        master_port,
+        world_size,
+        is_master=rank == 0,
         timeout=timedelta(seconds=timeout),
+        wait_for_workers=False,
+        master_listen_fd=listen_fd,
     )
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timedelta(seconds=timeout))
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=parallel.tensor_model_parallel_size,
         pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
@@ -73,6 +80,7 @@ def initialize(
         create_gloo_process_groups=has_gpu() and parallel.use_distributed_optimizer,
     )
     random.seed(seed)
+    np.random.seed(seed)
     torch.manual_seed(seed)
     tensor_parallel.model_parallel_cuda_manual_seed(seed)
 

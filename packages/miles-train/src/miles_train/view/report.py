@@ -34,7 +34,7 @@ __all__ = ["REPORT", "main", "write_report"]
 REPORT = "report.html"
 
 _FILES = ("config.toml", "metrics.jsonl", "samples.jsonl", "hooks.json", "summary.json")
-_STATUSES = ("finished", "failed", "running")
+_STATUSES = ("finished", "failed", "interrupted", "running")
 _LONGEST_FILE = 48
 
 

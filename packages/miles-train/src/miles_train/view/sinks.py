@@ -7,9 +7,8 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
-import msgspec
-
 from miles_api.errors import ConfigError
+from miles_train.view.json_lines import JsonLines
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -31,18 +30,11 @@ class Sink(Protocol):
 
 
 class MetricsWriter:
-    """Append to `metrics.jsonl`, one JSON object a line, each line on disk at once.
-
-    A run that is resumed appends; half a line that a crash left behind is closed first, so that it spoils no other.
-    """
+    """Append to `metrics.jsonl`, one JSON object a line, each line written at once; a run that is resumed appends."""
 
     def __init__(self, path: Path) -> None:
         """Open the file `path` for appending; a new one is created."""
-        torn = path.is_file() and path.stat().st_size > 0 and _last_byte(path) != b"\n"
-        self._file = path.open("ab")
-        self._encoder = msgspec.json.Encoder()
-        if torn:
-            self._file.write(b"\n")
+        self._lines = JsonLines(path)
 
     def write(
         self,
@@ -51,14 +43,18 @@ class MetricsWriter:
         metrics: Mapping[str, float],
         seconds: Mapping[str, float],
     ) -> None:
-        """Append one line. Numbers that are not finite become null: JSON has no other word for them."""
-        line = {"kind": kind, "rollout_id": rollout_id, "time": time.time(), "metrics": metrics, "seconds": seconds}
-        self._file.write(self._encoder.encode(line) + b"\n")
-        self._file.flush()
+        """Append one line. Raises `DataError` when it cannot be written."""
+        self._lines.append(
+            {"kind": kind, "rollout_id": rollout_id, "time": time.time(), "metrics": metrics, "seconds": seconds}
+        )
+
+    def sync(self) -> None:
+        """Return when every line is on the disk."""
+        self._lines.sync()
 
     def close(self) -> None:
         """Close the file."""
-        self._file.close()
+        self._lines.close()
 
     def __enter__(self) -> MetricsWriter:
         return self
@@ -70,13 +66,20 @@ class MetricsWriter:
 
 
 class TensorBoardSink:
-    """Write TensorBoard event files through the `tensorboard` package alone: no torch, no TensorFlow."""
+    """Write TensorBoard event files through the `tensorboard` package alone: no torch, no TensorFlow.
 
-    def __init__(self, directory: Path) -> None:
+    A run that is resumed `after` a rollout hides what earlier files of the directory hold of later ones.
+    """
+
+    def __init__(self, directory: Path, after: int | None = None) -> None:
         writer = _module("tensorboard.summary.writer.event_file_writer", "--use-tensorboard", "tensorboard")
-        self._event = _module("tensorboard.compat.proto.event_pb2", "--use-tensorboard", "tensorboard").Event
+        events = _module("tensorboard.compat.proto.event_pb2", "--use-tensorboard", "tensorboard")
+        self._event = events.Event
         self._summary = _module("tensorboard.compat.proto.summary_pb2", "--use-tensorboard", "tensorboard").Summary
         self._writer = writer.EventFileWriter(str(directory))
+        if after is not None:
+            start = events.SessionLog(status=events.SessionLog.START)
+            self._writer.add_event(self._event(wall_time=time.time(), step=after + 1, session_log=start))
 
     def log(self, rollout_id: int, metrics: Mapping[str, float]) -> None:
         """Write each metric as a scalar at step `rollout_id`."""
@@ -90,11 +93,13 @@ class TensorBoardSink:
 
 
 class WandbSink:
-    """Log to Weights & Biases."""
+    """Log to Weights & Biases. A run that is resumed under its id continues there; W&B keeps what came after."""
 
-    def __init__(self, project: str | None, run_dir: Path, config: Mapping[str, Any]) -> None:
+    def __init__(self, project: str | None, run_dir: Path, config: Mapping[str, Any], run_id: str | None) -> None:
         wandb = _module("wandb", "--use-wandb", "wandb")
-        self._run = wandb.init(project=project, name=run_dir.name, dir=str(run_dir), config=dict(config))
+        self._run = wandb.init(
+            project=project, name=run_dir.name, dir=str(run_dir), config=dict(config), id=run_id, resume="allow"
+        )
         # Evaluations come after their rollout: a step of our own lets both share its number.
         self._run.define_metric("rollout_id")
         self._run.define_metric("*", step_metric="rollout_id")
@@ -118,17 +123,25 @@ def check_sinks(options: LoggingOptions) -> None:
         raise ConfigError("--wandb-project does nothing without --use-wandb")
 
 
-def make_sinks(options: LoggingOptions, run_dir: Path, config: Mapping[str, Any]) -> list[Sink]:
+def make_sinks(
+    options: LoggingOptions,
+    run_dir: Path,
+    config: Mapping[str, Any],
+    *,
+    run_id: str | None = None,
+    after: int | None = None,
+) -> list[Sink]:
     """Return the sinks that were asked for, besides `metrics.jsonl`.
 
-    `config` is what W&B shows as the run's configuration. Raises `ConfigError` if a package is missing.
+    `config` is what W&B shows as the run's configuration, `run_id` what it knows the run by; `after` is the last
+    rollout of the checkpoint that a run is resumed from. Raises `ConfigError` if a package is missing.
     """
     check_sinks(options)
     sinks: list[Sink] = []
     if options.use_tensorboard:
-        sinks.append(TensorBoardSink(Path(run_dir) / "tensorboard"))
+        sinks.append(TensorBoardSink(Path(run_dir) / "tensorboard", after))
     if options.use_wandb:
-        sinks.append(WandbSink(options.wandb_project, Path(run_dir), config))
+        sinks.append(WandbSink(options.wandb_project, Path(run_dir), config, run_id))
     return sinks
 
 
@@ -140,9 +153,3 @@ def _module(name: str, flag: str, package: str) -> ModuleType:
         if (error.name or "").partition(".")[0] != package:
             raise
         raise ConfigError(f"{flag} needs the {package} package: pip install {package}") from error
-
-
-def _last_byte(path: Path) -> bytes:
-    with path.open("rb") as file:
-        file.seek(-1, 2)
-        return file.read(1)

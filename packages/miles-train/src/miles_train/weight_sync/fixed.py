@@ -5,9 +5,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from miles_api.errors import ServiceError
-from miles_train.weight_sync.disk import ask
+from miles_train.weight_sync.engine import ask
 
 if TYPE_CHECKING:
+    from miles_api.errors import MilesError
     from miles_api.services import Endpoint
 
 __all__ = ["FixedWeights"]
@@ -23,12 +24,26 @@ class FixedWeights:
             raise ServiceError(f"the engines serve different weights: {versions}")
         self._version = next(iter(versions.values()))
 
-    def push(self, weight_version: str) -> None:
+    def push(self, version: int) -> dict[str, float]:  # noqa: ARG002  they stay as they are
         """Do nothing."""
+        return {}
 
-    def served(self, weight_version: str) -> str:  # noqa: ARG002  the trainer's count means nothing here
+    def served(self, version: int) -> str:  # noqa: ARG002  the trainer's count means nothing here
         """Return the version of what the engines loaded."""
         return self._version
+
+    def replace(self, old: Endpoint, new: Endpoint) -> None:
+        """Do nothing: nothing is pushed."""
+
+    def bring(self, endpoint: Endpoint) -> None:
+        """Let a new engine serve what it loaded; until then it holds its requests. Raises `ServiceError`."""
+        served = str(ask(endpoint, "/model_info").get("weight_version"))
+        if served != self._version:
+            raise ServiceError(f"the new engine {endpoint.url} serves weights {served!r}, not {self._version!r}")
+        ask(endpoint, "/continue_generation", {})
+
+    def give_up(self, error: MilesError) -> None:
+        """Do nothing: no push waits."""
 
     def close(self) -> None:
         """Do nothing."""

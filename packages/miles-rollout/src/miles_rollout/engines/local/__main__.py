@@ -17,6 +17,7 @@ import torch
 import uvicorn
 import uvloop
 
+from miles_api import stacks
 from miles_api.errors import ConfigError
 from miles_rollout.engines.local.control import Control
 from miles_rollout.engines.local.engine import Engine
@@ -51,6 +52,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--kv-gib", type=float, default=None, help="memory for keys and values; by default half of what is free")
     add("--seed", type=int, default=0, help="seeds the draws of requests that bring no sampling_seed")
     add("--impl", choices=("auto", "lean", "hf"), default="auto")
+    add("--deterministic", action="store_true", help="answers depend on request and weights alone, to the bit")
     add("--parent-pid", type=int, default=None, help="exit when this is no longer the parent process")
     add("--await-weights", action="store_true", help="hold requests until a weight update or continue_generation")
     return parser
@@ -101,12 +103,14 @@ async def _serve(args: argparse.Namespace, scheduler: Scheduler, sock: socket.so
     info = {
         "model_path": args.model_path,
         "impl": model.impl,
+        "deterministic": model.deterministic,
         "max_running_requests": args.max_running_requests,
         "max_total_len": model.max_positions,
         "seed": args.seed,
         "pid": os.getpid(),
     }
-    factory = JobFactory(scheduler.codec, model.vocab_size, model.max_positions, args.seed)
+    limits = (model.vocab_size, model.max_positions)
+    factory = JobFactory(scheduler.codec, *limits, args.seed, deterministic=model.deterministic)
     app = App(Control(engine, info), engine, factory)
     config = uvicorn.Config(
         app,
@@ -141,6 +145,7 @@ async def _serve(args: argparse.Namespace, scheduler: Scheduler, sock: socket.so
 def main(argv: list[str] | None = None) -> int:
     """Load the model, then serve until told to stop; return the exit status."""
     args = _parser().parse_args(argv)
+    stacks.register("engine")
     torch.set_num_threads(1)
     if args.parent_pid is not None:
         _watch_parent(args.parent_pid)
@@ -149,7 +154,7 @@ def main(argv: list[str] | None = None) -> int:
         directory = check_model_dir(args.model_path)
         codec = TextCodec(Path(directory))
         with torch.inference_mode():
-            model = load_model(directory, args.impl, args.max_total_len)
+            model = load_model(directory, args.impl, args.max_total_len, deterministic=args.deterministic)
     except (CheckpointError, ConfigError, UnsupportedModelError) as error:
         print(f"engine: {error}", file=sys.stderr, flush=True)
         return 2

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from miles_rollout.engines.local.sampler import SamplingRows, sample, uniforms
+from miles_rollout.engines.local.sampler import SamplingRows, Truncation, sample, uniforms
 
 if TYPE_CHECKING:
     from miles_rollout.engines.local.jobs import Job
@@ -27,8 +27,8 @@ _UNIFORM_STEPS = 16
 class RunningBatch:
     """Rows of jobs being decoded. `jobs[i]` owns row i of every tensor and of the `KVPool`."""
 
-    def __init__(self, pool: KVPool, vocab_size: int) -> None:
-        self.pool, self.vocab_size = pool, vocab_size
+    def __init__(self, pool: KVPool, vocab_size: int, *, exact: bool = False) -> None:
+        self.pool, self.vocab_size, self.exact = pool, vocab_size, exact
         self.jobs: list[Job] = []
         self.longest = 0
         """Length of the longest row, the token about to be run included."""
@@ -81,7 +81,7 @@ class RunningBatch:
         ints = self._ints[:, rows]
         positions = ints[_POSITION].add_(1)
         self._forbid_early_stops(logits, start)
-        tokens, logprobs = sample(logits, self._sampling_rows(start), self._uniforms(start))
+        tokens, logprobs = sample(logits, self._sampling_rows(start), self._uniforms(start), exact=self.exact)
         ints[_TOKEN] = tokens
         columns = positions - ints[_FIRST]
         self.longest = max(self.longest, int(positions.max()) + 1)
@@ -178,13 +178,12 @@ class RunningBatch:
         rows = SamplingRows(
             temperature=temperature,
             greedy=greedy,
-            top_k=ints[_TOP_K],
             top_p=floats[_TOP_P],
             min_p=floats[_MIN_P],
             any_scaled=bool((temperature != 1).any()),
             any_greedy=bool(greedy.any()),
             all_greedy=bool(greedy.all()),
-            any_truncated=bool((truncated & ~greedy).any()),
+            truncated=_truncations(ints[_TOP_K], truncated, greedy),
         )
         if start == 0:
             self._rows = rows
@@ -211,6 +210,17 @@ class RunningBatch:
     def _widen(self, width: int) -> None:
         shape = (self._tokens.shape[0], max(width, 2 * self._tokens.shape[1]))
         self._tokens, self._logprobs = _grown(self._tokens, shape), _grown(self._logprobs, shape)
+
+
+def _truncations(top_k: torch.Tensor, truncated: torch.Tensor, greedy: torch.Tensor) -> list[Truncation]:
+    """Sort the rows that do not draw from all tokens by their top-k; greedy rows may go with any others."""
+    drawn = truncated & ~greedy
+    if not drawn.any():
+        return []
+    widths = top_k[drawn].unique().tolist()
+    if len(widths) == 1 and bool((truncated | greedy).all()):
+        return [Truncation(None, widths[0])]
+    return [Truncation((drawn & (top_k == width)).nonzero().flatten(), width) for width in widths]
 
 
 def _grown(old: torch.Tensor, shape: tuple[int, int]) -> torch.Tensor:

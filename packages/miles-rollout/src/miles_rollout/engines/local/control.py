@@ -15,7 +15,7 @@ from miles_rollout.engines.local.protocol import (
     UpdateVersionRequest,
     UpdateWeightsRequest,
 )
-from miles_rollout.engines.local.weights import check_weights_dir, checksum
+from miles_rollout.engines.local.weights import CHECKSUM, check_weights_dir, live_checksum
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
@@ -44,6 +44,8 @@ class Control:
         self.engine, self.info = engine, info
         self._scheduler = engine.scheduler
         self._updating = asyncio.Lock()
+        self._source = Path(info["model_path"])
+        """Where the live weights were read from."""
 
     def routes(self) -> dict[str, Route]:
         """Return every endpoint by path."""
@@ -154,6 +156,7 @@ class Control:
                 scheduler.weights_arrived()
 
             await self._in_loop(swap)
+            self._source = directory
         return 200, {"success": True, "message": "Weights updated.", "num_paused_requests": 0}
 
     async def update_weight_version(self, body: bytes) -> Answer:
@@ -175,15 +178,19 @@ class Control:
         return 200, {"success": True, "message": ""}
 
     async def weights_checker(self, body: bytes) -> Answer:
-        """Hash the live weights."""
+        """Hash the weights as they were read, and name live ones that differ from them; the loop goes on meanwhile."""
         request = _parse(body or b"{}", dict[str, Any])
         if isinstance(request, str):
             return _failed(request)
         action = request.get("action")
         if action != "checksum":
             return _failed(f"action {action!r} is not supported; only 'checksum' is")
-        sums = await self._in_loop(lambda: checksum(self._scheduler.model.tensors()))
-        return 200, {"success": True, "message": "", "checksums": sums}
+        async with self._updating:
+            try:
+                sums, stale = await asyncio.to_thread(live_checksum, self._scheduler.model, self._source)
+            except CheckpointError as error:
+                return _failed(f"the weights were read from files that are gone or damaged: {error}")
+        return 200, {"success": True, "message": "", "checksums": sums, "checksum_of": CHECKSUM, "stale": stale}
 
     def _load(self) -> dict[str, Any]:
         running, waiting = len(self._scheduler.batch), len(self._scheduler.waiting) + self.engine.queued

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import socket
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 __all__ = ["LocalFleet"]
 
 _REQUEST_TIMEOUT, _POLL = 30.0, 0.05
+_LAST_PORT = 65535
 
 
 class LocalFleet:
@@ -33,12 +35,14 @@ class LocalFleet:
     An engine that dies by itself, once it has answered, is reported on stderr with its last words.
     """
 
-    def __init__(self, options: LocalEngineOptions, model_path: str, seed: int) -> None:
+    def __init__(self, options: LocalEngineOptions, model_path: str, seed: int, *, deterministic: bool = False) -> None:
         """Check the address; nothing starts yet. Raises `ConfigError` unless `--engine-host` is loopback."""
         check_loopback(options.engine_host)
         self._options, self._model_path, self._seed = options, model_path, seed
+        self._deterministic = deterministic
         self._placements: list[Placement] = []
         self._children: list[Child] = []
+        self._replaced = 0
         self._stopped = threading.Event()
         # held while an engine is added: `stop`, which may come from another thread, finds all or prevents it
         self._lock = threading.Lock()
@@ -86,14 +90,15 @@ class LocalFleet:
         with self._lock:
             self._refuse_if_stopped()
             old = self._children[index]
+            self._replaced += 1
         old.end()
         child = self._launch(index, "--await-weights")
         self._await_health(child, time.monotonic() + self._options.engine_start_timeout)
         return child.endpoint
 
-    def why_dead(self) -> list[str]:
-        """Return one line for each engine that died by itself: its index, exit code and last words."""
-        return [text.replace("\n", " | ") for child in list(self._children) if (text := child.why_dead())]
+    def dead(self) -> dict[int, str]:
+        """Return, for each engine that died by itself, its exit code and last words; by index."""
+        return {child.index: text for child in list(self._children) if (text := child.why_dead())}
 
     def stop(self) -> None:
         """End every engine, for good; may be called twice, before `start`, or while another thread is in it."""
@@ -127,9 +132,13 @@ class LocalFleet:
         command = [sys.executable, "-m", "miles_rollout.engines.local", "--model-path", self._model_path]
         command += ["--host", options.engine_host, "--fd", str(sock.fileno()), "--impl", options.engine_impl]
         command += ["--max-running-requests", str(options.engine_max_running_requests)]
-        command += ["--seed", str(self._seed * 1009 + index), "--parent-pid", str(os.getpid()), *extra]
+        # another one after a restart: requests without a seed must not be answered with the same draws again
+        seed = self._seed * 1009 + index + 1_000_003 * self._replaced
+        command += ["--seed", str(seed), "--parent-pid", str(os.getpid()), *extra]
         if options.engine_max_total_len is not None:
             command += ["--max-total-len", str(options.engine_max_total_len)]
+        if self._deterministic:
+            command.append("--deterministic")
         # A file, not a pipe: nobody has to read it while the engine runs.
         errors = tempfile.TemporaryFile()  # noqa: SIM115 - closed when the engine has ended
         environment = {"OMP_WAIT_POLICY": "passive", **os.environ, "OMP_NUM_THREADS": "1"}
@@ -152,6 +161,8 @@ class LocalFleet:
         """Open the engine's socket here, so that no other process can take the port before it listens."""
         options = self._options
         port = 0 if options.rollout_engine_base_port is None else options.rollout_engine_base_port + index
+        if port > _LAST_PORT:
+            raise ServiceError(f"--rollout-engine-base-port leaves no port for engine {index}: {port} is not one")
         sock = socket.socket(socket.AF_INET6 if ":" in options.engine_host else socket.AF_INET)
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
@@ -159,7 +170,7 @@ class LocalFleet:
             sock.listen(2048)
         except OSError as error:
             sock.close()
-            raise ServiceError(f"engine {index} cannot listen on {options.engine_host}:{port}: {error}") from None
+            raise ServiceError(_cannot_listen(index, options, port, error)) from None
         return sock
 
     def _await_health(self, child: Child, deadline: float) -> None:
@@ -190,6 +201,18 @@ class LocalFleet:
                 _request(child.endpoint.url + path, body, _REQUEST_TIMEOUT)
             except OSError as error:
                 raise ServiceError(f"engine {index} at {child.endpoint.url} failed {path}: {error}") from error
+
+
+def _cannot_listen(index: int, options: LocalEngineOptions, port: int, error: OSError) -> str:
+    reason = error.strerror or error
+    if options.rollout_engine_base_port is None or error.errno not in (errno.EADDRINUSE, errno.EACCES):
+        advice = f"--engine-host {options.engine_host} is not an address of this machine, or it has no port left"
+    else:
+        advice = (
+            f"--rollout-engine-base-port {options.rollout_engine_base_port} gives it this port, which is taken or not "
+            "allowed; choose another, or leave it out: then free ones are taken"
+        )
+    return f"engine {index} cannot listen on {options.engine_host}:{port} ({reason}): {advice}"
 
 
 def _request(url: str, body: dict[str, Any] | None, timeout: float) -> dict[str, Any]:

@@ -30,10 +30,16 @@ _MASK = (1 << 63) - 1
 
 
 class JobFactory:
-    """Turns requests into jobs for one model; requests without a seed get one from the engine's own stream."""
+    """Turns requests into jobs for one model; requests without a seed get one from the engine's own stream.
 
-    def __init__(self, codec: TextCodec, vocab_size: int, max_total_len: int, seed: int) -> None:
+    With `deterministic` they are refused unless greedy: what they drew would depend on who came before.
+    """
+
+    def __init__(
+        self, codec: TextCodec, vocab_size: int, max_total_len: int, seed: int, *, deterministic: bool = False
+    ) -> None:
         self.codec, self.vocab_size, self.max_total_len = codec, vocab_size, max_total_len
+        self._deterministic = deterministic
         self._names = map(f"{uuid.uuid4().hex[:12]}-{{}}".format, count())
         self._seed = (seed * 0xD1342543DE82EF95 + 1) & _MASK
 
@@ -111,7 +117,7 @@ class JobFactory:
             top_p=sampling.top_p,
             top_k=sampling.top_k,
             min_p=sampling.min_p,
-            seed=self._next_seed() if sampling.sampling_seed is None else sampling.sampling_seed & _MASK,
+            seed=self._seed_of(sampling),
             min_new_tokens=sampling.min_new_tokens,
             stop_ids=tuple(i for i in stop_ids if 0 <= i < self.vocab_size),
             stop_strings=sampling.stop_strings(),
@@ -124,7 +130,14 @@ class JobFactory:
         seeds = [(template.seed + i) & _MASK for i in range(sampling.n)]
         return [Job(rid=f"{template.rid}_{i}", seed=seed, **shared) for i, seed in enumerate(seeds)]
 
-    def _next_seed(self) -> int:
+    def _seed_of(self, sampling: SamplingParams) -> int:
+        if sampling.sampling_seed is not None:
+            return sampling.sampling_seed & _MASK
+        if self._deterministic and sampling.temperature > 0:
+            raise RequestError(
+                "a deterministic engine needs a sampling_seed with each request that is not greedy: see "
+                "miles_rollout.generate.turn.sampling_seed"
+            )
         self._seed = (self._seed + _SEED_STRIDE) & _MASK
         return self._seed
 

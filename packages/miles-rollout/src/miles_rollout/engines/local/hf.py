@@ -59,6 +59,7 @@ class HFModel:
     """A `SlotModel` around `AutoModelForCausalLM`, in float32."""
 
     impl = "hf"
+    deterministic = False
 
     def __init__(self, directory: Path, max_total_len: int | None) -> None:
         self._model = _load(directory)

@@ -7,10 +7,11 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
-__all__ = ["KVLayout", "KVPool", "Prefill", "PromptCache"]
+__all__ = ["KVLayout", "KVPool", "KVRows", "Prefill", "PromptCache"]
 
 KVLayout = list[tuple[int, int, int]]
 """Per layer: key/value heads, key dimension, value dimension."""
@@ -39,8 +40,17 @@ class Prefill:
         return sum(t.nbytes for t in (*self.keys, *self.values, self.logits))
 
 
+class KVRows(NamedTuple):
+    """Some successive rows of a `KVPool`, as views."""
+
+    keys: list[torch.Tensor]
+    """Per layer `[B, K, length, D]`."""
+    values: list[torch.Tensor]
+    length: int
+
+
 class KVPool:
-    """Rows of keys and values, `[rows, K, length, D]` per layer; both sizes grow by need up to their limits.
+    """Rows of keys and values, `[rows, K, length, D]` per layer; both sizes grow by need, ahead of it up to the limits.
 
     Fresh memory is zeroed: masked positions get weight 0, and 0 times garbage could be NaN.
     """
@@ -68,10 +78,10 @@ class KVPool:
         if rows <= self.rows and length <= self.length:
             return
         if rows > self.rows:
-            rows = min(self.max_rows, max(rows, 2 * self.rows, 8))
+            rows = max(rows, min(self.max_rows, max(2 * self.rows, 8)))
         if length > self.length:
             wanted = max(length, self.length + self.length // 2)
-            length = min(self.max_length, -(-wanted // _LENGTH_STEP) * _LENGTH_STEP)
+            length = max(length, min(self.max_length, -(-wanted // _LENGTH_STEP) * _LENGTH_STEP))
         rows, length = max(rows, self.rows), max(length, self.length)
         for pool in (self.keys, self.values):
             for layer, old in enumerate(pool):
@@ -80,6 +90,10 @@ class KVPool:
                     new[:used_rows, :, : self.length] = old[:used_rows]
                 pool[layer] = new
         self.rows, self.length = rows, length
+
+    def part(self, start: int, stop: int) -> KVRows:
+        """Return rows `start` … `stop - 1`; they hold until the pool grows."""
+        return KVRows([k[start:stop] for k in self.keys], [v[start:stop] for v in self.values], self.length)
 
     def put(self, start: int, prefill: Prefill, index: torch.Tensor) -> None:
         """Write row `index[i]` of `prefill` to row `start + i`; there must be room."""

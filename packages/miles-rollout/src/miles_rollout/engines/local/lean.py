@@ -9,12 +9,13 @@ Legend: B rows, P prompts, L positions, H query heads, K key/value heads, D head
 # ruff: noqa: N803, N806 - tensor names end in their shape
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+import math
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.nn.functional as F  # noqa: N812
 
-from miles_rollout.engines.local.kv import KVLayout, KVPool, Prefill
+from miles_rollout.engines.local.kv import KVLayout, KVPool, KVRows, Prefill
 from miles_rollout.engines.local.lean_config import LeanConfig
 from miles_rollout.engines.local.weights import Checkpoint
 
@@ -26,6 +27,7 @@ __all__ = ["LeanModel"]
 
 _SCORE_LOGITS = 8_000_000
 """Logits computed at once when a prompt is scored."""
+_ROTATION_PAGE = 256
 
 
 class _Layer(NamedTuple):
@@ -53,6 +55,7 @@ class LeanModel:
     """A `SlotModel` for the configurations `LeanConfig` covers."""
 
     impl = "lean"
+    deterministic = False
 
     def __init__(self, directory: Path, max_total_len: int | None) -> None:
         self.config = config = LeanConfig.read(directory, max_total_len)
@@ -119,7 +122,7 @@ class LeanModel:
             values.append(v)
         return x.view(prompts, length, -1), keys, values
 
-    def decode(self, tokens: torch.Tensor, positions: torch.Tensor, pool: KVPool, length: int) -> torch.Tensor:
+    def decode(self, tokens: torch.Tensor, positions: torch.Tensor, pool: KVPool | KVRows, length: int) -> torch.Tensor:
         """Run one token per row; see `SlotModel`."""
         config, weights = self.config, self._weights
         rows, kv_heads, dim = len(tokens), config.kv_heads, config.head_dim
@@ -141,10 +144,13 @@ class LeanModel:
             # The rows' first `length` positions, K transposed, as one view each.
             seen_k = all_k.as_strided((rows * kv_heads, dim, length), (pool.length * dim, 1, dim))
             seen_v = all_v.as_strided((rows * kv_heads, length, dim), (pool.length * dim, dim, 1))
-            scores = torch.baddbmm(mask, q, seen_k, alpha=self._scale)
-            attended = torch.bmm(scores.softmax(-1), seen_v)
-            x = self._finish_layer(layer, x, attended.view(rows, -1))
+            x = self._finish_layer(layer, x, self._attend(q, seen_k, seen_v, mask).view(rows, -1))
         return self._logits(x)
+
+    def _attend(self, q: torch.Tensor, seen_k: torch.Tensor, seen_v: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        """Return `[B·K, H / K, D]`; `q` is like it, K `[B·K, D, L]`, V `[B·K, L, D]`, the mask `[B·K, 1, L]`."""
+        scores = torch.baddbmm(mask, q, seen_k, alpha=self._scale)
+        return torch.bmm(scores.softmax(-1), seen_v)
 
     def _project(
         self, layer: _Layer, x: torch.Tensor, rotation: torch.Tensor, shape: tuple[int, ...]
@@ -152,11 +158,11 @@ class LeanModel:
         """Return the rotated q and k together, `[*shape, H + K, D]`, and v, `[*shape, K, D]`."""
         config = self.config
         turned = config.heads + config.kv_heads
-        qkv = F.linear(_normed(x, self._floor), layer.qkv, layer.qkv_bias)
+        qkv = F.linear(self._normed(x, self._floor), layer.qkv, layer.qkv_bias)
         qkv = qkv.view(*shape, turned + config.kv_heads, config.head_dim)
         qk = qkv[..., :turned, :]
         if layer.qk_norm is not None:
-            qk = _normed(qk, self._head_floor).mul_(layer.qk_norm)
+            qk = self._normed(qk, self._head_floor).mul_(layer.qk_norm)
         rotated = torch.view_as_real(torch.view_as_complex(qk.unflatten(-1, (-1, 2))) * rotation).flatten(-2)
         return rotated, qkv[..., turned:, :]
 
@@ -165,24 +171,48 @@ class LeanModel:
         x = torch.addmm(x, attended, layer.out)
         if layer.out_bias is not None:
             x += layer.out_bias
-        gate_up = F.linear(_normed(x, self._floor), layer.gate_up)
+        gate_up = F.linear(self._normed(x, self._floor), layer.gate_up)
         return torch.addmm(x, F.silu(gate_up[:, :ffn]).mul_(gate_up[:, ffn:]), layer.down)
 
     def _logits(self, x: torch.Tensor) -> torch.Tensor:
-        return F.linear(_normed(x, self._floor).mul_(self._weights.norm), self._weights.head)
+        return F.linear(self._normed(x, self._floor).mul_(self._weights.norm), self._weights.head)
+
+    @staticmethod
+    def _normed(x: torch.Tensor, floor: torch.Tensor) -> torch.Tensor:
+        """Return x / sqrt(|x|² + floor²): RMSNorm without its weight and the square root of its width."""
+        return x / torch.hypot(torch.linalg.vector_norm(x, dim=-1, keepdim=True), floor)
 
     def _rotation_table(self, length: int) -> torch.Tensor:
-        """Return e^(i·position·frequency), `[≥ length, D / 2]` complex, grown by need."""
+        """Return e^(i·position·frequency), `[length, D / 2]` complex, grown by need.
+
+        In pages, each computed alone: how a place is rounded does not depend on how long the table is by then.
+        """
         if length > len(self._rotations):
-            positions = torch.arange(min(self.max_positions, max(256, 2 * length)), dtype=torch.float)
-            angles = torch.outer(positions, self.config.inverse_frequencies())
-            self._rotations = torch.polar(torch.ones_like(angles), angles)
+            pages, frequencies = [self._rotations], _inverse_frequencies(self.config)
+            for start in range(len(self._rotations), 2 * length, _ROTATION_PAGE):
+                angles = torch.outer(torch.arange(start, start + _ROTATION_PAGE, dtype=torch.float), frequencies)
+                pages.append(torch.polar(torch.ones_like(angles), angles))
+            self._rotations = torch.cat(pages)
         return self._rotations if self._rotations.shape[0] == length else self._rotations[:length]
 
 
-def _normed(x: torch.Tensor, floor: torch.Tensor) -> torch.Tensor:
-    """Return x / sqrt(|x|² + floor²): RMSNorm without its weight and the square root of its width."""
-    return x / torch.hypot(torch.linalg.vector_norm(x, dim=-1, keepdim=True), floor)
+def _inverse_frequencies(config: LeanConfig) -> torch.Tensor:
+    """Return RoPE's inverse frequencies, `[head_dim / 2]` float32."""
+    exponents = torch.arange(0, config.head_dim, 2, dtype=torch.float) / config.head_dim
+    plain = 1.0 / (config.rope["rope_theta"] ** exponents)
+    return _llama3(plain, config.rope) if config.rope["rope_type"] == "llama3" else plain
+
+
+def _llama3(plain: torch.Tensor, rope: dict[str, Any]) -> torch.Tensor:
+    """Stretch low frequencies by `factor`, keep high ones, and blend between."""
+    factor, old_length = rope["factor"], rope["original_max_position_embeddings"]
+    low, high = rope["low_freq_factor"], rope["high_freq_factor"]
+    wavelength = 2 * math.pi / plain
+    blend = (old_length / wavelength - low) / (high - low)
+    medium = (1 - blend) * plain / factor + blend * plain
+    stretched = torch.where(wavelength > old_length / low, plain / factor, plain)
+    is_medium = ~(wavelength < old_length / high) & ~(wavelength > old_length / low)
+    return torch.where(is_medium, medium, stretched)
 
 
 def _side_by_side(weight: torch.Tensor, heads: int) -> torch.Tensor:

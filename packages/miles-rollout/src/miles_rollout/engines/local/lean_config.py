@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 from miles_rollout.engines.local.errors import UnsupportedModelError
-from miles_rollout.engines.local.weights import read_json
+from miles_rollout.engines.local.json_file import read_json
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -108,12 +105,6 @@ class LeanConfig:
             rope=_rope(raw),
         )
 
-    def inverse_frequencies(self) -> torch.Tensor:
-        """Return RoPE's inverse frequencies, `[head_dim / 2]` float32."""
-        exponents = torch.arange(0, self.head_dim, 2, dtype=torch.float) / self.head_dim
-        plain = 1.0 / (self.rope["rope_theta"] ** exponents)
-        return _llama3(plain, self.rope) if self.rope["rope_type"] == "llama3" else plain
-
 
 def _decline(reason: str) -> UnsupportedModelError:
     return UnsupportedModelError(f"the lean forward does not cover {reason}")
@@ -155,15 +146,3 @@ def _rope(raw: dict[str, Any]) -> dict[str, Any]:
     if known is None or set(rope) - known:
         raise _decline(f"RoPE parameters {rope}")
     return rope
-
-
-def _llama3(plain: torch.Tensor, rope: dict[str, Any]) -> torch.Tensor:
-    """Stretch low frequencies by `factor`, keep high ones, and blend between."""
-    factor, old_length = rope["factor"], rope["original_max_position_embeddings"]
-    low, high = rope["low_freq_factor"], rope["high_freq_factor"]
-    wavelength = 2 * math.pi / plain
-    blend = (old_length / wavelength - low) / (high - low)
-    medium = (1 - blend) * plain / factor + blend * plain
-    stretched = torch.where(wavelength > old_length / low, plain / factor, plain)
-    is_medium = ~(wavelength < old_length / high) & ~(wavelength > old_length / low)
-    return torch.where(is_medium, medium, stretched)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Protocol
 
 from miles_rollout.engines.local.errors import UnsupportedModelError
 from miles_rollout.engines.local.lean import LeanModel
+from miles_rollout.engines.local.lean_fixed import FixedShapeModel
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -24,6 +25,8 @@ class SlotModel(Protocol):
     """A causal language model that keeps its keys and values in the rows of a `KVPool`. Float32 throughout."""
 
     impl: str
+    deterministic: bool
+    """Whether what a row gets depends, bit for bit, on that row alone."""
     vocab_size: int
     max_positions: int
     layout: KVLayout
@@ -56,13 +59,15 @@ class SlotModel(Protocol):
         ...
 
 
-def load_model(directory: Path, impl: str, max_total_len: int | None) -> SlotModel:
+def load_model(directory: Path, impl: str, max_total_len: int | None, *, deterministic: bool = False) -> SlotModel:
     """Load the model of a Hugging Face directory; `impl` is `auto`, `lean` or `hf`.
 
     Raises:
         CheckpointError: a file is missing or damaged.
-        UnsupportedModelError: no implementation asked for covers this configuration.
+        UnsupportedModelError: no implementation asked for covers this configuration, or determinism.
     """
+    if deterministic:
+        return _deterministic(directory, impl, max_total_len)
     if impl in ("auto", "lean"):
         try:
             return LeanModel(directory, max_total_len)
@@ -74,3 +79,13 @@ def load_model(directory: Path, impl: str, max_total_len: int | None) -> SlotMod
     from miles_rollout.engines.local.hf import HFModel  # noqa: PLC0415
 
     return HFModel(directory, max_total_len)
+
+
+def _deterministic(directory: Path, impl: str, max_total_len: int | None) -> SlotModel:
+    """Load a model whose rows are independent to the bit: transformers' own forward cannot promise that."""
+    if impl == "hf":
+        raise UnsupportedModelError("--deterministic needs our own forward: --engine-impl lean or auto, not hf")
+    try:
+        return FixedShapeModel(directory, max_total_len)
+    except UnsupportedModelError as error:
+        raise UnsupportedModelError(f"--deterministic needs our own forward, and {error}") from None

@@ -7,15 +7,28 @@ request draws does not depend on its neighbours. Legend: B rows, V vocabulary, C
 # ruff: noqa: N803, N806 - tensor names end in their shape
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
 
-__all__ = ["SamplingRows", "sample", "uniforms"]
+__all__ = ["SamplingRows", "Truncation", "sample", "uniforms"]
 
 _CHUNK = 256
 _FLAT_LIMIT = 1024
 """Vocabularies up to here are scanned in one go, larger ones chunk by chunk."""
+
+
+class Truncation(NamedTuple):
+    """Rows with the same top-k, that of some also with top-p or min-p.
+
+    Together, as how many candidates are ranked decides which of two equally likely ones comes first.
+    """
+
+    rows: torch.Tensor | None
+    """Int64; None for all."""
+    width: int
+    """Their top-k; the vocabulary size where not limited."""
 
 
 class SamplingRows(NamedTuple):
@@ -25,21 +38,23 @@ class SamplingRows(NamedTuple):
     """Float32; 1 in greedy rows."""
     greedy: torch.Tensor
     """Bool."""
-    top_k: torch.Tensor
-    """Int64; the vocabulary size where not limited."""
     top_p: torch.Tensor
     min_p: torch.Tensor
     any_scaled: bool
     any_greedy: bool
     all_greedy: bool
-    any_truncated: bool
+    truncated: list[Truncation]
+    """The rows that do not draw from all tokens."""
 
 
-def sample(logits_BV: torch.Tensor, rows: SamplingRows, uniform: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def sample(
+    logits_BV: torch.Tensor, rows: SamplingRows, uniform: torch.Tensor, *, exact: bool = False
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Draw one token per row with its number from `uniforms`; return tokens (int64) and their log-probs (float32).
 
     The log-prob is that of the temperature-scaled distribution before top-k, top-p and min-p, as in SGLang; a greedy
-    row reports temperature 1. `logits_BV` may be overwritten.
+    row reports temperature 1. `logits_BV` may be overwritten. With `exact` nothing depends on the row's place, to the
+    last bit: not the log, of which a vectorised one may round its tail otherwise, nor the order of equal candidates.
     """
     if rows.any_scaled:
         logits_BV = logits_BV.div_(rows.temperature[:, None])
@@ -47,10 +62,15 @@ def sample(logits_BV: torch.Tensor, rows: SamplingRows, uniform: torch.Tensor) -
     if rows.all_greedy:
         tokens = _most_likely(probs_BV)
     else:
-        tokens = _draw_truncated(probs_BV, uniform, rows) if rows.any_truncated else _draw(probs_BV, uniform)
+        tokens = _drawn(probs_BV, uniform, rows, exact=exact)
         if rows.any_greedy:
             tokens = torch.where(rows.greedy, _most_likely(probs_BV), tokens)
-    return tokens, probs_BV.gather(1, tokens[:, None]).squeeze(1).log_()
+    chosen = probs_BV.gather(1, tokens[:, None]).squeeze(1)
+    return tokens, _logs(chosen) if exact else chosen.log_()
+
+
+def _logs(probs: torch.Tensor) -> torch.Tensor:
+    return torch.tensor([-math.inf if p == 0 else math.log(p) for p in probs.tolist()])
 
 
 def uniforms(seeds: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
@@ -77,6 +97,18 @@ def _invert(weights: torch.Tensor, target_share: torch.Tensor) -> tuple[torch.Te
     # Rounding must not lift the target to the total, which no cumulative weight exceeds.
     target = torch.minimum(target_share * total, torch.nextafter(total, torch.zeros_like(total)))
     return (cumulative <= target[:, None]).sum(-1), target
+
+
+def _drawn(probs_BV: torch.Tensor, uniform: torch.Tensor, rows: SamplingRows, *, exact: bool) -> torch.Tensor:
+    """Draw from all tokens, or where a row truncates them from its most likely ones."""
+    if rows.truncated and rows.truncated[0].rows is None:
+        width = rows.truncated[0].width
+        return _draw_truncated(probs_BV, uniform, width, rows.top_p, rows.min_p, stable=exact)
+    tokens = _draw(probs_BV, uniform)
+    for index, width in rows.truncated:
+        limits = (rows.top_p[index], rows.min_p[index])
+        tokens[index] = _draw_truncated(probs_BV[index], uniform[index], width, *limits, stable=exact)
+    return tokens
 
 
 def _draw(probs_BV: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
@@ -118,15 +150,17 @@ def _chunk_of(probs_BV: torch.Tensor, chunk: torch.Tensor, filler: float) -> tup
     return probs_BV.gather(1, columns).masked_fill_(outside, filler), columns
 
 
-def _draw_truncated(probs_BV: torch.Tensor, uniform: torch.Tensor, rows: SamplingRows) -> torch.Tensor:
-    """Draw with top-k, top-p and min-p, applied to the sorted distribution as SGLang's torch sampler does."""
-    vocabulary = probs_BV.shape[1]
-    # With top-k on every row only so many candidates can survive, and a partial sort finds them.
-    width = min(int(rows.top_k.max()), vocabulary)
-    ranked, tokens = probs_BV.topk(width, dim=-1) if width < vocabulary else probs_BV.sort(-1, descending=True)
+def _draw_truncated(
+    probs_BV: torch.Tensor, uniform: torch.Tensor, width: int, top_p: torch.Tensor, min_p: torch.Tensor, *, stable: bool
+) -> torch.Tensor:
+    """Draw with top-k (`width`), top-p and min-p, applied to the sorted distribution as SGLang's torch sampler does."""
+    # With a top-k only so many candidates can survive, and a partial sort finds them.
+    if width < probs_BV.shape[1]:
+        ranked, tokens = probs_BV.topk(width, dim=-1)
+    else:
+        ranked, tokens = probs_BV.sort(dim=-1, descending=True, stable=stable)
     before = ranked.cumsum(-1) - ranked
-    drop = torch.arange(width) >= rows.top_k[:, None]
     # top_p = 1 keeps everything: rounding of the sum must not cut the tail.
-    drop |= (before > rows.top_p[:, None]) & (rows.top_p[:, None] < 1)
-    drop |= ranked < ranked[:, :1] * rows.min_p[:, None]
+    drop = (before > top_p[:, None]) & (top_p[:, None] < 1)
+    drop |= ranked < ranked[:, :1] * min_p[:, None]
     return tokens.gather(1, _invert(ranked.masked_fill(drop, 0.0), uniform)[0][:, None]).squeeze(1)

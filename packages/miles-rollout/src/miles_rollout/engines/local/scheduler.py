@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from miles_rollout.engines.local.batch import RunningBatch
+from miles_rollout.engines.local.errors import RequestError
 from miles_rollout.engines.local.jobs import Job, News
 from miles_rollout.engines.local.kv import KVPool, Prefill, PromptCache
 
@@ -44,7 +45,7 @@ class Scheduler:
         self.weight_version = "default"
         self.waiting: deque[Job] = deque()
         self.pool = KVPool(model.layout, limits.max_running, model.max_positions)
-        self.batch = RunningBatch(self.pool, model.vocab_size)
+        self.batch = RunningBatch(self.pool, model.vocab_size, exact=model.deterministic)
         self.cache = PromptCache(limits.cache_bytes)
         self._room_limit = max(1, limits.kv_bytes // max(1, self.pool.bytes_per_token))
 
@@ -88,7 +89,13 @@ class Scheduler:
 
     def pause(self, mode: str) -> list[Job]:
         """Stop stepping. `abort` ends all jobs and returns them; `retract` drops their keys and values, so that they
-        are computed anew; `in_place` keeps everything."""
+        are computed anew; `in_place` keeps everything.
+
+        Raises:
+            RequestError: `retract` of a deterministic model, which rounds a prompt otherwise than what it drew.
+        """
+        if mode == "retract" and self.model.deterministic:
+            raise RequestError("a deterministic engine does not retract requests: pause with abort or in_place")
         self.paused = True
         if mode == "abort":
             return self.abort(lambda _: True)

@@ -8,8 +8,10 @@ from typing import TYPE_CHECKING, Any
 from tokenizers import Tokenizer
 from tokenizers.decoders import DecodeStream
 
+from miles_api.errors import DataError
 from miles_rollout.engines.local.errors import CheckpointError
-from miles_rollout.engines.local.weights import read_json
+from miles_rollout.engines.local.json_file import read_json
+from miles_rollout.plain_tokenizer import plain_backend
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -19,9 +21,6 @@ __all__ = ["TextCodec", "TextStream"]
 
 # The engine has one thread to give; rayon's pool would fight with it.
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-
-_PLAIN_CLASSES = {"PreTrainedTokenizerFast", "TokenizersBackend"}
-"""Classes that add nothing to what `tokenizer.json` says."""
 
 
 class TextCodec:
@@ -95,37 +94,10 @@ def _held_back(text: str, stop_strings: Iterable[str]) -> int:
 
 
 def _plain_backend(directory: Path) -> Tokenizer | None:
-    """Return the backend where `tokenizer.json` alone decides; None where transformers has a say."""
-    path = directory / "tokenizer.json"
-    config_path = directory / "tokenizer_config.json"
-    if not path.is_file():
-        return None
-    config = read_json(config_path) if config_path.is_file() else {}
-    if config.get("tokenizer_class", "PreTrainedTokenizerFast") not in _PLAIN_CLASSES:
-        return None
-    if any(config.get(key) for key in ("clean_up_tokenization_spaces", "add_bos_token", "add_eos_token", "auto_map")):
-        return None
     try:
-        backend = Tokenizer.from_file(str(path))
-    except Exception as error:  # tokenizers raises bare Exception for a malformed file
-        raise CheckpointError(f"{path} cannot be read: {error}") from error
-    backend.no_padding()
-    backend.no_truncation()
-    added = backend.get_added_tokens_decoder()
-    named = config.get("added_tokens_decoder", {})
-    if any(int(i) not in added or added[int(i)].special != t.get("special", False) for i, t in named.items()):
-        return None
-    return backend if _marks_named_specials(backend, config) else None
-
-
-def _marks_named_specials(backend: Tokenizer, config: dict[str, Any]) -> bool:
-    """Whether every special token that the config names is one for the backend too (transformers would make it so)."""
-    special = {token.content for token in backend.get_added_tokens_decoder().values() if token.special}
-    named = [config.get(f"{kind}_token") for kind in ("bos", "eos", "pad", "unk", "sep", "cls", "mask")]
-    named += config.get("additional_special_tokens") or []
-    named += config.get("extra_special_tokens") or []
-    texts = [token.get("content") if isinstance(token, dict) else token for token in named]
-    return all(text in special for text in texts if text)
+        return plain_backend(directory)
+    except DataError as error:
+        raise CheckpointError(str(error)) from error
 
 
 def _through_transformers(directory: Path) -> tuple[Tokenizer | None, Any]:

@@ -2,36 +2,31 @@
 
 from __future__ import annotations
 
-import json
-from hashlib import blake2b
+from hashlib import sha256
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 
 from miles_rollout.engines.local.errors import CheckpointError
+from miles_rollout.engines.local.json_file import read_json
 
-__all__ = ["Checkpoint", "check_model_dir", "check_weights_dir", "checksum", "read_json"]
+if TYPE_CHECKING:
+    from miles_rollout.engines.local.model import SlotModel
 
+__all__ = [
+    "CHECKSUM",
+    "Checkpoint",
+    "check_model_dir",
+    "check_weights_dir",
+    "checksum",
+    "live_checksum",
+]
+
+CHECKSUM = "the first 16 hex digits of SHA-256 over a tensor's values as little-endian float32 in row-major order"
+"""How tensors are hashed; said with every answer, so that others know what to compare it with."""
 _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """Return a JSON object from a file.
-
-    Raises:
-        CheckpointError: the file is missing or holds no JSON object.
-    """
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise CheckpointError(f"{path} is missing") from None
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path} cannot be read: {error}") from error
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{path} holds no JSON object")
-    return value
 
 
 def check_model_dir(model_path: str) -> Path:
@@ -78,6 +73,11 @@ class Checkpoint:
         self._where: dict[str, Any] = {}
         for name in self._file_names():
             self._open(directory / name)
+
+    @property
+    def names(self) -> list[str]:
+        """The names of all tensors."""
+        return list(self._where)
 
     def _file_names(self) -> list[str]:
         if (self.directory / _INDEX).is_file():
@@ -127,8 +127,23 @@ class Checkpoint:
 
 
 def checksum(tensors: dict[str, torch.Tensor]) -> dict[str, str]:
-    """Return a short hash per tensor name, of its float32 bytes."""
+    """Return a short hash per tensor name, as `CHECKSUM` says."""
     return {
-        name: blake2b(tensor.detach().float().contiguous().numpy().data, digest_size=8).hexdigest()
+        name: sha256(tensor.detach().float().contiguous().numpy().data).hexdigest()[:16]
         for name, tensor in sorted(tensors.items())
     }
+
+
+def live_checksum(model: SlotModel, directory: Path) -> tuple[dict[str, str], list[str]]:
+    """Return the hashes of the tensors in `directory`, and which of the model's own tensors did not come from them.
+
+    The model holds tensors that are computed from a checkpoint's, so these are computed once more and compared.
+
+    Raises:
+        CheckpointError: the directory cannot be read any more.
+    """
+    # pyrefly: ignore[bad-argument-count]  every model is made from these two
+    fresh = type(model)(directory, model.max_positions).tensors()
+    stale = [name for name, tensor in model.tensors().items() if not torch.equal(tensor, fresh[name])]
+    with Checkpoint(directory) as checkpoint:
+        return checksum({name: checkpoint.get(name) for name in checkpoint.names}), stale

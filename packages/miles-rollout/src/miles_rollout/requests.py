@@ -1,0 +1,105 @@
+"""HTTP to the router: what was not served is sent again until the one deadline is past.
+
+Whoever serves may die at any moment and is replaced within seconds, so a lost answer says nothing about the request.
+Sending it again doubles nothing: the router forwards inference alone, which leaves nothing behind, an answer that was
+lost was never seen, and a request that brings its own seed is answered with the same tokens.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import time
+from typing import TYPE_CHECKING, Any
+
+import aiohttp
+import msgspec
+
+from miles_api.errors import ServiceError
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+__all__ = ["Requests"]
+
+_OK = 200
+_NOT_SERVED = frozenset({502, 503, 504})
+"""The router lost its engine, has none at the moment, or the engine stays silent. A 4xx or 500 is the answer."""
+_FIRST_PAUSE, _LONGEST_PAUSE = 0.1, 2.0
+"""Seconds before a request is sent again, doubled each time."""
+_ERROR_BODY = 500
+
+_encode = msgspec.json.Encoder().encode
+_decode = msgspec.json.Decoder().decode
+
+
+class _NotServedError(Exception):
+    """Nobody answered, or somebody between us and the engine did."""
+
+
+class Requests:
+    """The connections of one event loop to `url`, `http://host:port`.
+
+    A request has `timeout` seconds for all its attempts together (`--generate-timeout`); `connections` are open at
+    most.
+    """
+
+    def __init__(self, url: str, headers: Mapping[str, str], timeout: float, connections: int) -> None:
+        self._url, self._timeout, self._connections = url, timeout, connections
+        self.headers = {"Content-Type": "application/json", **headers}
+        self._repeated = 0
+
+    @functools.cached_property
+    def session(self) -> aiohttp.ClientSession:
+        """The open connections, made on first use inside the event loop."""
+        connector = aiohttp.TCPConnector(limit=self._connections, keepalive_timeout=3600)
+        return aiohttp.ClientSession(connector=connector, timeout=aiohttp.ClientTimeout(total=self._timeout))
+
+    async def post(self, path: str, payload: Mapping[str, Any]) -> dict[str, Any]:
+        """POST JSON and return the decoded answer.
+
+        Sent again where nobody served it. Raises `ServiceError` with status and body when it is refused, and with what
+        was tried when the deadline is past.
+        """
+        url, body = self._url + path, _encode(payload)
+        deadline = time.monotonic() + self._timeout
+        tries, pause, problem = 0, _FIRST_PAUSE, ""
+        while (left := deadline - time.monotonic()) > 0:
+            tries += 1
+            self._repeated += tries > 1
+            try:
+                return _decode(await self._once(url, body, left))
+            except TimeoutError:
+                break
+            except _NotServedError as error:
+                problem = str(error)
+            await asyncio.sleep(min(pause, max(deadline - time.monotonic(), 0.0)))
+            pause = min(2 * pause, _LONGEST_PAUSE)
+        tried = f", though it was sent {tries} times; last seen: {problem}" if problem else ""
+        raise ServiceError(f"{url} did not answer within --generate-timeout {self._timeout:g} s{tried}")
+
+    async def _once(self, url: str, body: bytes, seconds: float) -> bytes:
+        timeout = aiohttp.ClientTimeout(total=seconds)
+        try:
+            async with self.session.post(url, data=body, headers=self.headers, timeout=timeout) as reply:
+                answer = await reply.read()
+        except TimeoutError:
+            raise
+        except (aiohttp.ClientConnectionError, aiohttp.ClientPayloadError, ConnectionError) as error:
+            raise _NotServedError(f"{type(error).__name__}: {error}") from error
+        except aiohttp.ClientError as error:
+            raise ServiceError(f"{url}: {type(error).__name__}: {error}") from error
+        if reply.status == _OK:
+            return answer
+        said = f"answered {reply.status}: {answer[:_ERROR_BODY].decode(errors='replace')}"
+        raise _NotServedError(said) if reply.status in _NOT_SERVED else ServiceError(f"{url} {said}")
+
+    def take_repeated(self) -> int:
+        """Return how many requests were sent again since the last call."""
+        repeated, self._repeated = self._repeated, 0
+        return repeated
+
+    async def close(self) -> None:
+        """Close the connections, if there are any."""
+        if "session" in self.__dict__:
+            await self.session.close()

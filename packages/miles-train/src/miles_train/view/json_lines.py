@@ -1,0 +1,96 @@
+"""Files of one JSON object a line, each line written at once; a run that is resumed cuts what it makes again."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+
+from miles_api.errors import DataError
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+__all__ = ["JsonLines", "cut_after"]
+
+_encode = msgspec.json.Encoder().encode
+
+
+class JsonLines:
+    """Appends to a file of JSON lines. Its methods raise `DataError` naming the file when it cannot be written."""
+
+    def __init__(self, path: Path) -> None:
+        """Open `path` for appending; half a line that a crash left there is closed, so that it spoils no other."""
+        self._path = path
+        try:
+            # Unbuffered: what could not be written must not come back when the file is closed.
+            self._file = path.open("ab", buffering=0)
+            torn = self._file.tell() > 0 and _last_byte(path) != b"\n"
+        except OSError as error:
+            raise self._refusal(error) from error
+        if torn:
+            self._put(b"\n")
+
+    def append(self, line: dict[str, Any]) -> None:
+        """Write one line. Numbers that are not finite become null: JSON has no other word for them."""
+        self._put(_encode(line) + b"\n")
+
+    def sync(self) -> None:
+        """Return when every line is on the disk."""
+        try:
+            os.fsync(self._file.fileno())
+        except OSError as error:
+            raise self._refusal(error) from error
+
+    def close(self) -> None:
+        """Close the file; safe to call twice."""
+        self._file.close()
+
+    def _put(self, data: bytes) -> None:
+        whole = self._file.tell()
+        try:
+            written = 0
+            while written < len(data):
+                written += self._file.write(data[written:])
+        except OSError as error:
+            with contextlib.suppress(OSError):
+                self._file.truncate(whole)
+            raise self._refusal(error) from error
+
+    def _refusal(self, error: OSError) -> DataError:
+        return DataError(f"{self._path} cannot be written: {error.strerror or error}")
+
+
+def cut_after(path: Path, rollout_id: int) -> None:
+    """Cut a file of rows at the first that belongs to a later rollout, or that cannot be read.
+
+    Raises `DataError` when it cannot be changed.
+    """
+    if not path.is_file():
+        return
+    end = 0
+    try:
+        with path.open("r+b") as file:
+            for line in file:
+                if not _stays(line, rollout_id):
+                    break
+                end += len(line)
+            file.truncate(end)
+    except OSError as error:
+        raise DataError(f"{path} cannot be written: {error.strerror or error}") from error
+
+
+def _stays(line: bytes, rollout_id: int) -> bool:
+    try:
+        return line.endswith(b"\n") and int(json.loads(line)["rollout_id"]) <= rollout_id
+    except (ValueError, KeyError, TypeError):
+        return False
+
+
+def _last_byte(path: Path) -> bytes:
+    with path.open("rb") as file:
+        file.seek(-1, 2)
+        return file.read(1)
