@@ -17,20 +17,21 @@ TIMEOUT = 280
 
 OWN = '''
 """Hooks that draw from every process's generators, and end the whole run's driver at the call they are told to."""
-import json, os, random, signal
+import itertools, json, os, random, signal
 from pathlib import Path
 from miles_api import DynamicFilterOutput
 from miles_rollout.data_source import RolloutDataSourceWithBuffer
 
 HERE = Path(__file__).parent
-CALLS = {}
+# Hooks run in several threads: each call has a number of its own.
+CALLS = {moment: itertools.count(1) for moment in ("reward", "filter", "train", "save", "saved")}
 
 def reached(moment):
-    CALLS[moment] = CALLS.get(moment, 0) + 1
+    call = next(CALLS[moment])
     order = HERE / "kill.json"
     if order.exists():
         wanted = json.loads(order.read_text())
-        if wanted["moment"] == moment and CALLS[moment] == wanted["call"]:
+        if wanted["moment"] == moment and call == wanted["call"]:
             order.rename(HERE / "killed.json")
             os.kill(wanted["pid"], signal.SIGKILL)
 

@@ -1,12 +1,15 @@
 """What the rollout process saves, another one continues from: buffer, budget, chances, counts, random states."""
 
 import random
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 
 from miles_api.errors import DataError
 from miles_api.packing.packed import ArrayBlob
+from miles_rollout import checkpoint
 from miles_rollout.data_source import RolloutDataSourceWithBuffer
 
 
@@ -117,6 +120,29 @@ def test_hooks_draw_on_where_they_were_unless_told_otherwise(worker, tmp_path, l
     assert ((random.random(), np.random.random()) == expected) == load_rng
 
 
+LAZY = """
+import sys
+from miles_rollout import checkpoint
+sys.modules.pop("numpy", None)
+checkpoint.seed(7)
+if sys.argv[1:]:
+    checkpoint.restore_random_states(checkpoint.read(sys.argv[1]).random)
+import numpy
+print(numpy.random.random())
+"""
+
+
+def test_a_hook_that_imports_numpy_when_it_is_called_draws_what_the_run_is_seeded_for(tmp_path):
+    def drawn(*arguments):
+        words = [sys.executable, "-c", LAZY, *map(str, arguments)]
+        return subprocess.run(words, capture_output=True, text=True, check=True).stdout
+
+    assert drawn() == drawn()
+    state = checkpoint.RolloutState(loop=None, hooks={}, random=checkpoint.random_states())
+    checkpoint.write(str(tmp_path), state)
+    assert drawn(tmp_path) == f"{np.random.random()}\n"
+
+
 def test_a_data_source_that_is_reset_begins_with_the_first_prompt(worker, tmp_path):
     first = worker()
     first.generate(0, "1")
@@ -124,6 +150,15 @@ def test_a_data_source_that_is_reset_begins_with_the_first_prompt(worker, tmp_pa
     assert second.generate(1, "1")["samples"][0]["index"] == 0
     third = moved(worker, first, tmp_path)
     assert third.generate(1, "1")["samples"][0]["index"] == 6
+
+
+def test_prompts_that_begin_anew_do_not_take_the_random_states_with_them(worker, tmp_path):
+    first = worker()
+    first.save(0, str(tmp_path))
+    expected = random.random(), np.random.random()
+    second = worker(reset_data_source=True)
+    second.load(0, str(tmp_path))
+    assert (random.random(), np.random.random()) == expected
 
 
 def test_the_loops_state_does_not_depend_on_the_data_source_being_ours(worker, hook, tmp_path):

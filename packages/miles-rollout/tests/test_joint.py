@@ -77,6 +77,35 @@ def test_an_error_reaches_every_sample_as_an_exception_of_its_own():
     assert first is not second
 
 
+def test_an_error_that_cannot_be_copied_reaches_every_sample_too():
+    class OddError(Exception):
+        def __init__(self, code, reason):
+            super().__init__(f"{code}: {reason}")
+
+    def refuse(_):
+        raise OddError(7, "no")
+
+    async def run():
+        joint = JointRequests(Engine(refuse).post, lambda: True)
+        asked = asyncio.gather(*(joint.generate("a", payload(i)) for i in (1, 2)), return_exceptions=True)
+        return await asyncio.wait_for(asked, 5)
+
+    assert [str(error) for error in asyncio.run(run())] == ["7: no", "7: no"]
+
+
+def test_a_group_is_spread_over_the_engines_as_evenly_as_its_samples_were_alone():
+    engine = Engine()
+
+    async def run():
+        joint = JointRequests(engine.post, lambda: True, engines=2)
+        return await asyncio.gather(*(joint.generate("a", payload(i, seed=i)) for i in range(5)))
+
+    assert asyncio.run(run()) == [{"said": [i]} for i in range(5)]
+    assert sorted(len(each["input_ids"]) for _, each in engine.posted) == [2, 3]
+    for _, each in engine.posted:
+        assert [params["sampling_seed"] for params in each["sampling_params"]] == [ids for (ids,) in each["input_ids"]]
+
+
 @pytest.mark.parametrize("answer", [{"said": 1}, [{"said": 1}]])
 def test_an_answer_of_another_length_is_refused(answer):
     async def run():
@@ -124,6 +153,12 @@ def test_each_group_of_a_rollout_is_one_request(worker, fake_engine):
     engine = fake_engine()
     worker(engine, rm_type="f1").generate(0, "1")
     assert (engine.joint, len(engine.requests)) == (2, 6)
+
+
+def test_each_engine_gets_its_share_of_each_group(worker, fake_engine):
+    engine = fake_engine()
+    worker(engine, rm_type="f1", rollout_num_engines=3).generate(0, "1")
+    assert (engine.joint, len(engine.requests)) == (0, 6)
 
 
 def test_samples_travel_alone_where_router_middleware_may_look_at_them(worker, fake_engine):

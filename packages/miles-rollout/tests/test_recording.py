@@ -1,3 +1,5 @@
+import random
+
 import pytest
 
 from miles_api.errors import ConfigError, DataError
@@ -64,8 +66,14 @@ def test_recorded_rollouts_give_the_same_columns_without_engine_prompts_or_filte
         again = running.generate(rollout_id, version)
         assert again["batch"] == results[rollout_id]["batch"]
         assert without_hooks(again["metrics"]) == without_hooks(results[rollout_id]["metrics"])
-    running.save(1, "unused")
-    running.load(1, "unused")
+
+
+def test_a_run_on_recorded_rollouts_that_is_resumed_draws_on_where_it_was(recording, worker, tmp_path):
+    replay = {"load_debug_rollout_data": str(recording[0]), **REPLAY}
+    worker(**replay).save(1, str(tmp_path))
+    expected = random.random()
+    worker(**replay).load(1, str(tmp_path))
+    assert random.random() == expected
 
 
 def test_post_processing_and_conversion_run_again_on_recorded_rollouts(recording, worker, hook):

@@ -4,12 +4,14 @@ import json
 import pickle
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AddedToken, AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers.models.auto import tokenization_auto
 
 from miles_api.errors import DataError
 from miles_api.loading.hookset import HookSet
@@ -36,6 +38,13 @@ PIECES = [
     "\u200d",
 ]
 
+# Whatever class the files name, transformers takes one of its own.
+CORRECTED_FAMILIES = sorted(
+    family
+    for family in tokenization_auto.MODELS_WITH_INCORRECT_HUB_TOKENIZER_CLASS
+    if tokenization_auto.TOKENIZER_MAPPING_NAMES.get(family) != "TokenizersBackend"
+)
+
 
 @pytest.fixture(scope="module")
 def bpe_dir(tmp_path_factory):
@@ -59,6 +68,22 @@ def bpe_dir(tmp_path_factory):
     folder = tmp_path_factory.mktemp("bpe")
     whole.save_pretrained(folder)
     return str(folder)
+
+
+@pytest.fixture
+def variant(bpe_dir, tmp_path):
+    """Return a function that copies the byte-level BPE, with changes to its JSON files; None removes an entry."""
+
+    def make(**changes):
+        for name in ("tokenizer.json", "tokenizer_config.json"):
+            (tmp_path / name).write_bytes(Path(bpe_dir, name).read_bytes())
+        for name, changed in changes.items():
+            file = tmp_path / f"{name}.json"
+            before = json.loads(file.read_text()) if file.exists() else {}
+            file.write_text(json.dumps({k: v for k, v in (before | changed).items() if v is not None}))
+        return str(tmp_path)
+
+    return make
 
 
 @pytest.fixture(params=["characters", "bpe"])
@@ -96,18 +121,39 @@ def test_messages_become_the_same_text_as_with_transformers(bpe_dir, more):
         {"split_special_tokens": True},
         {"pad_token": "<|pad|>"},
         {"extra_special_tokens": ["<call>"]},
+        # What the model's family then decides: the class.
+        {"tokenizer_class": None},
+        # As in the backend but for the blanks that it takes along.
+        {"added_tokens_decoder": {"1": {"content": "<|im_end|>", "lstrip": True, "special": True}}},
     ],
 )
-def test_a_tokenizer_whose_files_do_not_say_all_is_loaded_by_transformers(bpe_dir, tmp_path, changed):
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        (tmp_path / name).write_bytes((type(tmp_path)(bpe_dir) / name).read_bytes())
-    file = tmp_path / "tokenizer_config.json"
-    file.write_text(json.dumps({**json.loads(file.read_text()), **changed}))
-    assert isinstance(load_prompt_tokenizer(str(tmp_path)), PreTrainedTokenizerBase)
+def test_a_tokenizer_whose_files_do_not_say_all_is_loaded_by_transformers(variant, changed):
+    assert isinstance(load_prompt_tokenizer(variant(tokenizer_config=changed)), PreTrainedTokenizerBase)
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"special_tokens_map": {"eos_token": "<|end|>"}},
+        {"added_tokens": {"<new>": 500}},
+        *({"config": {"model_type": family}} for family in CORRECTED_FAMILIES),
+    ],
+)
+def test_files_beside_the_tokenizers_own_that_change_it_are_left_to_transformers(variant, more):
+    assert isinstance(load_prompt_tokenizer(variant(**more)), PreTrainedTokenizerBase)
+
+
+def test_a_family_that_transformers_leaves_alone_needs_no_transformers(variant):
+    folder = variant(config={"model_type": "qwen3"})
+    assert isinstance(load_prompt_tokenizer(folder), PlainTokenizer)
+    text = "déjà e\u0301 42 <|im_end|> x"
+    ours, theirs = load_prompt_tokenizer(folder), AutoTokenizer.from_pretrained(folder)
+    assert ours.encode(text, add_special_tokens=True) == theirs.encode(text)
 
 
 def test_a_broken_tokenizer_file_is_named(tmp_path):
     (tmp_path / "tokenizer.json").write_text('{"model": 1}')
+    (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "TokenizersBackend"}')
     with pytest.raises(DataError, match=r"tokenizer\.json cannot be read"):
         load_prompt_tokenizer(str(tmp_path))
 

@@ -7,6 +7,7 @@ import asyncio
 import concurrent.futures
 import http.client
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -172,6 +173,27 @@ def test_stop_ends_a_start_that_is_under_way(monkeypatch):
     assert raised == "the router was stopped"
     assert not any(map(_alive, pids))
     assert len(pids) == 1
+
+
+def test_stop_does_not_wait_for_a_helper_that_middleware_started_and_that_holds_its_output(tmp_path):
+    (tmp_path / "own.py").write_text(
+        "import pathlib, subprocess\n"
+        "class Helped:\n"
+        "    def __init__(self, app, *, router):\n"
+        "        self._app, helper = app, subprocess.Popen(['sleep', '60'])\n"
+        "        pathlib.Path(__file__).with_name('helper').write_text(str(helper.pid))\n"
+        "    async def __call__(self, scope, receive, send):\n"
+        "        await self._app(scope, receive, send)\n"
+    )
+    router = Router(RouterOptions(), [f"{tmp_path}/own.py:Helped"])
+    router.start()
+    stopping = threading.Thread(target=router.stop, daemon=True)
+    try:
+        stopping.start()
+        stopping.join(20)
+        assert not stopping.is_alive()
+    finally:
+        os.kill(int((tmp_path / "helper").read_text()), signal.SIGKILL)
 
 
 def test_stop_is_final_so_that_a_late_start_leaves_no_child():

@@ -84,6 +84,7 @@ def test_a_trainer_without_the_rollout_package_has_no_such_options():
     ("objective", "run", "message"),
     [
         ({"gamma": 0.9}, {}, "--gamma 0.9 is the discount of reinforce_plus_plus, and --advantage-estimator grpo has"),
+        ({"gamma": 0.9}, {"loss_type": "sft_loss"}, "and --loss-type sft_loss has no advantages: leave it out"),
         ({"policy_loss_type": "cispo", "eps_clip_c": 3.0}, {}, "--eps-clip-c bounds a clipped loss"),
         ({"policy_loss_type": "cispo", "advantage_estimator": "gspo"}, {}, "choose gspo, or cispo with grpo"),
         ({"policy_loss_type": "cispo"}, {"loss_type": "sft_loss"}, "cispo belongs to --loss-type policy_loss"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 import random
 import sys
 from pathlib import Path
@@ -86,9 +87,9 @@ def read(directory: str) -> RolloutState:
 def seed(number: int) -> None:
     """Seed the generators that hooks share: what they draw then depends on the order of their calls alone."""
     random.seed(number)
-    numpy = sys.modules.get("numpy")
-    if numpy is not None:
-        numpy.random.seed(number % 2**32)
+    # Also where no hook has imported it yet: one that does so when it is called would draw from fresh entropy.
+    with contextlib.suppress(ModuleNotFoundError):
+        importlib.import_module("numpy").random.seed(number % 2**32)
 
 
 def random_states() -> dict[str, Any]:
@@ -105,6 +106,5 @@ def restore_random_states(states: dict[str, Any]) -> None:
     """Set the generators to what `random_states` returned."""
     version, keys, gauss = states["python"]
     random.setstate((version, tuple(keys), gauss))
-    numpy = sys.modules.get("numpy")
-    if numpy is not None and "numpy" in states:
-        numpy.random.set_state(tuple(states["numpy"]))
+    if "numpy" in states:
+        importlib.import_module("numpy").random.set_state(tuple(states["numpy"]))

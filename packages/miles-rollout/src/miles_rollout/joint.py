@@ -1,8 +1,8 @@
 """Generations of one group that begin in the same moment travel as one request, as SGLang's protocol allows.
 
 Most of what a small request costs is HTTP, once in each of three processes. The group waits for its slowest sample
-anyway, so nothing waits longer. A joint request holds all its slots until the last answer: it is made only while nobody
-waits for a slot.
+anyway; only its scores come later, as each sample of a joint request is scored when the last one has been generated. A
+joint request also holds all its slots until then: it is made only while nobody waits for a slot.
 """
 
 from __future__ import annotations
@@ -29,9 +29,14 @@ class _Call(NamedTuple):
 class JointRequests:
     """Collects what is asked during one turn of the event loop."""
 
-    def __init__(self, post: Callable[[str, dict[str, Any]], Awaitable[Any]], may_join: Callable[[], bool]) -> None:
-        """`post(path, payload)` sends; `may_join()` is asked once a turn."""
-        self._post, self._may_join = post, may_join
+    def __init__(
+        self, post: Callable[[str, dict[str, Any]], Awaitable[Any]], may_join: Callable[[], bool], engines: int = 1
+    ) -> None:
+        """`post(path, payload)` sends; `may_join()` is asked once a turn.
+
+        A group becomes as many requests as there are `engines`: a router counts requests, not what they hold.
+        """
+        self._post, self._may_join, self._engines = post, may_join, engines
         self._calls: dict[Hashable, list[_Call]] = {}
         self._tasks: set[asyncio.Task[None]] = set()
 
@@ -51,8 +56,9 @@ class JointRequests:
         waiting, self._calls = self._calls, {}
         together = self._may_join()
         for calls in waiting.values():
-            for part in [calls] if together else [[call] for call in calls]:
-                self._start(part)
+            parts = min(self._engines, len(calls)) if together else len(calls)
+            for first in range(parts):
+                self._start(calls[first::parts])
 
     def _start(self, calls: list[_Call]) -> None:
         task = asyncio.ensure_future(self._send(calls))
@@ -72,7 +78,7 @@ class JointRequests:
         except Exception as error:
             for call in calls:
                 if not call.answer.done():
-                    call.answer.set_exception(copy.copy(error))
+                    call.answer.set_exception(_own(error))
             return
         for call, reply in zip(calls, replies, strict=True):
             if not call.answer.done():
@@ -85,6 +91,14 @@ class JointRequests:
         if not isinstance(replies, list) or len(replies) != len(payloads):
             raise ServiceError(f"{_PATH} was given {len(payloads)} prompts and did not answer with as many replies")
         return replies
+
+
+def _own(error: Exception) -> Exception:
+    """Return a copy for one caller, who may add notes to it; the error itself where its class allows none."""
+    try:
+        return copy.copy(error)
+    except Exception:
+        return error
 
 
 def _joined(payloads: Sequence[dict[str, Any]]) -> dict[str, Any]:

@@ -13,12 +13,21 @@ from miles_rollout.tokenizer_files import ChatTemplate, read_object
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from tokenizers import AddedToken
+
 __all__ = ["PlainTokenizer", "plain_backend"]
 
 _PLAIN_CLASSES = {"PreTrainedTokenizerFast", "TokenizersBackend"}
 """Classes that add nothing to what `tokenizer.json` says."""
 _CHANGING = ("clean_up_tokenization_spaces", "add_bos_token", "add_eos_token", "split_special_tokens", "auto_map")
 """Settings with which transformers does more than its backend."""
+_MORE_FILES = ("special_tokens_map.json", "added_tokens.json")
+"""Written by older versions of transformers, and still read."""
+_CORRECTED_FAMILIES = {
+    *("hyperclovax_vision_v2", "qwen2", "qwen3_5", "qwen3_5_moe", "qwen3_5_moe_text", "qwen4_exp"),
+}
+"""Model types for which transformers takes a class of its own, whatever the files say."""
+_OF_A_TOKEN = ("content", "lstrip", "rstrip", "single_word", "normalized", "special")
 _PATCHED_ABOVE = 100_000
 """Vocabularies from here on may be of a family whose files transformers corrects."""
 _NOT_FOR_TEMPLATES = {
@@ -37,9 +46,12 @@ def plain_backend(folder: Path) -> Tokenizer | None:
     if not whole.is_file():
         return None
     config = read_object(folder / "tokenizer_config.json")
-    if config.get("tokenizer_class", "PreTrainedTokenizerFast") not in _PLAIN_CLASSES:
+    # Without a class the model's family decides.
+    if config.get("tokenizer_class") not in _PLAIN_CLASSES or any(config.get(key) for key in _CHANGING):
         return None
-    if any(config.get(key) for key in _CHANGING):
+    if read_object(folder / "config.json").get("model_type") in _CORRECTED_FAMILIES:
+        return None
+    if any((folder / name).is_file() for name in _MORE_FILES):
         return None
     try:
         backend = Tokenizer.from_file(str(whole))
@@ -56,7 +68,7 @@ def _holds_all(backend: Tokenizer, config: dict[str, Any]) -> bool:
         return False
     added = backend.get_added_tokens_decoder()
     listed = config.get("added_tokens_decoder", {})
-    if any(int(i) not in added or added[int(i)].special != t.get("special", False) for i, t in listed.items()):
+    if any(int(i) not in added or not _same(added[int(i)], token) for i, token in listed.items()):
         return False
     special = {token.content for token in added.values() if token.special}
     named = [config.get(f"{kind}_token") for kind in ("bos", "eos", "pad", "unk", "sep", "cls", "mask")]
@@ -84,6 +96,10 @@ class PlainTokenizer:
         if keywords.keys() & _NOT_FOR_TEMPLATES:
             return self._load_whole().apply_chat_template(messages, **keywords)
         return self._template.apply_chat_template(messages, **keywords)
+
+
+def _same(held: AddedToken, told: dict[str, Any]) -> bool:
+    return all(getattr(held, name) == told.get(name) for name in _OF_A_TOKEN)
 
 
 def _text(token: Any) -> Any:

@@ -214,9 +214,8 @@ class RolloutWorker:
 
     def save(self, rollout_id: int, directory: str) -> None:
         """Write the states of data source, loop and hooks to a staging directory; `DataError` if it cannot be."""
-        if self._data_source is None:
-            return
-        checkpoint.save_source(self._data_source, self._source_args, rollout_id, directory)
+        if self._data_source is not None:
+            checkpoint.save_source(self._data_source, self._source_args, rollout_id, directory)
         loop = self._rollout.target
         state = checkpoint.RolloutState(
             loop=loop.state_dict() if hasattr(loop, "state_dict") else None,
@@ -232,12 +231,11 @@ class RolloutWorker:
         """
         if self._recorder:
             self._recorder.continue_after(rollout_id)
-        if self._data_source is None or self._run.reset_data_source:
-            return
-        checkpoint.load_source(self._data_source, self._source_args, rollout_id, directory)
         state = checkpoint.read(directory)
-        if state.loop is not None and hasattr(self._rollout.target, "load_state_dict"):
-            self._rollout.target.load_state_dict(state.loop)
+        if self._data_source is not None and not self._run.reset_data_source:
+            checkpoint.load_source(self._data_source, self._source_args, rollout_id, directory)
+            if state.loop is not None and hasattr(self._rollout.target, "load_state_dict"):
+                self._rollout.target.load_state_dict(state.loop)
         self._counts.load_state_dict(state.hooks)
         if self._run.load_rng:
             checkpoint.restore_random_states(state.random)
@@ -267,6 +265,8 @@ class RolloutWorker:
                 # A hook that swallows its cancellation is not waited for.
                 self._wait(asyncio.wait(left, timeout=self._guard.grace))
             self._loop.close()
+            # What `start` kept from the collector may go.
+            gc.unfreeze()
 
 
 async def _awaited(result: Any) -> Any:

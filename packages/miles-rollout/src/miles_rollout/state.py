@@ -89,7 +89,7 @@ class State:
             self.options.generate_timeout,
             self.concurrency,
         )
-        self.joint = JointRequests(self.post, self._may_join)
+        self.joint = JointRequests(self.post, self._may_join, fleet.rollout_num_engines)
         if "generate" in configured_hooks(args):
             # It is given this state. Loaded when first asked for, the tokenizer would hold up all generations.
             _ = self.tokenizer

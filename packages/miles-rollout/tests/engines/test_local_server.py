@@ -18,7 +18,7 @@ import pytest
 from miles_api.errors import ConfigError, ServiceError
 from miles_api.services import EngineFleet, Placement
 from miles_rollout.engines.local.__main__ import main as serve_engine
-from miles_rollout.engines.local.fleet import LocalFleet
+from miles_rollout.engines.local.fleet import LocalFleet, _request
 from miles_rollout.engines.local.options import LocalEngineOptions
 
 
@@ -198,6 +198,27 @@ def test_the_fleet_pauses_resumes_and_replaces_an_engine_that_died(fleet, server
     assert fleet.endpoints()[0].weight_version == "4"
     # The fixture's client talks to the dead engine's port; later users get the new one.
     server.base_url = fresh.url
+
+
+def test_the_fleet_reaches_its_engines_past_a_proxy(fleet, monkeypatch):
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
+    # What urllib has found out about proxies it keeps here.
+    monkeypatch.setattr("urllib.request._opener", None)
+    fleet.pause()
+    fleet.resume()
+
+
+def test_an_engine_that_breaks_off_its_answer_has_failed_like_one_that_gives_none():
+    def serve(listener):
+        connection, _ = listener.accept()
+        with connection:
+            connection.recv(4096)
+            connection.sendall(b"HTTP/1.1 200 OK\r\ncontent-length: 20\r\n\r\n{")
+
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        threading.Thread(target=serve, args=(listener,), daemon=True).start()
+        with pytest.raises(OSError, match="broke off"):
+            _request(f"http://127.0.0.1:{listener.getsockname()[1]}/health", None, 10.0)
 
 
 def test_an_engine_that_cannot_start_shows_its_own_words(tmp_path):

@@ -35,6 +35,7 @@ _log = logging.getLogger("miles_router")
 
 _START_DEADLINE_S = 60.0
 _STOP_DEADLINE_S = 5.0
+_LAST_WORDS_S = 2.0
 _CALL_TIMEOUT_S = 10.0
 _POLL_S = 0.02
 _OK = 200
@@ -160,8 +161,7 @@ class Router:
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()
-        for reader in self._readers:
-            reader.join()
+        self._hear_out()
 
     def _close(self) -> None:
         with self._lock:
@@ -220,8 +220,7 @@ class Router:
             if self._stopped:
                 raise ServiceError(_STOPPED)
             if ended:
-                for reader in self._readers:
-                    reader.join()
+                self._hear_out()
                 raise ServiceError(
                     f"the router ended with status {process.returncode} while starting:\n  {self._said()}"
                 )
@@ -229,6 +228,12 @@ class Router:
                 raise ServiceError(f"the router was not ready after {_START_DEADLINE_S:g} s:\n  {self._said()}")
             time.sleep(_POLL_S)
         self._call("GET", "/health")
+
+    def _hear_out(self) -> None:
+        """Read what an ended child had said; not to the end where a process that middleware started goes on."""
+        deadline = time.monotonic() + _LAST_WORDS_S
+        for reader in self._readers:
+            reader.join(max(deadline - time.monotonic(), 0.0))
 
     def _said(self) -> str:
         return "\n  ".join(list(self._errors)) or "(nothing on stderr)"

@@ -35,10 +35,16 @@ def derived_rewards(config: RunConfig) -> dict[str, bool]:
 
 
 def objective_notes(config: RunConfig) -> Iterator[str]:
-    """Yield what the estimator has changed of the rollout's options."""
+    """Yield what the estimator has changed of the rollout's options, and a default that means little to it."""
     if config.sources.get(_CENTRED) == DERIVED:
         name = config.group(ObjectiveOptions).advantage_estimator
         yield f"advantage_estimator: {name} centres rewards itself, and gets them without --rewards-normalization"
+    objective = config.group(ObjectiveOptions)
+    if objective.advantage_estimator == "gspo" and "eps_clip" not in config.sources:
+        yield (
+            f"advantage_estimator: gspo clips ratios of whole responses, which stay close to 1: --eps-clip "
+            f"{objective.eps_clip:g} clips next to nothing, its paper has 3e-4 and --eps-clip-high 4e-4"
+        )
 
 
 def check_objective(config: RunConfig) -> Iterator[str]:
@@ -46,7 +52,10 @@ def check_objective(config: RunConfig) -> Iterator[str]:
     run, objective = config.group(RunOptions), config.group(ObjectiveOptions)
     name, estimator = objective.advantage_estimator, _estimator(config)
     if objective.gamma != 1.0 and not (estimator is not None and estimator.discounts):
-        reason = "an advantage hook is set" if estimator is None else f"--advantage-estimator {name} has none"
+        reason = f"--advantage-estimator {name} has none"
+        if estimator is None:
+            supervised = run.loss_type == "sft_loss"
+            reason = "--loss-type sft_loss has no advantages" if supervised else "an advantage hook is set"
         yield f"--gamma {objective.gamma:g} is the discount of reinforce_plus_plus, and {reason}: leave it out"
     if objective.policy_loss_type == "cispo":
         yield from _cispo(run, objective)

@@ -167,6 +167,8 @@ class Trainer:
         self._recorder.close()
         self._hooks.close()
         init.shutdown()
+        # What `start` kept from the collector may go.
+        gc.unfreeze()
 
     def _hf_checkpoint(self) -> str:
         if self._run.hf_checkpoint is None:

@@ -158,6 +158,19 @@ def test_the_oldest_checkpoints_of_this_run_are_deleted_and_no_others(tmp_path):
     assert names(tmp_path) == ["latest.json"] + [f"rollout_00000{n}" for n in (1, 2, 4, 5)]
 
 
+def test_a_checkpoint_that_the_pointer_does_not_name_yet_costs_no_older_one(tmp_path):
+    """The kill came between a save's two renames: the run goes on from the one before."""
+    save(tmp_path, 4)
+    pointer = (tmp_path / checkpoint.LATEST).read_bytes()
+    save(tmp_path, 6)
+    (tmp_path / checkpoint.LATEST).write_bytes(pointer)
+    checkpoint.retain(tmp_path, "ours", 1)
+    assert checkpoint.find(tmp_path)[1].rollout_id == 4
+    save(tmp_path, 6)
+    checkpoint.retain(tmp_path, "ours", 1)
+    assert names(tmp_path) == ["latest.json", "rollout_000006"]
+
+
 def test_a_deletion_that_was_killed_is_finished_by_the_next_start(tmp_path, monkeypatch):
     save(tmp_path, 1, 2)
     monkeypatch.setattr(checkpoint.shutil, "rmtree", lambda path: Path(path, "state.json").unlink())

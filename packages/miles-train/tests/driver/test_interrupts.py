@@ -65,6 +65,22 @@ def test_only_the_first_signal_counts_however_impatient(capfd):
     ]  # fmt: skip
 
 
+def test_a_signal_counts_though_nobody_reads_what_is_said(monkeypatch):
+    # `miles train 2>&1 | tee log`: Ctrl-C ends tee as well.
+    read, write = os.pipe()
+    os.close(read)
+    with os.fdopen(write, "w") as unread:
+        monkeypatch.setattr("sys.__stderr__", unread)
+        with Interrupts() as interrupts:
+            send(signal.SIGINT)
+            with pytest.raises(KeyboardInterrupt):
+                interrupts.check()
+    monkeypatch.setattr("sys.__stderr__", unread)
+    with Interrupts() as interrupts:
+        send(signal.SIGTERM)
+    assert interrupts.exit_code == 143
+
+
 def test_a_signal_that_came_before_the_block_is_raised_at_its_begin():
     with Interrupts() as interrupts:
         send(signal.SIGINT)

@@ -5,6 +5,7 @@ import os
 import signal
 import threading
 import time
+from types import SimpleNamespace
 
 import pytest
 import ray
@@ -152,6 +153,14 @@ def test_a_problem_elsewhere_ends_a_call(make):
         remote.call("stay")
 
 
+def test_a_problem_does_not_end_calls_that_can_do_without_what_failed(make):
+    remote, watch = make(1)
+    watch.heed(lambda: ServiceError("no engine is left"), {"stay"})
+    assert remote.call("pid")
+    with pytest.raises(ServiceError, match="no engine is left"):
+        remote.call("stay")
+
+
 def test_an_interruption_ends_a_call(make, tmp_path):
     asked = []
 
@@ -174,3 +183,27 @@ def test_a_process_that_cannot_be_built_ends_the_call_with_its_traceback(ray_her
     remote = Remote("train", {"trainer 0": actor}, Watch(lambda: None, tmp_path), deadline=("--x", 60.0), stacks=str)
     with pytest.raises(ServiceError, match="no space left"):
         remote.call("pid")
+
+
+def test_what_a_failed_run_still_asks_is_not_cut_short_by_the_process_that_failed_it(monkeypatch, tmp_path):
+    waits = []
+
+    class SlowAnswer:
+        def wait(self, refs, **how):
+            waits.append(how)
+            return (refs, []) if len(waits) > 1 else ([], refs)
+
+        def get(self, ref):
+            return ref
+
+    def dead(doing):
+        raise ServiceError(f"trainer 0 died during {doing}")
+
+    monkeypatch.setattr("miles_train.driver.remote.ray", SlowAnswer())
+    watch, actor = Watch(lambda: None, tmp_path), SimpleNamespace(call=SimpleNamespace(remote=str))
+    remote = Remote("rollout", {"rollout": actor}, watch, deadline=("--x", 60.0), stacks=str)
+    watch.look_at_processes = dead
+    assert remote.call("report", timeout=5.0) == ["report"]
+    waits.clear()
+    with pytest.raises(ServiceError, match=r"trainer 0 died during rollout\.report"):
+        remote.call("report")

@@ -12,6 +12,7 @@ from miles_api.config import RunConfig
 from miles_api.errors import ConfigError, DataError
 from miles_api.run_options import RunOptions
 from miles_train.driver import check, checkpoint
+from miles_train.driver import run_dir as run_dir_module
 from miles_train.driver.checkpoint import State
 from miles_train.driver.identity import identity_of, options_of, versions
 from miles_train.driver.run_dir import RunDir
@@ -51,7 +52,7 @@ def began(config, *rollout_ids):
         run_dir.log("rollout", rollout_id, {"loss": 1.0}, {})
         run_dir.samples("train", rollout_id, [])
         save(config, run_dir.id, rollout_id)
-    run_dir._lock.close()
+    run_dir._locks.close()
     return run_dir
 
 
@@ -145,6 +146,83 @@ def test_checkpoints_of_another_run_are_not_resumed(configure, files):
     began(configure(save=str(files / "kept")), 3)
     config = configure(resume=True, run_dir=str(files / "new"), save=str(files / "kept"))
     assert "is not a checkpoint of the run in --run-dir" in problems(config)[0]
+
+
+def test_a_run_may_save_where_it_loads_and_resume_before_its_first_save(configure, files):
+    shared = str(files / "shared")
+    began(configure(run_dir=str(files / "first"), save=shared), 3)
+    config = configure(resume=True, run_dir=str(files / "second"), save=shared, load=shared)
+    for _ in ("first start", "restart"):
+        assert problems(config) == []
+        start = began(config).start
+        assert (start.own, start.state.rollout_id) == (False, 3)
+    began(config, 4)
+    assert problems(config) == []
+    assert began(config).start.own
+
+
+def test_later_checkpoints_of_the_run_that_is_continued_are_not_replaced(configure, files):
+    shared = files / "shared"
+    began(configure(run_dir=str(files / "first"), save=str(shared)), 3, 4, 5)
+    older = str(shared / "rollout_000003")
+    (text,) = problems(configure(save=str(shared), load=older))
+    assert "rollout_000004, rollout_000005" in text
+    assert "choose another --save" in text
+    assert problems(configure(save=str(files / "mine"), load=older)) == []
+    assert problems(configure(save=str(shared), load=str(shared))) == []
+
+
+def test_a_folder_of_checkpoints_is_written_by_one_run_at_a_time(configure, files):
+    script = (
+        "import sys\n"
+        "from miles_api.config import RunConfig\n"
+        "from miles_api.run_options import RunOptions\n"
+        "from miles_train.driver.run_dir import RunDir\n"
+        f"options = RunOptions(run_dir={str(files / 'one')!r}, save={str(files / 'shared')!r})\n"
+        "held = RunDir(RunConfig.of(options), 'a run', [])\n"
+        "print('held', flush=True)\n"
+        "sys.stdin.read()\n"
+    )
+    with subprocess.Popen([sys.executable, "-c", script], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as holder:
+        assert holder.stdout.readline() == b"held\n"
+        with pytest.raises(ConfigError, match=f"--save {files / 'shared'} is being written by another run"):
+            RunDir(configure(save=str(files / "shared")), "a run", [])
+        holder.stdin.close()
+    assert RunDir(configure(save=str(files / "shared")), "a run", []).start is None
+
+
+def test_checkpoints_without_a_pointer_are_not_replaced_either(configure, files):
+    began(configure(run_dir=str(files / "first"), save=str(files / "kept")), 3)
+    (files / "kept" / checkpoint.LATEST).unlink()
+    assert "holds another run's checkpoints" in problems(configure(save=str(files / "kept")))[0]
+
+
+@pytest.mark.parametrize("option", ["load_debug_rollout_data", "prompt_data", "eval_prompt_data", "custom_rm_path"])
+def test_what_the_run_reads_is_not_overwritten(configure, files, option):
+    began(configure())
+    own = files / "run" / "own.py"
+    own.write_text("precious")
+    path = f"{own}:score" if option == "custom_rm_path" else str(own)
+    config = configure(overwrite=True).replace(**{option: path})
+    (text,) = [text for text in check.check(config) if "overwritten" in text]
+    assert text.startswith(f"--{option.replace('_', '-')} {path} lies in --run-dir")
+
+
+def test_a_sink_that_fails_at_the_start_leaves_a_directory_that_can_be_resumed_or_overwritten(configure, monkeypatch):
+    def refuse(*_args, **_options):
+        raise ConfigError("wandb: not logged in")
+
+    monkeypatch.setattr(run_dir_module, "make_sinks", refuse)
+    with pytest.raises(ConfigError, match="not logged in"):
+        RunDir(configure(), "a run", [])
+    assert problems(configure(resume=True)) == problems(configure(overwrite=True)) == []
+
+
+def test_damaged_checkpoints_of_the_run_itself_are_told_of_resume(configure):
+    run_dir = began(configure(), 3)
+    (run_dir.path / "checkpoints" / "rollout_000003" / "state.json").unlink()
+    (text,) = problems(configure(resume=True))
+    assert text.startswith(f"--resume: {run_dir.path / 'checkpoints'} holds no whole checkpoint")
 
 
 def test_a_run_that_saved_elsewhere_is_not_begun_anew(configure, files):
@@ -284,3 +362,16 @@ def test_a_report_that_cannot_be_written_is_an_error_of_a_run_that_did_not_fail(
     (run_dir.path / "report.html").mkdir()
     with pytest.raises(DataError, match=r"report\.html cannot be written"):
         run_dir.close("finished")
+
+
+def test_a_sink_that_cannot_be_closed_costs_neither_the_outcome_nor_the_report(configure):
+    class Broken:
+        def close(self):
+            raise RuntimeError("wandb: no network")
+
+    run_dir = RunDir(configure(), "a run", [])
+    run_dir._sinks = [Broken()]
+    with pytest.raises(RuntimeError, match="no network"):
+        run_dir.close("finished")
+    assert json.loads((run_dir.path / "summary.json").read_text())["status"] == "finished"
+    assert (run_dir.path / "report.html").is_file()

@@ -138,6 +138,16 @@ def test_a_directory_without_a_checkpoint_is_refused(make_run, tmp_path):
         checkpoint.load(*make_run(), str(tmp_path))
 
 
+@pytest.mark.parametrize("name", ["__0_0.distcp", ".metadata", "common.pt", "metadata.json"])
+def test_a_file_of_the_right_size_and_the_wrong_content_is_called_damaged(make_run, tmp_path, name):
+    checkpoint.save(*make_run(), str(tmp_path / "saved"))
+    file = tmp_path / "saved" / name
+    file.write_bytes(bytes(file.stat().st_size))
+    with pytest.raises(DataError, match=r"saved is damaged or does not fit this model: ") as caught:
+        checkpoint.load(*make_run(), str(tmp_path / "saved"))
+    assert "http" not in str(caught.value)
+
+
 def test_a_checkpoint_of_another_model_is_refused(megatron, hf_dir, tmp_path):
     parallel = ParallelOptions()
 
@@ -146,5 +156,5 @@ def test_a_checkpoint_of_another_model_is_refused(megatron, hf_dir, tmp_path):
         return model, build_optimizer(model, OptimizerOptions(), parallel, total_steps=1)
 
     checkpoint.save(*make("llama"), str(tmp_path / "saved"))
-    with pytest.raises(DataError, match="does not fit this model"):
+    with pytest.raises(DataError, match="does not fit this model: "):
         checkpoint.load(*make("qwen3-untied"), str(tmp_path / "saved"))

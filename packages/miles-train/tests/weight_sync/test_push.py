@@ -11,7 +11,9 @@ import pytest
 
 from miles_api.errors import ServiceError
 from miles_api.services import Endpoint
+from miles_train.options import WeightSyncOptions
 from miles_train.weight_sync import disk
+from miles_train.weight_sync.disk import DiskWeightSync, Source
 from miles_train.weight_sync.fixed import FixedWeights
 
 UPDATE = "/update_weights_from_disk"
@@ -207,6 +209,29 @@ def test_what_a_killed_run_left_in_memory_is_removed(tmp_path, monkeypatch):
     alive = tmp_path / f"miles-weights-{os.getpid()}-abc"
     dead.mkdir()
     alive.mkdir()
-    disk.make_folder(1, None, fallback=tmp_path)
+    disk.make_folder(1, None, fallback=tmp_path / "run")
     assert not dead.exists()
     assert alive.exists()
+
+
+def test_the_weights_of_a_run_whose_process_cannot_be_seen_from_here_are_left_alone(tmp_path, trainer, monkeypatch):
+    # Containers may share this memory and not their process ids.
+    monkeypatch.setattr(disk, "_SHARED_MEMORY", tmp_path)
+    elsewhere = tmp_path / "miles-weights-999999999-abc"
+    elsewhere.mkdir()
+    source = Source(export=trainer.export, score=trainer.score, tokens=[])
+    sync = DiskWeightSync(source, [], elsewhere, WeightSyncOptions())
+    disk.make_folder(1, None, fallback=tmp_path / "run")
+    assert elsewhere.exists()
+    sync.close()
+    assert not elsewhere.exists()
+
+
+def test_what_a_killed_start_left_in_the_directory_of_this_run_is_removed(tmp_path, monkeypatch):
+    monkeypatch.setattr(disk, "_SHARED_MEMORY", tmp_path / "shm")
+    left = tmp_path / "run" / f"miles-weights-{os.getpid()}-abc"
+    left.mkdir(parents=True)
+    made = disk.make_folder(1, None, fallback=tmp_path / "run")
+    assert list((tmp_path / "run").iterdir()) == [made]
+    shared = disk.make_folder(1, tmp_path / "run", fallback=tmp_path)
+    assert list((tmp_path / "run").iterdir()) == [shared]

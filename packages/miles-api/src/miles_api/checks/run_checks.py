@@ -92,8 +92,6 @@ def _recorded(run: RunOptions, file: Path) -> Iterator[str]:
         near = did_you_mean(file.name, [p.name for p in file.parent.iterdir()]) if file.parent.is_dir() else ""
         yield f"{flag}: there is no such file{near}"
         return
-    if run.overwrite and file.resolve().is_relative_to(Path(run.run_dir).resolve()):
-        yield f"{flag} lies in --run-dir {run.run_dir}, which would be overwritten: choose another --run-dir"
     try:
         dump = read_dump(str(file))
         if dump.header.kind != "rollout":

@@ -5,13 +5,16 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import msgspec
+
 from miles_api.errors import MilesError, problem_of
 from miles_api.hooks import REGISTRY
 from miles_api.loading.hookset import configured_hooks
+from miles_api.options import flag_of, option_kind
 from miles_api.run_options import RunOptions
 from miles_train.driver import checkpoint
 from miles_train.driver.identity import changes, mismatches
-from miles_train.driver.start import LOCK, SUMMARY, start_of
+from miles_train.driver.start import LOCK, SUMMARY, saves_where_it_loads, start_of
 from miles_train.megatron.hf_config import check_sizes, read_hf_config
 from miles_train.objective_check import derived_rewards, objective_notes
 from miles_train.options import LoggingOptions, ObjectiveOptions, ParallelOptions
@@ -95,6 +98,8 @@ def check(config: RunConfig) -> Iterator[str]:
     yield from _misplaced(config)
     yield from problem_of(lambda: check_sinks(config.group(LoggingOptions)))
     yield from _run_dir(run)
+    if run.overwrite:
+        yield from _would_be_deleted(config)
     yield from _checkpoints(run)
     yield from _loaded(config)
 
@@ -125,16 +130,11 @@ def _checkpoints(run: RunOptions) -> Iterator[str]:
     """Check that saving replaces neither another run's checkpoints nor the source model."""
     save = checkpoint.folder_of(run)
     own = run.overwrite and save.resolve().is_relative_to(Path(run.run_dir).resolve())
-    continued = run.resume or (run.load is not None and save.resolve() in _with_parent(run.load))
-    if (save / checkpoint.LATEST).exists() and not own and not continued:
+    continued = run.resume or saves_where_it_loads(run)
+    if checkpoint.holds_checkpoints(save) and not own and not continued:
         yield f"--save {save} holds another run's checkpoints: choose another, or continue them with --load"
     if run.save_hf and run.hf_checkpoint and Path(run.save_hf).resolve() == Path(run.hf_checkpoint).resolve():
         yield f"--save-hf {run.save_hf} is --hf-checkpoint itself: choose another directory"
-
-
-def _with_parent(path: str) -> tuple[Path, Path]:
-    """Return a folder of checkpoints or a checkpoint, and the folder around it."""
-    return Path(path).resolve(), Path(path).resolve().parent
 
 
 def _loaded(config: RunConfig) -> Iterator[str]:
@@ -159,11 +159,21 @@ def _loaded(config: RunConfig) -> Iterator[str]:
             for option, flag in _FLAGS.items()
             if not run.resume and getattr(run, option) == (option == "reset_data_source")
         )
-    elif not start.own and start.state.rollout_id + 1 >= run.num_rollout:
+    elif not start.own:
+        yield from _another_run(run, start.state.rollout_id)
+
+
+def _another_run(run: RunOptions, rollout_id: int) -> Iterator[str]:
+    """Check that there is work after a rollout of another run, and that doing it replaces nothing of that run."""
+    if rollout_id + 1 >= run.num_rollout:
         yield (
-            f"--load {run.load} holds the state after rollout {start.state.rollout_id}: with --num-rollout "
+            f"--load {run.load} holds the state after rollout {rollout_id}: with --num-rollout "
             f"{run.num_rollout} nothing is left to train"
         )
+    save = checkpoint.folder_of(run)
+    later = ", ".join(checkpoint.names_after(save, rollout_id)) if saves_where_it_loads(run) else ""
+    if later:
+        yield f"--save {save} holds {later}, later than what --load {run.load} continues: choose another --save"
 
 
 def _run_dir(run: RunOptions) -> Iterator[str]:
@@ -179,6 +189,26 @@ def _run_dir(run: RunOptions) -> Iterator[str]:
     elif not (folder / SUMMARY).is_file():
         flag = "--overwrite does not delete it" if run.overwrite else "there is nothing to --resume"
         yield f"--run-dir {run.run_dir} is not empty and not a run directory: {flag}"
-    for flag, path in (("--load", run.load), ("--hf-checkpoint", run.hf_checkpoint)):
-        if run.overwrite and path and Path(path).resolve().is_relative_to(folder.resolve()):
-            yield f"{flag} {path} lies in --run-dir {run.run_dir}, which would be overwritten: choose another --run-dir"
+
+
+def _would_be_deleted(config: RunConfig) -> Iterator[str]:
+    """Protect what the run reads: models, checkpoints, prompts, records and files with hooks."""
+    run = config.group(RunOptions)
+    folder = Path(run.run_dir).resolve()
+    inputs = [
+        (flag_of(field.name), getattr(group, field.name))
+        for group in config.groups.values()
+        for field in msgspec.structs.fields(group)
+        if option_kind(field.type).path == "input"
+    ]
+    inputs += [
+        (str(REGISTRY[name].flag), reference)
+        for name, references in configured_hooks(config.args).items()
+        for reference in references
+        if ".py:" in reference
+    ]
+    for flag, given in inputs:
+        path = given and Path(given.rpartition(":")[0] if ".py:" in given else given)
+        if path and path.resolve().is_relative_to(folder):
+            where = f"lies in --run-dir {run.run_dir}, which would be overwritten"
+            yield f"{flag} {given} {where}: choose another --run-dir"

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
     from miles_api.run_options import RunOptions
 
-__all__ = ["LATEST", "State", "find", "folder_of", "holds_checkpoints", "retain", "sweep", "write"]
+__all__ = ["LATEST", "State", "find", "folder_of", "holds_checkpoints", "names_after", "retain", "sweep", "write"]
 
 LATEST = "latest.json"
 """Names the newest checkpoint of a folder."""
@@ -67,6 +67,11 @@ def holds_checkpoints(folder: Path) -> bool:
     return (folder / LATEST).exists() or any(_numbered(folder))
 
 
+def names_after(folder: Path, rollout_id: int) -> list[str]:
+    """Return the names of a folder's checkpoints of later rollouts, whole or not: what saving would replace."""
+    return [path.name for path in _numbered(folder) if _number(path.name) > rollout_id]
+
+
 def write(folder: Path, state: State, parts: dict[str, Callable[[str], Any]]) -> Path:
     """Write `folder`/rollout_N: each of `parts` fills the subdirectory of its name; then it becomes the latest.
 
@@ -97,20 +102,20 @@ def write(folder: Path, state: State, parts: dict[str, Callable[[str], Any]]) ->
     return target
 
 
-def find(folder: Path) -> tuple[Path, State, list[str]]:
+def find(folder: Path, asked_by: str = "--load") -> tuple[Path, State, list[str]]:
     """Return the latest checkpoint below `folder` (or `folder` itself if it is one), its state, and remarks.
 
     Where files of the latest are missing it is the newest before it that is complete, and a remark says so. Raises
-    `DataError` when there is none, or when `folder` itself is one that is damaged.
+    `DataError`, which begins with `asked_by`, when there is none, or when `folder` itself is one that is damaged.
     """
     if _NAME.fullmatch(folder.name) or (folder / _STATE).is_file():
         state, damage = _read(folder)
         if state is None:
-            raise DataError(f"--load {folder} is no whole checkpoint: {damage}")
+            raise DataError(f"{asked_by} {folder} is no whole checkpoint: {damage}")
         return folder, state, []
     names = list(_candidates(folder))
     if not names:
-        raise DataError(f"--load {folder} holds no checkpoint: neither {LATEST} nor {_STATE}")
+        raise DataError(f"{asked_by} {folder} holds no checkpoint: neither {LATEST} nor {_STATE}")
     remarks: list[str] = []
     for name in names:
         state, damage = _read(folder / name)
@@ -118,20 +123,21 @@ def find(folder: Path) -> tuple[Path, State, list[str]]:
             remarks += [f"the run continues from {name}, the newest checkpoint that is whole"] if remarks else []
             return folder / name, state, remarks
         remarks.append(f"checkpoint {folder / name} is damaged: {damage}")
-    raise DataError("\n  ".join([f"--load {folder} holds no whole checkpoint", *remarks]))
+    raise DataError("\n  ".join([f"{asked_by} {folder} holds no whole checkpoint", *remarks]))
 
 
 def retain(folder: Path, run: str, limit: int, spare: Path | None = None) -> None:
     """Delete the oldest checkpoints of `run` in `folder`, all but its `limit` newest, and never `spare`.
 
-    Called when a new one is in place. Raises `DataError` for what cannot be deleted.
+    Called when a new one is in place. One that the pointer does not name yet, because a save was killed before that,
+    counts for nothing: the run does not continue from it. Raises `DataError` for what cannot be deleted.
     """
     own = []
-    for path in _numbered(folder):
+    for path in (folder / name for name in _candidates(folder)):
         state, _ = _read(path)
         if state is not None and state.run == run:
             own.append(path)
-    for path in own[:-limit]:
+    for path in own[limit:]:
         if spare is not None and path.resolve() == spare.resolve():
             continue
         try:

@@ -21,7 +21,7 @@ from miles_train.driver.stuck import where_they_are
 from miles_train.options import ClusterOptions, ParallelOptions
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Collection
     from pathlib import Path
 
     from miles_api.config import RunConfig
@@ -126,9 +126,9 @@ class Cluster:
         )
         return remote
 
-    def heed(self, problem: Callable[[], MilesError | None]) -> None:
-        """Ask `problem` during every call from now on, and raise what it returns."""
-        self._watch.heed(problem)
+    def heed(self, problem: Callable[[], MilesError | None], during: Collection[str] | None = None) -> None:
+        """Ask `problem` during every call from now on, or those of the methods `during`, and raise what it returns."""
+        self._watch.heed(problem, during)
 
     def check(self) -> None:
         """Raise if the run has to end."""

@@ -27,7 +27,7 @@ __all__ = ["changes", "identity_of", "mismatches", "options_of", "versions"]
 _PACKAGES = ("miles-api", "miles-train", "miles-rollout", "miles-router", "miles-hooks-contrib")
 _VOCABULARY = ("tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt", "vocab.txt")
 _NOT_THE_MODEL = ("_name_or_path", "transformers_version", "torch_dtype", "dtype")
-_DATA_OPTIONS = ("n_samples_per_prompt", "rollout_seed", "rollout_shuffle")
+_DATA_OPTIONS = ("n_samples_per_prompt", "rollout_seed", "rollout_shuffle", "rollout_max_prompt_len")
 """Options by which the position in the data is a place in an order of samples."""
 _ONLY_WHERE = frozenset({
     "run_dir", "overwrite", "save", "load", "resume", "load_optim", "load_rng", "reset_data_source", "save_interval",

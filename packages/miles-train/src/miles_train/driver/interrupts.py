@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -68,12 +68,13 @@ class Interrupts:
 
     def _received(self, signum: int, _frame: FrameType | None) -> None:
         first = self.signum is None
+        if first:
+            self.signum = signum
         what = "stopping, which takes a few seconds" if first else "still stopping"
-        self._say(f"{signal.Signals(signum).name}: {what}")
-        if not first:
-            return
-        self.signum = signum
-        if self._raising:
+        # Who reads it may have been ended by the same Ctrl-C.
+        with suppress(OSError, ValueError):
+            self._say(f"{signal.Signals(signum).name}: {what}")
+        if first and self._raising:
             raise KeyboardInterrupt
 
     @staticmethod

@@ -14,7 +14,7 @@ from miles_api.errors import MilesError, ServiceError
 from miles_train.driver.stuck import how_it_crashed
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Collection
     from pathlib import Path
 
     from miles_api.config import RunConfig
@@ -36,7 +36,7 @@ class Watch:
         """`check` raises when the run was interrupted; a process that crashes writes its stacks to `stacks_in`."""
         self._check = check
         self.stacks_in = stacks_in
-        self._problems: list[Callable[[], MilesError | None]] = []
+        self._problems: list[tuple[Callable[[], MilesError | None], Collection[str] | None]] = []
         self._actors: dict[str, Any] = {}
         self._pings: dict[Any, str] = {}
         self._lock = threading.Lock()
@@ -45,15 +45,15 @@ class Watch:
         """Look after a process from now on."""
         self._actors[name] = actor
 
-    def heed(self, problem: Callable[[], MilesError | None]) -> None:
-        """Ask `problem` in every wait from now on, and raise what it returns."""
-        self._problems.append(problem)
+    def heed(self, problem: Callable[[], MilesError | None], during: Collection[str] | None = None) -> None:
+        """Ask `problem` in every wait from now on, or in those for the methods `during`, and raise what it returns."""
+        self._problems.append((problem, during))
 
-    def look(self) -> None:
-        """Raise if the run has to end: it was interrupted, or something else of it has failed."""
+    def look(self, method: str | None = None) -> None:
+        """Raise if the run has to end: it was interrupted, or something else that it needs now has failed."""
         self._check()
-        for error in (problem() for problem in self._problems):
-            if error is not None:
+        for problem, during in self._problems:
+            if (during is None or method in during) and (error := problem()) is not None:
                 raise error
 
     def look_at_processes(self, doing: str) -> None:
@@ -126,7 +126,7 @@ class Remote:
         while pending:
             # A call with a deadline of its own ends soon, and is made when the run has failed already.
             if timeout is None:
-                self._watch.look()
+                self._watch.look(method)
             left = max(0.0, end - time.monotonic())
             done, _ = ray.wait(list(pending), timeout=min(_SLICE, left))
             for ref in done:
@@ -135,7 +135,8 @@ class Remote:
                 continue
             if not left:
                 raise self._late(list(pending.values()), doing, timeout)
-            self._watch.look_at_processes(doing)
+            if timeout is None:
+                self._watch.look_at_processes(doing)
         return [results[ref] for ref in refs]
 
     def _result(self, ref: Any, pending: dict[Any, str], doing: str) -> Any:

@@ -43,13 +43,15 @@ class RunDir:
         """Take the directory for this process, and bring it to where the run begins; see `start`.
 
         A run that resumes itself cuts the rows after its checkpoint; one that begins anew removes those of an earlier
-        start. Raises `ConfigError` when another process writes to the directory.
+        start. Raises `ConfigError` when another process writes to the directory, or to that of `--save`.
         """
         run = config.group(RunOptions)
         self.path = Path(run.run_dir)
         with self._writing(self.path):
             self.path.mkdir(parents=True, exist_ok=True)
-            self._lock = _locked(self.path)
+            self._locks = contextlib.ExitStack()
+            self._locks.enter_context(_locked(self.path, "--run-dir"))
+            self._take_folder_of_checkpoints(run)
             if run.overwrite:
                 _empty(self.path)
             self.start = start_of(run)
@@ -59,14 +61,7 @@ class RunDir:
         earlier = read_summary(self.path)
         self.id: str = earlier.get("id") or secrets.token_hex(8)
         """Names the run in its checkpoints; the same for every start of it."""
-        # As it is needed to go on: what was overwritten is gone.
-        again = config.replace("done", overwrite=False) if run.overwrite else config
-        self._replace("config.toml", again.to_toml())
-        self._metrics = MetricsWriter(self.path / "metrics.jsonl")
-        self._samples = JsonLines(self.path / "samples.jsonl")
-        own = self.start is not None and self.start.own
-        after = self.start.state.rollout_id if self.start and own else -1 if run.resume else None
-        self._sinks = make_sinks(config.group(LoggingOptions), self.path, config.public(), run_id=self.id, after=after)
+        # First of all: by it the next start knows a run directory, whatever fails from here on.
         self._summary = {
             "id": self.id,
             "status": "running",
@@ -76,6 +71,14 @@ class RunDir:
             "notes": [*notes, *self._origin()],
         }
         self._write_summary()
+        # As it is needed to go on: what was overwritten is gone.
+        again = config.replace("done", overwrite=False) if run.overwrite else config
+        self._replace("config.toml", again.to_toml())
+        self._metrics = MetricsWriter(self.path / "metrics.jsonl")
+        self._samples = JsonLines(self.path / "samples.jsonl")
+        own = self.start is not None and self.start.own
+        after = self.start.state.rollout_id if self.start and own else -1 if run.resume else None
+        self._sinks = make_sinks(config.group(LoggingOptions), self.path, config.public(), run_id=self.id, after=after)
 
     def log(
         self,
@@ -113,8 +116,6 @@ class RunDir:
         self._summary |= {"error": error} if error else {}
         self._metrics.close()
         self._samples.close()
-        for sink in self._sinks:
-            sink.close()
         try:
             self._write_summary()
             with self._writing(self.path / REPORT):
@@ -124,8 +125,19 @@ class RunDir:
                 raise
             print(f"miles train: {problem}", file=sys.stderr)
         finally:
-            self._lock.close()
+            # Last: what needs a network may fail, or take its time.
+            with self._locks:
+                for sink in self._sinks:
+                    sink.close()
         return self.path / REPORT
+
+    def _take_folder_of_checkpoints(self, run: RunOptions) -> None:
+        folder = checkpoint.folder_of(run)
+        if folder.resolve().is_relative_to(self.path.resolve()):
+            return
+        with self._writing(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+            self._locks.enter_context(_locked(folder, "--save"))
 
     def _prepare(self, run: RunOptions) -> None:
         if self.start is not None and self.start.own:
@@ -163,15 +175,15 @@ class RunDir:
             raise DataError(f"{path} cannot be written: {error.strerror or error}") from error
 
 
-def _locked(folder: Path) -> BinaryIO:
-    """Take the directory for this process: held until the file is closed, or the process is gone."""
+def _locked(folder: Path, flag: str) -> BinaryIO:
+    """Take a directory for this process: held until the file is closed, or the process is gone."""
     file = (folder / LOCK).open("ab")
     try:
         # A lock of the process, which its children do not inherit.
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except (BlockingIOError, PermissionError) as error:
         file.close()
-        raise ConfigError(f"--run-dir {folder} is being written by another run that still goes on") from error
+        raise ConfigError(f"{flag} {folder} is being written by another run that still goes on") from error
     return file
 
 

@@ -33,6 +33,8 @@ __all__ = ["Services", "running"]
 
 _PARTS = 3
 """What starts at the same time: engines, trainer ranks, the rollout process."""
+_NEED_ENGINES = ("generate", "evaluate")
+"""Calls that end when engines are lost for good; a push ends by itself, and what is trained can still be saved."""
 _LOOK = 0.2
 """Seconds between two looks at whether a start has to end."""
 
@@ -122,7 +124,7 @@ def running(
             stack.callback(sync.close)
         supervisor = _supervise(config, serving, sync, note, stack) if serving and sync else None
         if supervisor:
-            cluster.heed(supervisor.problem)
+            cluster.heed(supervisor.problem, _NEED_ENGINES)
         yield Services(rollout=rollout, trainers=trainers, supervisor=supervisor, sync=sync, seconds=clock.seconds)
         # Only after success: a process that failed or hangs would not answer, and ends with the cluster.
         rollout.call("stop")

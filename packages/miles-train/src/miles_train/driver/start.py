@@ -14,7 +14,7 @@ from miles_train.driver import checkpoint
 if TYPE_CHECKING:
     from miles_api.run_options import RunOptions
 
-__all__ = ["LOCK", "SUMMARY", "Start", "read_summary", "saves_in", "start_of"]
+__all__ = ["LOCK", "SUMMARY", "Start", "read_summary", "saves_in", "saves_where_it_loads", "start_of"]
 
 SUMMARY = "summary.json"
 """What a run says about itself, in its directory: its id, its outcome, where it saves."""
@@ -62,6 +62,14 @@ def saves_in(run: RunOptions) -> str | None:
     return str(Path(run.save).resolve()) if run.save else None
 
 
+def saves_where_it_loads(run: RunOptions) -> bool:
+    """Say whether a run saves into the folder of checkpoints, or of the checkpoint, that `--load` names."""
+    if run.load is None:
+        return False
+    load = Path(run.load).resolve()
+    return checkpoint.folder_of(run).resolve() in (load, load.parent)
+
+
 def _own(run: RunOptions) -> Start | None:
     summary, folder = read_summary(Path(run.run_dir)), checkpoint.folder_of(run)
     saved = summary.get("save")
@@ -74,8 +82,10 @@ def _own(run: RunOptions) -> Start | None:
         if summary.get("status") == "finished":
             raise ConfigError(f"--resume: the run in {run.run_dir} is finished and left no checkpoint in {folder}")
         return None
-    found, state, remarks = checkpoint.find(folder)
+    found, state, remarks = checkpoint.find(folder, "--resume:")
     if state.run != summary.get("id"):
+        if saves_where_it_loads(run):
+            return None  # it has not saved yet
         raise ConfigError(
             f"--resume: {found} is not a checkpoint of the run in --run-dir {run.run_dir}: choose another --save, or "
             "continue it with --load in a --run-dir of its own"

@@ -5,6 +5,7 @@ The random states of the ranks lie beside them (`rng`): these belong to one layo
 
 from __future__ import annotations
 
+import pickle
 import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -29,6 +30,8 @@ _METADATA = {
 }
 
 _LONGEST_REASON = 300
+_UNREADABLE = (pickle.UnpicklingError, EOFError, RuntimeError, ValueError)
+"""What reading a file raises whose content is not what was written."""
 _FAILURES = (dist_checkpointing.core.CheckpointingException, CheckpointException)
 
 
@@ -64,17 +67,17 @@ def load(
     are loaded. Raises DataError when the directory holds no checkpoint, one of another model, or random states of
     other ranks.
     """
-    if not dist_checkpointing.check_is_distributed_checkpoint(directory):
-        raise DataError(f"{directory} holds no training checkpoint")
     try:
+        if not dist_checkpointing.check_is_distributed_checkpoint(directory):
+            raise DataError(f"{directory} holds no training checkpoint")
         # it returns a tuple only under a `strict` that asks for the keys that do not match
         wanted = _state(model, optimizer if with_optimizer else None, is_loading=True)
         with warnings.catch_warnings():
             # Megatron loads through what torch has deprecated
             warnings.simplefilter("ignore", FutureWarning)
             state = cast("dict[str, Any]", dist_checkpointing.load(wanted, directory))
-    except _FAILURES as error:
-        raise DataError(f"{directory} does not fit this model: {_reason(error)}") from error
+    except (*_FAILURES, *_UNREADABLE) as error:
+        raise DataError(f"{directory} is damaged or does not fit this model: {_reason(error)}") from error
     unwrap(model).load_state_dict(_plain(state["model"]))
     if with_optimizer:
         optimizer.load_sharded_state(state["optimizer"])
@@ -96,6 +99,8 @@ def _state(model: list[DistributedDataParallel], optimizer: Optimizer | None, *,
 
 def _reason(error: BaseException) -> str:
     """Return the line that names the tensor or the file; before it come every rank's tracebacks."""
+    if "weights_only" in str(error):
+        return "a file does not hold what was written"  # torch would have it read without safeguards
     return str(error).strip().splitlines()[-1][:_LONGEST_REASON] if str(error).strip() else type(error).__name__
 
 

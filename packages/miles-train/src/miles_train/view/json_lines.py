@@ -23,16 +23,13 @@ class JsonLines:
     """Appends to a file of JSON lines. Its methods raise `DataError` naming the file when it cannot be written."""
 
     def __init__(self, path: Path) -> None:
-        """Open `path` for appending; half a line that a crash left there is closed, so that it spoils no other."""
+        """Open `path` for appending; half a line that a crash left there was cut before."""
         self._path = path
         try:
             # Unbuffered: what could not be written must not come back when the file is closed.
             self._file = path.open("ab", buffering=0)
-            torn = self._file.tell() > 0 and _last_byte(path) != b"\n"
         except OSError as error:
             raise self._refusal(error) from error
-        if torn:
-            self._put(b"\n")
 
     def append(self, line: dict[str, Any]) -> None:
         """Write one line. Numbers that are not finite become null: JSON has no other word for them."""
@@ -88,9 +85,3 @@ def _stays(line: bytes, rollout_id: int) -> bool:
         return line.endswith(b"\n") and int(json.loads(line)["rollout_id"]) <= rollout_id
     except (ValueError, KeyError, TypeError):
         return False
-
-
-def _last_byte(path: Path) -> bytes:
-    with path.open("rb") as file:
-        file.seek(-1, 2)
-        return file.read(1)

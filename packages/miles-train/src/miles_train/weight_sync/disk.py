@@ -6,6 +6,7 @@ directory, which all nodes must see.
 
 from __future__ import annotations
 
+import fcntl
 import os
 import shutil
 import tempfile
@@ -39,16 +40,39 @@ def make_folder(weight_bytes: int, shared: Path | None, *, fallback: Path) -> Pa
     """Create the directory that weights travel through, and remove those of runs that were killed.
 
     It lies in `shared` if given, else in memory if the weights fit twice (new ones are complete before the old ones are
-    removed), else in `fallback`. All sizes are in bytes.
+    removed), else in `fallback`. Both belong to this run alone. All sizes are in bytes.
     """
     parent = shared or fallback
+    for left in parent.glob(f"{_PREFIX}*"):
+        shutil.rmtree(left, ignore_errors=True)
     if shared is None and _SHARED_MEMORY.is_dir():
-        for left in _SHARED_MEMORY.glob(f"{_PREFIX}*"):
-            if not Path("/proc", left.name.removeprefix(_PREFIX).partition("-")[0]).exists():
-                shutil.rmtree(left, ignore_errors=True)
+        for left in filter(_is_left, _SHARED_MEMORY.glob(f"{_PREFIX}*")):
+            shutil.rmtree(left, ignore_errors=True)
         if shutil.disk_usage(_SHARED_MEMORY).free > 2 * weight_bytes:
             parent = _SHARED_MEMORY
     return Path(tempfile.mkdtemp(prefix=f"{_PREFIX}{os.getpid()}-", dir=parent))
+
+
+def _is_left(folder: Path) -> bool:
+    """Say whether the run of a folder is gone, be it one of another container, whose process ids mean nothing here."""
+    if Path("/proc", folder.name.removeprefix(_PREFIX).partition("-")[0]).exists():
+        return False
+    try:
+        os.close(_held(folder))
+    except OSError:
+        return False
+    return True
+
+
+def _held(folder: Path) -> int:
+    """Take a folder for this process, until the descriptor is closed. Raises `OSError` if it is taken, or gone."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BaseException:
+        os.close(descriptor)
+        raise
+    return descriptor
 
 
 class Source(msgspec.Struct, frozen=True):
@@ -91,6 +115,8 @@ class DiskWeightSync:
         self._source = source
         self._endpoints = list(endpoints)
         self._folder = folder
+        # Elsewhere nobody else looks for what is left, and not every file system can do this.
+        self._hold = _held(folder) if folder.parent == _SHARED_MEMORY else None
         self._options = options
         self._patience = patience
         self._pool = ThreadPoolExecutor(max(len(endpoints), 1), thread_name_prefix="weight-sync")
@@ -159,6 +185,9 @@ class DiskWeightSync:
         """Remove the directory."""
         self._pool.shutdown(wait=False)
         shutil.rmtree(self._folder, ignore_errors=True)
+        if self._hold is not None:
+            os.close(self._hold)
+            self._hold = None
 
     def _written(self, version: int) -> _Push:
         """Export into a fresh directory; nothing of it is left if that fails."""
