@@ -191,6 +191,11 @@ def test_the_commands_of_an_example_exist_and_name_files_that_exist(name):
         assert [file for file in files if not (ROOT / file).is_file()] == []
 
 
+def test_no_environment_counts_on_commands_that_hatch_runs_only_after_it_has_installed_a_project():
+    environments = tomllib.loads((ROOT / "hatch.toml").read_text())["envs"]
+    assert [name for name, environment in environments.items() if "post-install-commands" in environment] == []
+
+
 @pytest.mark.parametrize("name", ["smollm2", "reasoning_gym"])
 def test_the_files_that_an_example_shows_are_there(name):
     folder = EXAMPLES / name
