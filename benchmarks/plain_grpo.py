@@ -4,17 +4,15 @@ Same warmed model, prompts, reward, batch arithmetic, optimizer and clipping; li
 generation's log-probs and leaves samples without advantage out of the forward pass. One line of JSON a rollout.
 """
 
-import argparse
 import json
 import random
 import time
 from pathlib import Path
 
+import contest
 import torch
+from contest import CLIP_HIGH, CLIP_LOW, GROUP, LEARNING_RATE, NEW_TOKENS, PROMPTS, STEPS
 from transformers import AutoModelForCausalLM, AutoTokenizer
-
-PROMPTS, GROUP, STEPS, NEW_TOKENS = 32, 8, 2, 8
-CLIP_LOW, CLIP_HIGH, LEARNING_RATE = 0.2, 0.28, 5e-4
 
 
 def load_rows(file: Path) -> list[dict[str, str]]:
@@ -83,11 +81,7 @@ def one_rollout(model, tokenizer, optimizer, rows):
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--data", type=Path, required=True, help="the quickstart's data/ after its warm-up")
-    parser.add_argument("--rollouts", type=int, default=60)
-    parser.add_argument("--out", type=Path, required=True, help="where the lines go")
-    options = parser.parse_args()
+    options = contest.options(__doc__)
     torch.set_num_threads(1)
     torch.manual_seed(0)
     tokenizer = AutoTokenizer.from_pretrained(options.data / "warm")

@@ -5,18 +5,16 @@ checkpointing, mixed precision, external reporting and saving are off; the old l
 without advantage trained on, which TRL offers no switch for. Runs in the hatch environment `bench`.
 """
 
-import argparse
 import json
 import tempfile
 import time
-from pathlib import Path
 
+import contest
 import torch
+from contest import CLIP_HIGH, CLIP_LOW, GROUP, LEARNING_RATE, NEW_TOKENS, PROMPTS, STEPS
 from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
-
-PROMPTS, GROUP, STEPS, NEW_TOKENS = 32, 8, 2, 8
 
 
 class Rows(TrainerCallback):
@@ -47,19 +45,15 @@ def configuration(folder: str, rollouts: int) -> GRPOConfig:
         output_dir=folder, max_steps=STEPS * rollouts, seed=0,
         per_device_train_batch_size=PROMPTS * GROUP // STEPS, gradient_accumulation_steps=1,
         steps_per_generation=STEPS, num_iterations=1, num_generations=GROUP, max_completion_length=NEW_TOKENS,
-        temperature=1.0, top_p=1.0, top_k=0, beta=0.0, epsilon=0.2, epsilon_high=0.28, loss_type="grpo",
-        scale_rewards="group", learning_rate=5e-4, lr_scheduler_type="constant", adam_beta2=0.95, weight_decay=0.0,
-        max_grad_norm=1.0, use_cpu=True, bf16=False, gradient_checkpointing=False, report_to="none",
+        temperature=1.0, top_p=1.0, top_k=0, beta=0.0, epsilon=CLIP_LOW, epsilon_high=CLIP_HIGH, loss_type="grpo",
+        scale_rewards="group", learning_rate=LEARNING_RATE, lr_scheduler_type="constant", adam_beta2=0.95,
+        weight_decay=0.0, max_grad_norm=1.0, use_cpu=True, bf16=False, gradient_checkpointing=False, report_to="none",
         save_strategy="no", logging_strategy="no", disable_tqdm=True,
     )  # fmt: skip
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--data", type=Path, required=True, help="the quickstart's data/ after its warm-up")
-    parser.add_argument("--rollouts", type=int, default=60)
-    parser.add_argument("--out", type=Path, required=True, help="where the lines go")
-    options = parser.parse_args()
+    options = contest.options(__doc__)
     torch.set_num_threads(1)
     rows = [json.loads(line) for line in (options.data / "train.jsonl").read_text().splitlines()]
     model = AutoModelForCausalLM.from_pretrained(options.data / "warm", dtype=torch.float32)

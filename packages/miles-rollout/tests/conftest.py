@@ -8,6 +8,7 @@ from transformers import PreTrainedTokenizerFast
 
 from miles_api.config import RunConfig, option_groups
 from miles_api.run_options import RunOptions
+from miles_api.testing.engine import apart
 from miles_rollout.service import RolloutWorker
 
 CHARACTERS = "0123456789abcdefghijklmnopqrstuvwxyz >"
@@ -76,9 +77,10 @@ class FakeEngine:
 
             def do_POST(self):
                 payload = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-                answers = [engine.one(self.path, request) for request in _apart(payload)]
+                parts = apart(payload)
+                answers = [engine.one(self.path, request) for request in parts or [payload]]
                 status, reply = max(answers, key=lambda answer: answer[0])
-                if status == 200 and _is_joint(payload):
+                if status == 200 and parts is not None:
                     engine.joint += 1
                     reply = [each for _, each in answers]
                 body = json.dumps(reply).encode()
@@ -100,17 +102,6 @@ class FakeEngine:
     def close(self):
         self._server.shutdown()
         self._server.server_close()
-
-
-def _is_joint(payload):
-    return isinstance(next(iter(payload.get("input_ids", ())), None), list)
-
-
-def _apart(payload):
-    if not _is_joint(payload):
-        return [payload]
-    pairs = zip(payload["input_ids"], payload["sampling_params"], strict=True)
-    return [{**payload, "input_ids": ids, "sampling_params": params} for ids, params in pairs]
 
 
 def reply(ids, text, *, version="1", finish="stop", log_prob=-0.5):

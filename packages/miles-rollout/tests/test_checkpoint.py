@@ -7,6 +7,7 @@ import sys
 import numpy as np
 import pytest
 
+from miles_api import generators
 from miles_api.errors import DataError
 from miles_api.packing.packed import ArrayBlob
 from miles_rollout import checkpoint
@@ -122,11 +123,12 @@ def test_hooks_draw_on_where_they_were_unless_told_otherwise(worker, tmp_path, l
 
 LAZY = """
 import sys
+from miles_api import generators
 from miles_rollout import checkpoint
 sys.modules.pop("numpy", None)
-checkpoint.seed(7)
+generators.seed(7)
 if sys.argv[1:]:
-    checkpoint.restore_random_states(checkpoint.read(sys.argv[1]).random)
+    generators.restore(checkpoint.read(sys.argv[1]).random)
 import numpy
 print(numpy.random.random())
 """
@@ -138,7 +140,7 @@ def test_a_hook_that_imports_numpy_when_it_is_called_draws_what_the_run_is_seede
         return subprocess.run(words, capture_output=True, text=True, check=True).stdout
 
     assert drawn() == drawn()
-    state = checkpoint.RolloutState(loop=None, hooks={}, random=checkpoint.random_states())
+    state = checkpoint.RolloutState(loop=None, hooks={}, random=generators.states())
     checkpoint.write(str(tmp_path), state)
     assert drawn(tmp_path) == f"{np.random.random()}\n"
 

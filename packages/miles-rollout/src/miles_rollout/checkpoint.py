@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import importlib
-import random
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,9 +16,7 @@ if TYPE_CHECKING:
 
     from miles_api.args import Args
 
-__all__ = [
-    "RolloutState", "load_source", "random_states", "read", "restore_random_states", "save_source", "seed", "write",
-]  # fmt: skip
+__all__ = ["RolloutState", "load_source", "read", "save_source", "write"]
 
 _FILE = "rollout.msgpack"
 
@@ -82,29 +77,3 @@ def read(directory: str) -> RolloutState:
         return msgspec.msgpack.decode(path.read_bytes(), type=RolloutState)
     except (OSError, msgspec.DecodeError) as error:
         raise DataError(f"{path} cannot be read: {error}") from error
-
-
-def seed(number: int) -> None:
-    """Seed the generators that hooks share: what they draw then depends on the order of their calls alone."""
-    random.seed(number)
-    # Also where no hook has imported it yet: one that does so when it is called would draw from fresh entropy.
-    with contextlib.suppress(ModuleNotFoundError):
-        importlib.import_module("numpy").random.seed(number % 2**32)
-
-
-def random_states() -> dict[str, Any]:
-    """Return the states of the generators that hooks share: Python's, and NumPy's where it is loaded."""
-    states: dict[str, Any] = {"python": random.getstate()}
-    numpy = sys.modules.get("numpy")
-    if numpy is not None:
-        name, keys, *rest = numpy.random.get_state()
-        states["numpy"] = [name, keys.tolist(), *rest]
-    return states
-
-
-def restore_random_states(states: dict[str, Any]) -> None:
-    """Set the generators to what `random_states` returned."""
-    version, keys, gauss = states["python"]
-    random.setstate((version, tuple(keys), gauss))
-    if "numpy" in states:
-        importlib.import_module("numpy").random.set_state(tuple(states["numpy"]))

@@ -11,6 +11,7 @@ from urllib.parse import urlsplit
 
 import uvloop
 
+from miles_api import generators
 from miles_api.args import Args
 from miles_api.batch import check_columns
 from miles_api.errors import HookResultError, ServiceError
@@ -84,7 +85,7 @@ class RolloutWorker:
         self._rollout = self._built("rollout")
         self._eval = self._rollout if self._hooks.one("eval_rollout") is None else self._built("eval_rollout")
         if self._run.deterministic:
-            checkpoint.seed(self._args.rollout_seed)
+            generators.seed(self._args.rollout_seed)
         # What is loaded by now stays, and requests leave few cycles: the default collector took a fifth of a rollout.
         gc.collect()
         gc.freeze()
@@ -220,7 +221,7 @@ class RolloutWorker:
         state = checkpoint.RolloutState(
             loop=loop.state_dict() if hasattr(loop, "state_dict") else None,
             hooks=self._counts.state_dict(self.report()),
-            random=checkpoint.random_states(),
+            random=generators.states(),
         )
         checkpoint.write(directory, state)
 
@@ -238,7 +239,7 @@ class RolloutWorker:
                 self._rollout.target.load_state_dict(state.loop)
         self._counts.load_state_dict(state.hooks)
         if self._run.load_rng:
-            checkpoint.restore_random_states(state.random)
+            generators.restore(state.random)
 
     def _open_recording(self) -> None:
         if self._recorder:

@@ -6,8 +6,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from miles_api.checksum import checksums
 from miles_rollout.engines.local.errors import CheckpointError
-from miles_rollout.engines.local.weights import check_model_dir, checksum
+from miles_rollout.engines.local.weights import check_model_dir
 
 
 @pytest.mark.parametrize("impl", ["lean", "hf"])
@@ -75,10 +76,10 @@ def damaged(kit, tmp_path, change):
 @pytest.mark.parametrize("change", ["missing", "unexpected", "shape", "truncated"])
 def test_an_update_that_does_not_fit_leaves_the_live_weights(kit, make_job, drain, prompts, tmp_path, change, impl):
     scheduler = kit.scheduler(impl=impl)
-    before = checksum(scheduler.model.tensors())
+    before = checksums(scheduler.model.tensors())
     with pytest.raises(CheckpointError, match=r"norm\.weight|extra\.weight|safetensors|cannot"):
         scheduler.model.stage(damaged(kit, tmp_path, change))
-    assert checksum(scheduler.model.tensors()) == before
+    assert checksums(scheduler.model.tensors()) == before
 
 
 def test_weights_in_several_files_load_as_one(kit, make_job, drain, prompts, tmp_path):
@@ -87,9 +88,9 @@ def test_weights_in_several_files_load_as_one(kit, make_job, drain, prompts, tmp
     kit.reference("qwen3").save_pretrained(tmp_path, max_shard_size="20KB")
     assert (tmp_path / "model.safetensors.index.json").is_file()
     scheduler = kit.scheduler()
-    before = checksum(scheduler.model.tensors())
+    before = checksums(scheduler.model.tensors())
     scheduler.model.stage(tmp_path)()
-    assert checksum(scheduler.model.tensors()) == before
+    assert checksums(scheduler.model.tensors()) == before
 
 
 @pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "model.safetensors"])

@@ -104,7 +104,7 @@ class Trainer:
         """Write the current weights as a Hugging Face directory, with the tokenizer unless `weights_only`.
 
         Every rank calls it. With `checksums` the result holds the hashes of the tensors that this rank wrote, as
-        `megatron/checksum.py` defines them, else nothing. Raises DataError when the directory cannot be written.
+        `miles_api.checksum` defines them, else nothing. Raises DataError when the directory cannot be written.
         """
         self._require_start()
         source, extra = self._hf_checkpoint(), not weights_only

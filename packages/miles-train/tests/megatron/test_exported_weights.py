@@ -12,7 +12,7 @@ import torch
 import torch.multiprocessing as mp
 from safetensors.torch import load_file, save_file
 
-from miles_train.megatron.checksum import checksums
+from miles_api.checksum import checksums
 from miles_train.options import ParallelOptions
 from miles_train.trainer import Trainer
 from miles_train.weight_sync.verify import probe_tokens

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from miles_api.checksum import CHECKSUM
 from miles_api.services import Endpoint
-from miles_train.megatron.checksum import CHECKSUM
 from miles_train.options import WeightSyncOptions
 from miles_train.weight_sync.disk import DiskWeightSync, Source
 

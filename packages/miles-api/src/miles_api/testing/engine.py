@@ -11,7 +11,7 @@ import msgspec
 from miles_api.testing.samples import text_of
 from miles_api.testing.tokenizer import ByteTokenizer
 
-__all__ = ["Engine"]
+__all__ = ["Engine", "apart"]
 
 _ANSWER_TOKENS = 3
 _LOG_PROB = -0.25
@@ -79,10 +79,8 @@ class Engine:
 
         Raises `LookupError` for a path that no engine has, `ValueError` for a bad request.
         """
-        ids = payload.get("input_ids")
-        if path == "/generate" and isinstance(ids, list) and ids and isinstance(ids[0], list):
-            pairs = zip(ids, payload["sampling_params"], strict=True)
-            return [self.answer(path, {**payload, "input_ids": one, "sampling_params": its}) for one, its in pairs]
+        if path == "/generate" and (parts := apart(payload)) is not None:
+            return [self.answer(path, part) for part in parts]
         self.requests.append((path, payload))
         if path == "/generate":
             return self._generate(payload)
@@ -125,3 +123,12 @@ class Engine:
             ],
             "usage": {**used, "total_tokens": sum(used.values())},
         }  # fmt: skip
+
+
+def apart(payload: dict[str, Any]) -> list[dict[str, Any]] | None:
+    """Return what a `/generate` request with several prompts asks for each, None for one with a single prompt."""
+    ids = payload.get("input_ids")
+    if not (isinstance(ids, list) and ids and isinstance(ids[0], list)):
+        return None
+    pairs = zip(ids, payload["sampling_params"], strict=True)
+    return [{**payload, "input_ids": one, "sampling_params": its} for one, its in pairs]

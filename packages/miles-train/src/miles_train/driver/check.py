@@ -35,12 +35,12 @@ idle = idle_train_hooks
 
 derived = derived_rewards
 
-_LEFT_BEHIND = {
-    "load_optim": "with a fresh optimizer and schedule",
-    "load_rng": "with fresh random states",
-    "reset_data_source": "with the first prompt",
-}
-_FLAGS = {"load_optim": "--no-load-optim", "load_rng": "--no-load-rng", "reset_data_source": "--reset-data-source"}
+_LEFT_BEHIND = (
+    ("load_optim", False, "--no-load-optim", "with a fresh optimizer and schedule"),
+    ("load_rng", False, "--no-load-rng", "with fresh random states"),
+    ("reset_data_source", True, "--reset-data-source", "with the first prompt"),
+)
+"""Options, the value with which they leave a part of a checkpoint behind, its flag, and what that means."""
 _ASKED_FOR = ("advantage", "importance_weights", "pg_loss_reducer")
 """Hooks that belong to one loss or switch: a run that has them and not it is a mistake, not a choice."""
 
@@ -72,7 +72,7 @@ def _origin(config: RunConfig) -> list[str]:
         return ["resume: there is no checkpoint yet, the run begins anew"] if run.resume else []
     rollout_id = start.state.rollout_id
     where = f"{'resumed' if start.own else 'continued'} after rollout {rollout_id}, from {start.folder}"
-    left = [text for option, text in _LEFT_BEHIND.items() if getattr(run, option) == (option == "reset_data_source")]
+    left = [text for option, value, _, text in _LEFT_BEHIND if getattr(run, option) is value]
     done = ["all its rollouts are done"] if rollout_id + 1 >= run.num_rollout else []
     return ["; ".join([where, *left, *done]), *start.remarks, *changes(start.state, config)]
 
@@ -156,8 +156,8 @@ def _loaded(config: RunConfig) -> Iterator[str]:
     if start is None:
         yield from (
             f"{flag} says what to take of a checkpoint, and the run continues none: pass --load or --resume"
-            for option, flag in _FLAGS.items()
-            if not run.resume and getattr(run, option) == (option == "reset_data_source")
+            for option, value, flag, _ in _LEFT_BEHIND
+            if not run.resume and getattr(run, option) is value
         )
     elif not start.own:
         yield from _another_run(run, start.state.rollout_id)

@@ -21,9 +21,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from miles_api.checksum import checksums
 from miles_api.errors import ConfigError, DataError
 
-from .checksum import checksums
 from .core import DistributedDataParallel, parallel_state, unwrap
 
 __all__ = ["export_hf", "load_hf_weights", "named_hf_tensors"]

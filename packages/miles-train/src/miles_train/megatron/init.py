@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import os
-import random
 from datetime import timedelta
 from typing import TYPE_CHECKING
 
-import numpy as np
 import torch
 import torch.distributed as dist
 
+from miles_api import generators
 from miles_api.errors import ConfigError
 from miles_train.parallel import Group, Parallel
 
@@ -79,8 +78,7 @@ def initialize(
         distributed_timeout_minutes=max(1, round(timeout / 60)),
         create_gloo_process_groups=has_gpu() and parallel.use_distributed_optimizer,
     )
-    random.seed(seed)
-    np.random.seed(seed)
+    generators.seed(seed)
     torch.manual_seed(seed)
     tensor_parallel.model_parallel_cuda_manual_seed(seed)
 

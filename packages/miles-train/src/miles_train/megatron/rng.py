@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import random
 from pathlib import Path
 from typing import Any
 
 import msgspec
-import numpy as np
 import torch
 import torch.distributed as dist
 
+from miles_api import generators
 from miles_api.errors import DataError
 
 from .core import parallel_state, tensor_parallel
@@ -26,8 +25,8 @@ class _Saved(msgspec.Struct):
     torch: bytes
     cuda: bytes | None
     tracker: dict[str, bytes]
-    python: list[Any]
-    numpy: list[Any]
+    shared: dict[str, Any]
+    """Of Python and NumPy."""
 
 
 def layout() -> dict[str, int]:
@@ -42,14 +41,12 @@ def layout() -> dict[str, int]:
 
 def save(directory: str) -> None:
     """Write this rank's random states into `directory`; every rank calls it, each has a file of its own."""
-    name, keys, *rest = np.random.get_state()
     saved = _Saved(
         layout=layout(),
         torch=_bytes(torch.get_rng_state()),
         cuda=_bytes(torch.cuda.get_rng_state()) if has_gpu() else None,
         tracker={name: _bytes(state) for name, state in _tracker().get_states().items()},
-        python=list(random.getstate()),
-        numpy=[name, np.asarray(keys).tobytes(), *rest],
+        shared=generators.states(),
     )
     _path(directory).write_bytes(msgspec.msgpack.encode(saved))
 
@@ -70,10 +67,7 @@ def load(directory: str) -> None:
     if has_gpu() and saved.cuda is not None:
         torch.cuda.set_rng_state(_tensor(saved.cuda))
     _tracker().set_states({name: _tensor(state) for name, state in saved.tracker.items()})
-    version, keys, gauss = saved.python
-    random.setstate((version, tuple(keys), gauss))
-    name, data, *rest = saved.numpy
-    np.random.set_state((name, np.frombuffer(data, dtype=np.uint32), *rest))
+    generators.restore(saved.shared)
 
 
 def _path(directory: str) -> Path:

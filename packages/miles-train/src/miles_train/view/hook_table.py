@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-import msgspec
-
 from miles_api.hooks import REGISTRY
+from miles_api.loading.bind import HookStats
 from miles_train.view.words import duration, number
 
 if TYPE_CHECKING:
@@ -22,7 +21,7 @@ DRIVER = "driver"
 """The process that checks hooks and calls none."""
 
 
-class HookTotals(msgspec.Struct):
+class HookTotals(HookStats, kw_only=True):
     """One hook as every process that loaded the same file of it ran it."""
 
     hook: str
@@ -31,13 +30,6 @@ class HookTotals(msgspec.Struct):
     file: str
     sha256: str
     processes: list[str] = []
-    calls: int = 0
-    seconds: float = 0.0
-    errors: int = 0
-    timeouts: int = 0
-    retries: int = 0
-    skipped: int = 0
-    drops: dict[str, int] = {}
     checkable: bool = True
     idle: str = ""
     """Why this run does not call it; empty for those it calls."""
@@ -104,7 +96,10 @@ def hook_rows(hooks: Sequence[dict[str, Any]]) -> list[HookTotals]:
             str(hook.get(key) or "") for key in ("hook", "reference", "file", "sha256", "distribution", "version")
         )
         origin = f"{distribution} {version}".strip()
-        row = rows.setdefault((name, reference, sha256, origin), HookTotals(name, reference, origin, file, sha256))
+        row = rows.setdefault(
+            (name, reference, sha256, origin),
+            HookTotals(hook=name, reference=reference, distribution=origin, file=file, sha256=sha256),
+        )
         row.add(hook)
     return list(rows.values())
 

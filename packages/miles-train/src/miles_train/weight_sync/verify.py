@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
+from miles_api.checksum import CHECKSUM
 from miles_api.errors import ServiceError
-from miles_train.megatron.checksum import CHECKSUM
 from miles_train.weight_sync.engine import RefusedError, ask
 
 if TYPE_CHECKING:

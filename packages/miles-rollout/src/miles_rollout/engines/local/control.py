@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import msgspec
 
+from miles_api.checksum import CHECKSUM
 from miles_rollout.engines.local.errors import CheckpointError, UnsupportedModelError
 from miles_rollout.engines.local.protocol import (
     AbortRequest,
@@ -15,7 +16,7 @@ from miles_rollout.engines.local.protocol import (
     UpdateVersionRequest,
     UpdateWeightsRequest,
 )
-from miles_rollout.engines.local.weights import CHECKSUM, check_weights_dir, live_checksum
+from miles_rollout.engines.local.weights import check_weights_dir, live_checksum
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable

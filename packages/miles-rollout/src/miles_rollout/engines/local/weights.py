@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 
+from miles_api.checksum import checksums
 from miles_rollout.engines.local.errors import CheckpointError
 from miles_rollout.engines.local.json_file import read_json
 
@@ -16,16 +16,12 @@ if TYPE_CHECKING:
     from miles_rollout.engines.local.model import SlotModel
 
 __all__ = [
-    "CHECKSUM",
     "Checkpoint",
     "check_model_dir",
     "check_weights_dir",
-    "checksum",
     "live_checksum",
 ]
 
-CHECKSUM = "the first 16 hex digits of SHA-256 over a tensor's values as little-endian float32 in row-major order"
-"""How tensors are hashed; said with every answer, so that others know what to compare it with."""
 _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
 
 
@@ -126,14 +122,6 @@ class Checkpoint:
             raise CheckpointError(f"{self.directory}: tensor {name} cannot be read: {error}") from error
 
 
-def checksum(tensors: dict[str, torch.Tensor]) -> dict[str, str]:
-    """Return a short hash per tensor name, as `CHECKSUM` says."""
-    return {
-        name: sha256(tensor.detach().float().contiguous().numpy().data).hexdigest()[:16]
-        for name, tensor in sorted(tensors.items())
-    }
-
-
 def live_checksum(model: SlotModel, directory: Path) -> tuple[dict[str, str], list[str]]:
     """Return the hashes of the tensors in `directory`, and which of the model's own tensors did not come from them.
 
@@ -146,4 +134,4 @@ def live_checksum(model: SlotModel, directory: Path) -> tuple[dict[str, str], li
     fresh = type(model)(directory, model.max_positions).tensors()
     stale = [name for name, tensor in model.tensors().items() if not torch.equal(tensor, fresh[name])]
     with Checkpoint(directory) as checkpoint:
-        return checksum({name: checkpoint.get(name) for name in checkpoint.names}), stale
+        return checksums({name: checkpoint.get(name) for name in checkpoint.names}), stale

@@ -1,12 +1,12 @@
-"""Short hashes by which an engine's tensors are told from the trainer's. The driver imports this, so torch is not."""
+"""The short hashes by which an engine's weights are told from the trainer's, the same on both sides. Needs no torch."""
 
 from __future__ import annotations
 
 import hashlib
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from collections.abc import Mapping
 
 __all__ = ["CHECKSUM", "checksums"]
 
@@ -14,8 +14,9 @@ CHECKSUM = "the first 16 hex digits of SHA-256 over a tensor's values as little-
 """The whole definition; an engine that hashes like this says so with this sentence, and others are not compared."""
 
 
-def checksums(tensors: dict[str, Tensor]) -> dict[str, str]:
-    """Return each tensor's hash by its name; casts to float32, so a bfloat16 copy of bfloat16 values hashes the same.
+def checksums(tensors: Mapping[str, Any]) -> dict[str, str]:
+    """Return the hash of each torch tensor by its name; casts to float32, so a bfloat16 copy of bfloat16 values hashes
+    the same.
 
     Tensors lie on the CPU.
     """
