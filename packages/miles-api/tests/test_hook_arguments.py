@@ -295,12 +295,14 @@ def test_checks_get_what_is_wrong_with_options_and_not_what_does_not_load(hook):
 
 
 @pytest.mark.parametrize(
-    "brings", ["class options(msgspec.Struct):\n        size: int = 1", "def add_arguments(p): ..."]
+    "brings",
+    [
+        "class options(msgspec.Struct):\n        size: int = 1",
+        "def add_arguments(p): p.add_argument('--size', type=int)",
+    ],
 )
-def test_options_of_a_middleware_are_refused_since_the_routers_process_gets_none(write, brings):
+def test_middleware_brings_options_as_any_hook_does(write, brings):
     call = "async def __call__(self, scope, receive, send): ..."
     text = f"import msgspec\nclass Cache:\n    def __init__(self, app): ...\n    {call}\n    {brings}\n"
-    reference = write("cache.py", text) + ":Cache"
-    assert f"the router_middleware hook {reference} brings options" in problems(
-        ["--miles-router-middleware-paths", reference]
-    )
+    config = parse.parse_run(["--miles-router-middleware-paths", write("cache.py", text) + ":Cache", "--size", "7"])
+    assert config.extra["router_middleware"].values == {"size": 7}

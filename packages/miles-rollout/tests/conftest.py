@@ -69,6 +69,7 @@ class FakeEngine:
 
     def __init__(self, answer):
         self.requests, self.joint = [], 0
+        self.headers = {}
         self.answer = answer
         engine = self
 
@@ -85,7 +86,8 @@ class FakeEngine:
                     reply = [each for _, each in answers]
                 body = json.dumps(reply).encode()
                 self.send_response(status)
-                self.send_header("Content-Length", str(len(body)))
+                for name, value in {"Content-Length": str(len(body)), **engine.headers}.items():
+                    self.send_header(name, value)
                 self.end_headers()
                 self.wfile.write(body)
 

@@ -124,3 +124,22 @@ def test_silence_is_not_answered_by_sending_again(ask):
         url = f"http://127.0.0.1:{silent.getsockname()[1]}"
         with pytest.raises(ServiceError, match=r"/generate did not answer within --generate-timeout 0\.3 s$"):
             ask(url, timeout=0.3)
+
+
+@pytest.mark.parametrize("middleware", [None, ["a.middleware"]])
+def test_samples_say_which_middleware_of_the_router_changed_their_tokens(
+    worker, fake_engine, hook, tmp_path, middleware
+):
+    seen = tmp_path / "seen.json"
+    body = "import json, pathlib\ndef fn(args, all_samples, data_source):\n"
+    body += "    rows = [sample.metadata for group in all_samples for sample in group]\n"
+    body += f"    pathlib.Path({str(seen)!r}).write_text(json.dumps(rows))\n"
+    engine = fake_engine()
+    flags = {"rm_type": "f1", "rollout_all_samples_process_path": hook(body)}
+    rollouts = worker(engine, miles_router_middleware_paths=middleware, **flags)
+    rollouts.generate(0, "1")
+    assert json.loads(seen.read_text()) == [{}] * 6
+    engine.headers["x-miles-changed-tokens"] = "prefix_tokens,caches/m%C3%A4ine.py:Cache"
+    rollouts.generate(1, "1")
+    assert json.loads(seen.read_text()) == [{"changed_tokens_by": ["prefix_tokens", "caches/mäine.py:Cache"]}] * 6
+    assert (engine.joint > 0) == (middleware is None)

@@ -7,6 +7,7 @@ import contextlib
 import socket
 
 import httpx
+import msgspec
 import pytest
 import uvicorn
 from uvicorn.server import ServerState
@@ -15,21 +16,26 @@ from miles_api.hooks import REGISTRY
 from miles_api.loading.bind import bind
 from miles_router import RouterOptions
 from miles_router.app import RouterApp
-from miles_router.middleware import MiddlewareStack
+from miles_router.fetch import PROBE_AGENT
+from miles_router.middleware import MiddlewareStack, args_of
+from miles_router.protocol import BoundedProtocol, expire_slow
 
 
 @contextlib.asynccontextmanager
-async def _serve(app, port=0):
-    config = uvicorn.Config(app, http="httptools", lifespan="off", log_config=None, log_level="critical")
+async def _serve(app, port=0, http="httptools"):
+    config = uvicorn.Config(app, http=http, lifespan="off", log_config=None, log_level="critical")
     config.load()
     state = ServerState()  # without uvicorn.Server, which takes 0.3 s to stop
     sock = socket.create_server(("127.0.0.1", port))
     server = await asyncio.get_running_loop().create_server(
         lambda: config.http_protocol_class(config=config, server_state=state, app_state={}), sock=sock
     )
+    sweep = asyncio.create_task(expire_slow(state.connections)) if http is BoundedProtocol else None
     try:
         yield f"http://127.0.0.1:{sock.getsockname()[1]}"
     finally:
+        if sweep is not None:
+            sweep.cancel()
         server.close()
         for connection in list(state.connections):
             connection.transport.abort()
@@ -65,9 +71,10 @@ async def _listen(handle):
 class Routed:
     """A running router and a client that talks to it."""
 
-    def __init__(self, url, app, client):
+    def __init__(self, url, app, client, stack=None):
         self.url = url
         self.app = app
+        self.stack = stack
         self.client = client
         self.port = int(url.rpartition(":")[2])
 
@@ -83,20 +90,27 @@ class Routed:
             await asyncio.sleep(0.01)
 
 
+def _defaults(middleware):
+    kinds = [kind.options for kind in middleware if hasattr(kind, "options")]
+    return {name: value for kind in kinds for name, value in msgspec.structs.asdict(kind()).items()}
+
+
 @contextlib.asynccontextmanager
-async def _routed(*urls, middleware=(), **options):
-    settings = RouterOptions(**{"router_health_interval": 0.05, **options})
+async def _routed(*urls, middleware=(), brought=None, **options):
+    settings = RouterOptions(**{"router_health_interval": 0.05, "router_hang_timeout": 0, **options})
     app = RouterApp(settings)
     await app.start()
     for url in urls:
         app.registry.add(url)
-    hooks = [bind(REGISTRY["router_middleware"], f"test:{kind.__name__}", kind) for kind in middleware]
+    args = args_of(settings, {**_defaults(middleware), **(brought or {})})
+    hooks = [bind(REGISTRY["router_middleware"], f"test:{kind.__name__}", kind, args) for kind in middleware]
+    stack = MiddlewareStack(app, settings, hooks) if hooks else None
     try:
         async with (
-            _serve(MiddlewareStack(app, settings, hooks) if hooks else app) as url,
+            _serve(stack or app, http=BoundedProtocol) as url,
             httpx.AsyncClient(base_url=url, timeout=20, trust_env=False, verify=False) as client,
         ):
-            yield Routed(url, app, client)
+            yield Routed(url, app, client, stack)
     finally:
         await app.close()
 
@@ -115,7 +129,7 @@ def listen():
 
 @pytest.fixture
 def routed():
-    """`async with routed(*worker_urls, middleware=(), **options) as r`."""
+    """`async with routed(*worker_urls, middleware=(), brought={option: value}, **options) as r`."""
     return _routed
 
 
@@ -127,6 +141,10 @@ class Engine:
         self.body = body
         self.status = status
         self.headers = list(headers)
+        self.health = 200
+        self.checks = 0
+        """How often it was asked for its health; `questions` is how often whether it hangs."""
+        self.questions = 0
         self.weight_version = None
         self.gate = None
 
@@ -138,7 +156,10 @@ class Engine:
             more = message.get("more_body", False)
         answer, status = self.body, self.status
         if scope["path"] == "/health":
-            answer, status = b"", 200
+            self.checks += 1
+            answer, status = b"", self.health
+        elif scope["path"] == "/server_info" and (b"user-agent", PROBE_AGENT) in scope["headers"]:
+            self.questions += 1
         elif scope["path"] == "/model_info":
             answer, status = b'{"model_path": "m", "weight_version": "%s"}' % str(self.weight_version).encode(), 200
         else:

@@ -230,6 +230,7 @@ def test_who_lacks_the_token_reaches_no_middleware_and_no_middleware_sees_it(rou
         async with routed(middleware=[Passing, Curious], **options) as r:
             assert (await r.post(content=b"x")).status_code == 401
             assert (await r.client.get("/hooks")).status_code == 401
+            assert (await r.client.get("/")).status_code == 200
             token = {"authorization": "Bearer s3cret"}
             assert (await hook_of(r, "Passing", **token))["calls"] == 0
             assert (await r.client.get("/workers", headers={**token, "origin": "http://evil"})).status_code == 403

@@ -282,7 +282,8 @@ def test_the_command_takes_short_and_long_flags(monkeypatch):
     assert options == RouterOptions(
         sglang_router_ip="::1", sglang_router_port=23456, router_policy="round_robin", router_token="from-env"
     )
-    assert (workers, kwargs) == (["http://a:1", "http://b:2"], {"middleware": [], "parent_pid": None, "fd": None})
+    assert workers == ["http://a:1", "http://b:2"]
+    assert kwargs == {"middleware": [], "replay": None, "parent_pid": None, "fd": None}
 
 
 def test_importing_options_command_and_service_costs_no_web_server():

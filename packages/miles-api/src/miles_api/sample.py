@@ -189,6 +189,7 @@ class Sample(msgspec.Struct, kw_only=True, dict=True, eq=True):
     def update_from_meta_info(self, *given: Any, meta_info: dict[str, Any] | None = None) -> None:
         """Take status, weight version and counts from an engine's `meta_info`, the last argument.
 
+        Router middleware that changed the tokens is named there, and then in the metadata, as `changed_tokens_by`.
         Hooks written for Miles or slime pass `args` before it.
         """
         meta_info = given[-1] if meta_info is None else meta_info
@@ -202,6 +203,9 @@ class Sample(msgspec.Struct, kw_only=True, dict=True, eq=True):
         for version in spans or [meta_info.get("weight_version")]:
             if version is not None and self.weight_versions[-1:] != [str(version)]:
                 self.weight_versions = [*self.weight_versions, str(version)]
+        if changed := meta_info.get("changed_tokens_by"):
+            names = [*self.metadata.get("changed_tokens_by", ()), *changed]
+            self.metadata = {**self.metadata, "changed_tokens_by": list(dict.fromkeys(names))}
         self.prefix_cache_info.add(meta_info)
         if "spec_verify_ct" in meta_info:
             self.spec_info.add(meta_info)

@@ -11,6 +11,7 @@ import asyncio
 import functools
 import time
 from typing import TYPE_CHECKING, Any
+from urllib.parse import unquote
 
 import aiohttp
 import msgspec
@@ -28,6 +29,8 @@ _NOT_SERVED = frozenset({502, 503, 504})
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.1, 2.0
 """Seconds before a request is sent again, doubled each time."""
 _ERROR_BODY = 500
+_CHANGED = "x-miles-changed-tokens"
+"""The response header that names router middleware which changed the tokens."""
 
 _encode = msgspec.json.Encoder().encode
 _decode = msgspec.json.Decoder().decode
@@ -56,7 +59,7 @@ class Requests:
         return aiohttp.ClientSession(connector=connector, timeout=aiohttp.ClientTimeout(total=self._timeout))
 
     async def post(self, path: str, payload: Mapping[str, Any]) -> dict[str, Any]:
-        """POST JSON and return the decoded answer.
+        """POST JSON and return the decoded answer; what says who changed its tokens is in each `meta_info`.
 
         Sent again where nobody served it. Raises `ServiceError` with status and body when it is refused, and with what
         was tried when the deadline is past.
@@ -68,7 +71,7 @@ class Requests:
             tries += 1
             self._repeated += tries > 1
             try:
-                return _decode(await self._once(url, body, left))
+                return _stamped(*await self._once(url, body, left))
             except TimeoutError:
                 break
             except _NotServedError as error:
@@ -78,7 +81,7 @@ class Requests:
         tried = f", though it was sent {tries} times; last seen: {problem}" if problem else ""
         raise ServiceError(f"{url} did not answer within --generate-timeout {self._timeout:g} s{tried}")
 
-    async def _once(self, url: str, body: bytes, seconds: float) -> bytes:
+    async def _once(self, url: str, body: bytes, seconds: float) -> tuple[bytes, str]:
         timeout = aiohttp.ClientTimeout(total=seconds)
         try:
             async with self.session.post(url, data=body, headers=self.headers, timeout=timeout) as reply:
@@ -90,7 +93,7 @@ class Requests:
         except aiohttp.ClientError as error:
             raise ServiceError(f"{url}: {type(error).__name__}: {error}") from error
         if reply.status == _OK:
-            return answer
+            return answer, reply.headers.get(_CHANGED, "")
         said = f"answered {reply.status}: {answer[:_ERROR_BODY].decode(errors='replace')}"
         raise _NotServedError(said) if reply.status in _NOT_SERVED else ServiceError(f"{url} {said}")
 
@@ -103,3 +106,14 @@ class Requests:
         """Close the connections, if there are any."""
         if "session" in self.__dict__:
             await self.session.close()
+
+
+def _stamped(body: bytes, changed: str) -> Any:
+    """Decode an answer and note in each `meta_info`, as `changed_tokens_by`, whom the header names."""
+    answer = _decode(body)
+    if changed:
+        names = [unquote(name) for name in changed.split(",")]
+        for reply in answer if isinstance(answer, list) else [answer]:
+            if isinstance(reply, dict) and isinstance(reply.get("meta_info"), dict):
+                reply["meta_info"]["changed_tokens_by"] = names
+    return answer

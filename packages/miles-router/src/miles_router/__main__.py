@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import sys
 
 from miles_api import stacks
@@ -14,10 +13,8 @@ from .command import command
 def main() -> int:
     """Run the router; return the exit status."""
     stacks.register("router")
-    parser = argparse.ArgumentParser(prog="python -m miles_router", description=command.help)
-    command.configure(parser)
     try:
-        return command.run(parser.parse_args())
+        return command.main(sys.argv[1:], prog="python -m miles_router")
     except MilesError as exc:
         print(f"{type(exc).__name__}: {exc}", file=sys.stderr)
         return 2

@@ -7,18 +7,21 @@ other client sends, gives it away.
 from __future__ import annotations
 
 import hmac
+import ipaddress
+import re
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-__all__ = ["allowed_methods", "bears", "comes_from_a_web_page"]
+__all__ = ["allowed_methods", "bears", "comes_from_a_web_page", "names_this_machine"]
 
 _GET, _POST = ("GET", "HEAD"), ("POST",)
 _FORWARDED: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(("/generate", "/encode", "/classify", "/rerank", "/tokenize", "/detokenize"), _POST),
     **dict.fromkeys(("/model_info", "/get_model_info", "/server_info", "/get_server_info", "/health_generate"), _GET),
 }
+_PORT = re.compile(rb":[0-9]*$")
 _V1, _V1_METHODS = "/v1/", (*_GET, *_POST)
 
 
@@ -43,3 +46,20 @@ def bears(headers: Iterable[tuple[bytes, bytes]], token: bytes) -> bool:
 def comes_from_a_web_page(headers: Iterable[tuple[bytes, bytes]]) -> bool:
     """Tell whether a browser sent the request on behalf of a page."""
     return any(name == b"origin" for name, _ in headers)
+
+
+def names_this_machine(headers: Iterable[tuple[bytes, bytes]]) -> bool:
+    """Tell whether `Host` is an address or `localhost`: after DNS rebinding a browser sends the foreign name."""
+    for name, value in headers:
+        if name == b"host":
+            host = _PORT.sub(b"", value).decode("latin-1")
+            return host.lower() == "localhost" or _is_address(host.strip("[]"))
+    return True
+
+
+def _is_address(host: str) -> bool:
+    try:
+        ipaddress.ip_address(host)
+    except ValueError:
+        return False
+    return True

@@ -15,16 +15,25 @@ import msgspec
 
 from miles_api.errors import ConfigError
 
-from .access import allowed_methods, bears, comes_from_a_web_page
+from .access import allowed_methods, bears, comes_from_a_web_page, names_this_machine
+from .aggregate import AGGREGATED
+from .choosing import make_policy
+from .gate import make_gate
 from .health import HealthProber
-from .policies import make_policy
-from .proxy import RETRY_AFTER_S, BodyTooLargeError, Proxy, Receive, Scope, Send, read_body, send_json
+from .messages import RETRY_AFTER, BodyTooLargeError, Receive, Scope, Send, read_body, send_bytes, send_json
+from .metrics import Metrics, describe, exposition
+from .page import PAGE_HEADERS, page
+from .proxy import Proxy
 from .workers import WorkerRegistry
 
 if TYPE_CHECKING:
     from .options import RouterOptions
+    from .workers import Worker
 
 __all__ = ["RouterApp"]
+
+
+_SHOWN = frozenset(("/status", "/metrics"))
 
 
 class _Call(NamedTuple):
@@ -47,34 +56,44 @@ class RouterApp:
     """The ASGI application. `start` and `close` run its background tasks, in the loop that serves it."""
 
     def __init__(self, options: RouterOptions) -> None:
-        self._prober = HealthProber(options.router_health_interval)
-        self.registry = WorkerRegistry(lambda worker: self._prober.watch(self.registry, worker))
+        self._prober = HealthProber(options.router_health_interval, options.router_hang_timeout)
+        self.registry = WorkerRegistry(self._on_quarantine, self._on_doubt)
+        self.metrics = Metrics()
         self._token = None if options.router_token is None else options.router_token.encode()
         self._max_body = options.router_max_body_bytes
+        policy = make_policy(options.router_policy)
+        self._gate = make_gate(options, self.registry, policy)
+        if self._gate is not None:
+            self.registry.on_change = self._gate.pump
         self._proxy = Proxy(
             self.registry,
-            make_policy(options.router_policy),
+            policy,
             options.router_request_timeout,
+            gate=self._gate,
+            metrics=self.metrics,
             max_body=self._max_body,
             keep_authorization=self._token is None,
         )
-        self._background: asyncio.Task[None] | None = None
+        self._background: list[asyncio.Task[None]] = []
         self._routes: dict[str, dict[str, _Handler]] = {
             "/add_worker": {"POST": self._add_by_query},
             "/remove_worker": {"POST": self._remove_by_query},
             "/list_workers": {"GET": self._list_urls},
             "/workers": {"GET": self._list_workers, "POST": self._add_by_body},
+            "/status": {"GET": self._status},
         }
         self._delete_route: dict[str, _Handler] = {"DELETE": self._remove_by_path}
 
     async def start(self) -> None:
         """Start the background tasks."""
-        self._background = asyncio.get_running_loop().create_task(self._proxy.expire_silent())
+        loop = asyncio.get_running_loop()
+        silence = self._prober.watch_silence(self.registry, self._proxy.waits_for, self._proxy.abandon)
+        self._background = [loop.create_task(self._proxy.expire_silent()), loop.create_task(silence)]
 
     async def close(self) -> None:
         """Stop the background tasks and close idle connections."""
-        if self._background is not None:
-            self._background.cancel()
+        for task in self._background:
+            task.cancel()
         await self._prober.close()
         for worker in self.registry:
             worker.pool.close()
@@ -84,6 +103,9 @@ class RouterApp:
         path = scope["path"]
         if path == "/health":
             await self._health(send)
+            return
+        if path == "/":
+            await self.front_page(scope, send)
             return
         if (refusal := self.refusal(scope["headers"])) is not None:
             await self.refuse(send, *refusal)
@@ -108,9 +130,17 @@ class RouterApp:
     async def _admit(self, path: str, scope: Scope, receive: Receive, send: Send) -> None:
         allowed = allowed_methods(path)
         if scope["method"] in allowed:
-            await self._proxy(scope, receive, send)
+            if scope["method"] == "GET" and path in AGGREGATED and len(self.registry.healthy) > 1:
+                await self._aggregate(path, scope, send)
+            else:
+                await self._proxy(scope, receive, send)
         elif allowed:
             await self._refuse_method(send, path, allowed)
+        elif path in _SHOWN and self._token is None and not names_this_machine(scope["headers"]):
+            await self.refuse(send, 403, "without a token the router is to be asked by its address or as localhost")
+        elif path == "/metrics" and scope["method"] == "GET":
+            text = exposition(self.metrics, self.registry, self._queued()).encode()
+            await send_bytes(send, 200, text, b"text/plain; version=0.0.4; charset=utf-8")
         elif (routes := self._routes.get(path)) is not None:
             await self._manage(routes, scope, receive, send)
         elif path.startswith("/workers/"):
@@ -143,9 +173,33 @@ class RouterApp:
         state = "healthy" if healthy else "unhealthy" if registered else "no_workers"
         value = {"status": state, "workers": registered, "healthy": healthy}
         if state == "unhealthy":
-            await send_json(send, 503, value, (b"retry-after", str(RETRY_AFTER_S).encode()))
+            await send_json(send, 503, value, RETRY_AFTER)
         else:
             await send_json(send, 200, value)
+
+    async def front_page(self, scope: Scope, send: Send) -> None:
+        """Answer `/`: the page is the same for everybody; what it shows it has to ask for, with the token."""
+        if scope["method"] not in ("GET", "HEAD"):
+            await self._refuse_method(send, "/", ("GET", "HEAD"))
+        else:
+            await send_bytes(send, 200, page(), b"text/html; charset=utf-8", *PAGE_HEADERS)
+
+    async def _aggregate(self, path: str, scope: Scope, send: Send) -> None:
+        headers = [] if self._token else [pair for pair in scope["headers"] if pair[0] == b"authorization"]
+        status, value = await AGGREGATED[path](self.registry.healthy, path, headers)
+        await send_json(send, status, value)
+
+    def _on_quarantine(self, worker: Worker) -> None:
+        self._prober.watch(self.registry, worker)
+
+    def _on_doubt(self, worker: Worker) -> None:
+        self._prober.question(self.registry, worker)
+
+    def _queued(self) -> int:
+        return 0 if self._gate is None else len(self._gate)
+
+    def _status(self, _call: _Call) -> tuple[int, object]:
+        return 200, describe(self.metrics, self.registry, self._queued())
 
     def _add(self, url: str, weight_version: str) -> tuple[int, object]:
         worker = self.registry.add(url, weight_version)

@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import argparse
 import os
-from typing import get_args, get_type_hints
+from typing import TYPE_CHECKING, Any, get_type_hints
 
 import msgspec
 
+from miles_api.cli.command_parser import CommandParser
 from miles_api.errors import ConfigError
-from miles_api.options import field_docs
+from miles_api.options import field_docs, flag_of, option_kind
 
-from .options import TOKEN_VARIABLE, RouterOptions
+from . import hook_values
+from .options import TOKEN_VARIABLE, RouterOptions, short_flag
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
 __all__ = ["RouterCommand", "command"]
 
@@ -21,31 +26,36 @@ class RouterCommand:
 
     help = "serve one address for several inference engines"
 
+    def main(self, argv: Sequence[str], prog: str = "miles router") -> int:
+        """Read the flags, those that the middleware brings among them, and serve; return the exit status."""
+        first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+        _add_middleware(first)
+        references = _references(first.parse_known_args(argv)[0])
+        parents = [options.parser for options in hook_values.brought_by(references)]
+        parser = CommandParser(prog=prog, description=self.help, parents=parents)
+        try:
+            self.configure(parser)
+        except argparse.ArgumentError as error:
+            raise ConfigError(f"{', '.join(references)} brings an option that the router has: {error}") from error
+        return self.run(parser.parse_args(argv))
+
     def configure(self, parser: argparse.ArgumentParser) -> None:
         """Add the flags to `parser`."""
-        docs, default = field_docs(RouterOptions), RouterOptions()
-        policies = get_args(get_type_hints(RouterOptions)["router_policy"])
-
-        def add(flag: str, alias: str, field: str, **how: object) -> None:
-            shown = getattr(default, field)
+        docs, default, hints = field_docs(RouterOptions), RouterOptions(), get_type_hints(RouterOptions)
+        for field in RouterOptions.__struct_fields__:
+            kind, shown = option_kind(hints[field]).base, getattr(default, field)
             text = docs[field] + ("" if shown is None else f" (default: {shown})")
-            parser.add_argument(flag, alias, dest=field, default=shown, help=text, **how)  # type: ignore[arg-type]
-
-        add("--host", "--sglang-router-ip", "sglang_router_ip", metavar="ADDRESS")
-        add("--port", "--sglang-router-port", "sglang_router_port", type=int)
-        add("--policy", "--router-policy", "router_policy", choices=policies)
-        add("--health-interval", "--router-health-interval", "router_health_interval", type=float, metavar="SECONDS")
-        add("--request-timeout", "--router-request-timeout", "router_request_timeout", type=float, metavar="SECONDS")
-        add("--max-body-bytes", "--router-max-body-bytes", "router_max_body_bytes", type=int, metavar="BYTES")
-        add("--token", "--router-token", "router_token", metavar="TOKEN")
+            how: dict[str, Any] = {"type": kind, "metavar": getattr(kind, "__name__", "").upper()}
+            if isinstance(kind, tuple):
+                how = {"choices": kind}
+            parser.add_argument(short_flag(field), flag_of(field), dest=field, default=shown, help=text, **how)
         parser.add_argument(
             "--worker", action="append", default=[], metavar="URL", help="an engine to start with (repeatable)"
         )
+        _add_middleware(parser)
         parser.add_argument(
-            "--miles-router-middleware-paths", action="append", default=[], metavar="REFERENCE",
-            help="middleware around the router, outermost first: pkg.mod:Class or path/file.py:Class, comma-separated "
-            "or repeated",
-        )  # fmt: skip
+            "--replay", metavar="FILE", help="answer from what the `recorder` middleware wrote; there are no engines"
+        )
         # Router passes its own process id, so that the child can tell when it has been orphaned
         parser.add_argument("--parent-pid", type=int, help=argparse.SUPPRESS)
         # and its listening socket, so that the port is never free between this process and one that replaces it
@@ -54,7 +64,7 @@ class RouterCommand:
     def run(self, namespace: argparse.Namespace) -> int:
         """Serve until interrupted. Raises `ConfigError` or `ServiceError` if it cannot start."""
         # every `miles` command builds this parser, and only this one needs a web server
-        from .middleware import resolve_middleware  # noqa: PLC0415
+        from .middleware import args_of, resolve_middleware  # noqa: PLC0415
         from .server import run_router  # noqa: PLC0415
 
         given = {name: getattr(namespace, name) for name in RouterOptions.__struct_fields__}
@@ -63,11 +73,29 @@ class RouterCommand:
             options = msgspec.convert(given, RouterOptions)
         except msgspec.ValidationError as exc:
             raise ConfigError(f"miles router: {exc}") from exc
-        references = [part.strip() for given in namespace.miles_router_middleware_paths for part in given.split(",")]
-        middleware = resolve_middleware(filter(None, references))
+        references = _references(namespace)
+        brought = hook_values.from_environment()
+        if brought is None:
+            brought = hook_values.from_flags(hook_values.brought_by(references), vars(namespace))
+        middleware = resolve_middleware(references, args_of(options, brought))
+        if namespace.replay is not None and namespace.worker:
+            raise ConfigError("miles router: --replay answers by itself: leave --worker out")
         inherited = {"parent_pid": namespace.parent_pid, "fd": namespace.fd}
-        run_router(options, namespace.worker, middleware=middleware, **inherited)
+        run_router(options, namespace.worker, middleware=middleware, replay=namespace.replay, **inherited)
         return 0
+
+
+def _add_middleware(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--miles-router-middleware-paths", action="append", default=[], metavar="REFERENCE",
+        help="middleware around the router, outermost first: a short name, pkg.mod:Class or path/file.py:Class, "
+        "comma-separated or repeated; with --help, the options that it brings are shown too",
+    )  # fmt: skip
+
+
+def _references(namespace: argparse.Namespace) -> list[str]:
+    parts = [part.strip() for given in namespace.miles_router_middleware_paths for part in given.split(",")]
+    return [part for part in parts if part]
 
 
 command = RouterCommand()

@@ -14,6 +14,7 @@ __all__ = [
     "ClientGoneError",
     "ConnectError",
     "ConnectionPool",
+    "HungError",
     "LostError",
     "SilentError",
     "UpstreamConnection",
@@ -43,6 +44,10 @@ class SilentError(UpstreamError):
     """The engine stayed silent for too long."""
 
 
+class HungError(UpstreamError):
+    """The engine does not even answer what costs it nothing."""
+
+
 class ClientGoneError(UpstreamError):
     """The client left, so nobody waits for the answer."""
 
@@ -51,7 +56,7 @@ class UpstreamConnection(asyncio.Protocol):
     """One keep-alive connection to an engine, also the callback object of its own response parser."""
 
     def __init__(self, pool: ConnectionPool) -> None:
-        self._pool = pool
+        self.pool = pool
         self._loop = asyncio.get_running_loop()
         self._parser: httptools.HttpResponseParser | None = httptools.HttpResponseParser(self)
         self._waiter: asyncio.Future[None] | None = None
@@ -129,7 +134,7 @@ class UpstreamConnection(asyncio.Protocol):
         self._busy = False
         transport = self._transport
         if self.complete and self._keep_alive and self._error is None and not transport.get_write_buffer_size():
-            self._pool.put(self)
+            self.pool.put(self)
         else:
             transport.abort()
 
@@ -158,7 +163,7 @@ class UpstreamConnection(asyncio.Protocol):
             self._transport.abort()
             return
         self.received = True
-        self.last_activity = self._loop.time()
+        self.last_activity = self.pool.last_heard = self._loop.time()
         try:
             self._parser.feed_data(data)  # type: ignore[union-attr]
         except (httptools.HttpParserError, httptools.HttpParserUpgrade) as exc:
@@ -171,7 +176,7 @@ class UpstreamConnection(asyncio.Protocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._parser = None  # it refers back to this object
-        self._pool.discard(self)
+        self.pool.discard(self)
         if exc is None and self.answered and not self.complete and self._ends_at_close():
             self.complete = True
         elif not self.complete and self._error is None:
@@ -223,6 +228,8 @@ class ConnectionPool:
         self._host = host
         self._port = port
         self._closed = False
+        self.last_heard = 0.0
+        """When the engine sent something last, on the clock of the event loop."""
         self._idle: dict[UpstreamConnection, None] = {}  # ordered, and drops a closed one in constant time
 
     def take_idle(self) -> UpstreamConnection | None:

@@ -13,16 +13,20 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
+from miles_api.args import Args
 from miles_api.errors import ConfigError, HookError
 from miles_api.hooks import REGISTRY
 from miles_api.loading.bind import resolve
 from miles_api.loading.hookset import close, report_of
 
+from .access import allowed_methods
+from .handle import RouterHandle, WorkerInfo
+from .messages import Message, Receive, Scope, Send, send_json
 from .options import MIDDLEWARE_HOOK, REPORT_PATH
-from .proxy import PREFERRED, Message, Receive, Scope, Send, send_json
+from .stamps import Passage, stamp_of
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Iterable, Sequence
+    from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 
     from miles_api.loading.bind import BoundHook
 
@@ -31,18 +35,24 @@ if TYPE_CHECKING:
 
     App = Callable[[Scope, Receive, Send], Awaitable[None]]
 
-__all__ = ["MiddlewareStack", "RouterHandle", "WorkerInfo", "resolve_middleware"]
+__all__ = ["MiddlewareStack", "RouterHandle", "WorkerInfo", "args_of", "resolve_middleware"]
 
 _log = logging.getLogger("miles_router")
 
+_OPEN = ("/health", "/")
+"""What answers without a token, and about this process."""
 
-def resolve_middleware(references: Iterable[str]) -> list[BoundHook]:
-    """Import and check every middleware; `ConfigError` lists all that do not load or fit."""
+
+def resolve_middleware(references: Iterable[str], args: Args | None = None) -> list[BoundHook]:
+    """Import and check every middleware; `ConfigError` lists all that do not load or fit.
+
+    Each gets its own view of `args` as `router.args`; without, it finds the router's options there.
+    """
     found: list[BoundHook] = []
     problems: list[str] = []
     for reference in references:
         try:
-            found.append(resolve(REGISTRY[MIDDLEWARE_HOOK], reference))
+            found.append(resolve(REGISTRY[MIDDLEWARE_HOOK], reference, None if args is None else args.fork()))
         except HookError as error:
             problems.append(str(error))
     if problems:
@@ -50,58 +60,28 @@ def resolve_middleware(references: Iterable[str]) -> list[BoundHook]:
     return found
 
 
-class WorkerInfo(msgspec.Struct, frozen=True):
-    """One registered engine, as a middleware sees it."""
-
-    url: str
-    healthy: bool
-    outstanding: int
-    """Requests sent to it that are not answered yet."""
-    weight_version: str
-    """The version it was registered with; empty means any."""
-
-
-class RouterHandle:
-    """What a middleware is given as `router`: the engines, the options, and a say in who gets a request."""
-
-    def __init__(self, app: RouterApp, options: RouterOptions) -> None:
-        self._app = app
-        self.options: RouterOptions = msgspec.structs.replace(options, router_token=None)
-        """The router's options, without the token."""
-
-    @property
-    def workers(self) -> list[WorkerInfo]:
-        """The registered engines as they are now, in order of registration."""
-        return [WorkerInfo(w.url, w.healthy, w.outstanding, w.weight_version) for w in self._app.registry]
-
-    def prefer(self, scope: Scope, url: str) -> None:
-        """Send this request to the engine at `url` while it is healthy; otherwise the policy picks, as without."""
-        scope[PREFERRED] = url
-
-
 class MiddlewareStack:
     """The router within its middleware, outermost first; build it in the event loop that serves it.
 
-    Requests that the router itself refuses at the door (no token, a web page) reach no middleware, nor do `/health`
-    and `/hooks`: whoever asks for those asks about this process.
+    Requests that the router itself refuses at the door (no token, a web page) reach no middleware, nor do `/`,
+    `/health` and `/hooks`: whoever asks for those asks about this process.
     """
 
     def __init__(self, router: RouterApp, options: RouterOptions, hooks: Sequence[BoundHook]) -> None:
         """Build every middleware. What a constructor raises is the user's own exception, with a note naming it."""
         self._router = router
         self._hooks = list(hooks)
-        self._instances: list[Any] = []
-        handle = RouterHandle(router, options)
+        self._guards: list[_Guarded] = []
         app: App = router
         for hook in reversed(self._hooks):
-            app = _Guarded(hook, app, handle)
-            self._instances.append(app.instance)
+            app = _Guarded(hook, app, RouterHandle(router, options, hook.view or args_of(options, {})))
+            self._guards.insert(0, app)
         self._app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer one HTTP request through all middleware."""
         path = scope["path"]
-        if path == "/health":
+        if path in ("/", "/health"):
             await self._router(scope, receive, send)
         elif (refusal := self._router.refusal(scope["headers"])) is not None:
             await self._router.refuse(send, *refusal)
@@ -111,24 +91,31 @@ class MiddlewareStack:
             await self._app(scope, receive, send)
 
     def report(self) -> list[dict[str, Any]]:
-        """Say what this process loaded, from which file, and how it fared: one dict a middleware, outermost first."""
-        return [
-            {**report_of(hook), "changes_tokens": bool(getattr(hook.target, "changes_tokens", False))}
-            for hook in self._hooks
-        ]
+        """Say what this process loaded, from which file, and how it fared: one dict a middleware, outermost first.
+
+        `changed_bodies` counts the requests whose bytes an undeclared middleware changed; `counts` is what a
+        middleware's own `counts()` says.
+        """
+        return [guard.report() for guard in self._guards]
 
     async def aclose(self) -> None:
         """Close every middleware that has `aclose()` or `close()`, outermost first."""
-        for instance in reversed(self._instances):
-            await close(instance)
+        for guard in self._guards:
+            await close(guard.instance)
+
+
+def args_of(options: RouterOptions, brought: Mapping[str, Any]) -> Args:
+    """Return what middleware gets as `router.args`: the router's options without the token, and what it brings."""
+    return Args({**msgspec.structs.asdict(options), "router_token": None, **brought})
 
 
 class _Call:
     """What happened inside a middleware during one request."""
 
-    __slots__ = ("answered", "entered", "error", "seconds")
+    __slots__ = ("answered", "entered", "error", "passage", "seconds")
 
-    def __init__(self) -> None:
+    def __init__(self, passage: Passage | None = None) -> None:
+        self.passage = passage
         self.answered = False
         self.entered = False
         self.error: Exception | None = None
@@ -139,7 +126,11 @@ class _Guarded:
     """One middleware between its neighbours: its own time and errors are told apart from those of what it wraps."""
 
     def __init__(self, hook: BoundHook, app: App, handle: RouterHandle) -> None:
+        self._hook = hook
         self._stats = hook.stats
+        self._declares: bool | None = getattr(hook.target, "changes_tokens", None)
+        self._stamp = stamp_of(hook.reference)
+        self._changed = 0
         self._name = f"router middleware {hook.reference}"
         self._app = app
         # Not on the scope: a middleware may pass on one of its own making.
@@ -148,8 +139,14 @@ class _Guarded:
         # Requests are counted, not the construction.
         self._stats.calls, self._stats.seconds = 0, 0.0
 
+    def report(self) -> dict[str, Any]:
+        counts = self.instance.counts() if hasattr(self.instance, "counts") else {}
+        own = {"changes_tokens": bool(self._declares), "changed_bodies": self._changed, "counts": counts}
+        return {**report_of(self._hook), **own}
+
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        call = _Call()
+        passage = self._passage(scope)
+        call = _Call(passage)
         token = self._current.set(call)
 
         async def noting(message: Message) -> None:
@@ -160,7 +157,7 @@ class _Guarded:
         started = time.perf_counter()
         problem = ""
         try:
-            await self.instance(scope, receive, noting)
+            await self._through(passage, scope, receive, noting)
             if not call.answered and not call.entered:
                 problem = "neither answered nor passed the request on"
                 self._tell(problem)
@@ -179,10 +176,23 @@ class _Guarded:
             detail = {"message": f"{self._name} {problem}", "type": "middleware", "code": 500}
             await send_json(send, 500, {"error": detail})
 
+    async def _through(self, passage: Passage | None, scope: Scope, receive: Receive, send: Send) -> None:
+        if passage is None:
+            await self.instance(scope, receive, send)
+            return
+        try:
+            await self.instance(scope, passage.receiving(receive), passage.answering(send))
+            await passage.flush(send)
+        finally:
+            if passage.changed:
+                self._tell_of_change()
+
     async def _inside(self, scope: Scope, receive: Receive, send: Send) -> None:
         # A task of the middleware's own serves no request in particular.
         call = self._current.get(None) or _Call()
         call.entered = True
+        if call.passage is not None:
+            receive, send = call.passage.forwarding(receive), call.passage.returning(send)
         started = time.perf_counter()
         try:
             await self._app(scope, receive, send)
@@ -197,3 +207,15 @@ class _Guarded:
         self._stats.errors += 1
         if self._stats.errors.bit_count() == 1:
             _log.error("%s %s (%d so far)", self._name, problem, self._stats.errors, exc_info=error)
+
+    def _passage(self, scope: Scope) -> Passage | None:
+        """Return what stamps the answer; None where the middleware is trusted, or the request asks for no tokens."""
+        if self._declares is False or scope.get("method") != "POST" or not allowed_methods(scope["path"]):
+            return None
+        return Passage(self._stamp, declared=bool(self._declares))
+
+    def _tell_of_change(self) -> None:
+        self._changed += 1
+        if self._changed.bit_count() == 1:
+            advice = "declare changes_tokens = True, or False if tokens stay what they are"
+            _log.warning("%s changed a body (%d so far) and declares nothing: %s", self._name, self._changed, advice)

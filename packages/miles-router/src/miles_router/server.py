@@ -6,6 +6,7 @@ import asyncio
 import gc
 import logging
 import os
+import resource
 import socket
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from typing import TYPE_CHECKING
@@ -17,7 +18,9 @@ from .app import RouterApp
 from .listening import bind
 from .middleware import MiddlewareStack
 from .options import READY_PREFIX, RouterOptions, check_binding
+from .protocol import BoundedProtocol, expire_slow
 from .proxy import Receive, Scope, Send
+from .replay import ReplayApp
 
 if TYPE_CHECKING:
     from miles_api.loading.bind import BoundHook
@@ -27,7 +30,6 @@ __all__ = ["run_router"]
 _App = Callable[[Scope, Receive, Send], Awaitable[None]]
 
 _PARENT_POLL_S = 0.5
-_GRACE_S = 2
 # longer than any client's own limit, so that it is never the router that closes a connection just being reused
 _KEEP_ALIVE_S = 600
 
@@ -37,57 +39,63 @@ def run_router(
     workers: Iterable[str] = (),
     *,
     middleware: Sequence[BoundHook] = (),
+    replay: str | None = None,
     parent_pid: int | None = None,
     fd: int | None = None,
 ) -> None:
     """Serve until SIGINT or SIGTERM, or until `parent_pid` is no longer the parent.
 
     Prints one line, `READY_PREFIX` and the URL, when it accepts requests; warnings go to stderr. `workers` are URLs
-    registered from the start; `middleware` (`resolve_middleware` makes it) wraps the router, outermost first; `fd` is
-    a listening socket to use instead of opening one. Raises `ConfigError` or `ServiceError` if it cannot start.
+    registered from the start; `middleware` (`resolve_middleware` makes it) wraps the router, outermost first; `replay`
+    is a recording to answer from, without engines; `fd` is a listening socket to use instead of opening one. Raises
+    `ConfigError` or `ServiceError` if it cannot start.
     """
     check_binding(options)
+    _allow_many_connections()
+    router = RouterApp(options) if replay is None else ReplayApp(options, replay)
     logging.basicConfig(level=logging.WARNING, format="miles-router: %(message)s")
     sock = bind(options.sglang_router_ip, options.sglang_router_port) if fd is None else socket.socket(fileno=fd)
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         try:
-            runner.run(_serve(options, sock, list(workers), middleware, parent_pid))
+            runner.run(_serve(router, options, sock, list(workers), middleware, parent_pid))
         except KeyboardInterrupt:
             return
 
 
 async def _serve(
+    router: RouterApp,
     options: RouterOptions,
     sock: socket.socket,
     workers: list[str],
     middleware: Sequence[BoundHook],
     parent_pid: int | None,
 ) -> None:
-    router = RouterApp(options)
     for url in workers:
         router.registry.add(url)
     stack = MiddlewareStack(router, options, middleware) if middleware else None
-    server = _Server(_uvicorn_config(stack or router), _url_of(sock))
+    server = _Server(_uvicorn_config(stack or router, options), _url_of(sock))
     await router.start()
-    watcher = asyncio.create_task(_stop_without_parent(server, parent_pid)) if parent_pid else None
+    tasks = [asyncio.create_task(expire_slow(server.server_state.connections))]
+    if parent_pid:
+        tasks.append(asyncio.create_task(_stop_without_parent(server, parent_pid)))
     # what exists now lives as long as the process: keep it out of every later collection
     gc.collect()
     gc.freeze()
     try:
         await server.serve(sockets=[sock])
     finally:
-        if watcher is not None:
-            watcher.cancel()
+        for task in tasks:
+            task.cancel()
         if stack is not None:
             await stack.aclose()
         await router.close()
 
 
-def _uvicorn_config(app: _App) -> uvicorn.Config:
+def _uvicorn_config(app: _App, options: RouterOptions) -> uvicorn.Config:
     return uvicorn.Config(
         app,  # type: ignore[arg-type]
         interface="asgi3",
-        http="httptools",
+        http=BoundedProtocol,
         ws="none",
         lifespan="off",
         proxy_headers=False,
@@ -97,7 +105,7 @@ def _uvicorn_config(app: _App) -> uvicorn.Config:
         log_config=None,
         log_level="error",
         timeout_keep_alive=_KEEP_ALIVE_S,
-        timeout_graceful_shutdown=_GRACE_S,
+        timeout_graceful_shutdown=options.router_drain_timeout,  # type: ignore[arg-type]
     )
 
 
@@ -109,6 +117,13 @@ class _Server(uvicorn.Server):
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
         print(READY_PREFIX + self._url, flush=True)
+
+
+def _allow_many_connections() -> None:
+    """Raise the limit of open files as far as it goes: a request takes two, one on each side."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != hard:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
 async def _stop_without_parent(server: uvicorn.Server, parent_pid: int) -> None:

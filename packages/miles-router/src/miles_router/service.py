@@ -19,12 +19,21 @@ import msgspec
 from miles_api.errors import ServiceError
 from miles_api.loading.hookset import configured_hooks
 
+from . import hook_values
 from .listening import bind
-from .options import MIDDLEWARE_HOOK, READY_PREFIX, REPORT_PATH, TOKEN_VARIABLE, RouterOptions, check_binding
+from .options import (
+    MIDDLEWARE_HOOK,
+    READY_PREFIX,
+    REPORT_PATH,
+    TOKEN_VARIABLE,
+    RouterOptions,
+    check_binding,
+    short_flag,
+)
 
 if TYPE_CHECKING:
     import socket
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     from miles_api.config import RunConfig
     from miles_api.services import Endpoint
@@ -34,7 +43,7 @@ __all__ = ["Router", "create"]
 _log = logging.getLogger("miles_router")
 
 _START_DEADLINE_S = 60.0
-_STOP_DEADLINE_S = 5.0
+_STOP_MARGIN_S = 3.0
 _LAST_WORDS_S = 2.0
 _CALL_TIMEOUT_S = 10.0
 _POLL_S = 0.02
@@ -45,17 +54,24 @@ _STOPPED = "the router was stopped"
 
 def create(config: RunConfig) -> Router:
     """Return the router of a run; nothing starts yet."""
-    return Router(config.group(RouterOptions), configured_hooks(config.args).get(MIDDLEWARE_HOOK, ()))
+    references = configured_hooks(config.args).get(MIDDLEWARE_HOOK, [])
+    return Router(config.group(RouterOptions), references, hook_values.from_run(config, references))
 
 
 class Router:
     """A `miles_api.services.RouterService` that runs `python -m miles_router` and ends with its process."""
 
-    def __init__(self, options: RouterOptions, middleware: Sequence[str] = ()) -> None:
-        """Check the options; `middleware` are references, which the child resolves. Raises `ConfigError`."""
+    def __init__(
+        self, options: RouterOptions, middleware: Sequence[str] = (), hook_options: Mapping[str, Any] | None = None
+    ) -> None:
+        """Check the options; `middleware` are references, which the child resolves. Raises `ConfigError`.
+
+        `hook_options` are those that the middleware brings; left out, they have their defaults.
+        """
         check_binding(options)
         self._options = options
         self._middleware = list(middleware)
+        self._brought = hook_values.to_environment(hook_options or {})
         self._lock = threading.Lock()  # `stop` may come from another thread while `start` waits
         self._stopped = False
         # held here as long as the router is wanted: while its process is replaced nobody else can take the port
@@ -157,7 +173,7 @@ class Router:
             return
         process.terminate()
         try:
-            process.wait(_STOP_DEADLINE_S)
+            process.wait(self._options.router_drain_timeout + _STOP_MARGIN_S)
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()
@@ -171,21 +187,17 @@ class Router:
 
     def _command_line(self, descriptor: int) -> list[str]:
         options = self._options
-        flags = {
-            "--host": options.sglang_router_ip,
-            "--fd": descriptor,
-            "--policy": options.router_policy,
-            "--health-interval": options.router_health_interval,
-            "--request-timeout": options.router_request_timeout,
-            "--max-body-bytes": options.router_max_body_bytes,
-            "--parent-pid": os.getpid(),
-        }
+        left_out = ("sglang_router_port", "router_token")  # the child inherits the one, the environment holds the other
+        fields = [field for field in RouterOptions.__struct_fields__ if field not in left_out]
+        flags = {short_flag(field): getattr(options, field) for field in fields}
+        flags |= {"--fd": descriptor, "--parent-pid": os.getpid()}
         middleware = [f"--miles-router-middleware-paths={reference}" for reference in self._middleware]
         settings = [f"{flag}={value}" for flag, value in flags.items()]
         return [sys.executable, "-P", "-m", "miles_router", *settings, *middleware]
 
     def _environment(self) -> dict[str, str]:
-        environment = {name: value for name, value in os.environ.items() if name != TOKEN_VARIABLE}
+        ours = (TOKEN_VARIABLE, hook_values.VALUES_VARIABLE)
+        environment = {name: value for name, value in os.environ.items() if name not in ours} | self._brought
         if self._options.router_token is not None:
             environment[TOKEN_VARIABLE] = self._options.router_token
         # the child must find the packages of this process, however this process found them

@@ -9,7 +9,7 @@ from urllib.parse import urlsplit
 
 from miles_api.errors import ConfigError
 
-from .connection import ConnectionPool
+from .connection import ConnectError, ConnectionPool
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -17,6 +17,10 @@ if TYPE_CHECKING:
 __all__ = ["Worker", "WorkerRegistry", "normalise_url"]
 
 _log = logging.getLogger("miles_router")
+
+_MAX_LOST = 3
+_BAD_ANSWERS = 5
+_FIRST_BAD_STATUS = 500
 
 
 def normalise_url(url: str) -> str:
@@ -36,7 +40,10 @@ def normalise_url(url: str) -> str:
 class Worker:
     """One registered engine."""
 
-    __slots__ = ("healthy", "host", "id", "outstanding", "pool", "reason", "url", "weight_version")
+    __slots__ = (
+        "bad_answers", "failed", "healthy", "host", "id", "lost", "outstanding", "pool", "quarantines", "questioned",
+        "reason", "sent", "strikes", "url", "weight_version",
+    )  # fmt: skip
 
     def __init__(self, number: int, url: str, weight_version: str) -> None:
         parts = urlsplit(url)
@@ -51,6 +58,18 @@ class Worker:
         """Why it is quarantined; empty while healthy."""
         self.weight_version = weight_version
         """The weights it has to serve when it is re-admitted; empty means any."""
+        self.sent = 0
+        """Requests sent to it so far; `failed` of them it did not answer, or not to the end."""
+        self.failed = 0
+        self.lost = 0
+        """How many it failed since it last answered one."""
+        self.bad_answers = 0
+        """How many of its last answers in a row had a 5xx status."""
+        self.quarantines = 0
+        self.strikes = 0
+        """How often it was quarantined since it last answered well: the more often, the later it is probed."""
+        self.questioned = False
+        """Whether a probe asks a healthy worker how it is."""
 
     def describe(self) -> dict[str, object]:
         """Return the row of `GET /workers`."""
@@ -61,14 +80,23 @@ class Worker:
             "outstanding": self.outstanding,
             "weight_version": self.weight_version,
             "reason": self.reason,
+            "sent": self.sent,
+            "failed": self.failed,
+            "quarantines": self.quarantines,
         }
 
 
 class WorkerRegistry:
-    """All workers, in order of registration. `on_quarantine` is called once each time one turns unhealthy."""
+    """All workers, in order of registration, and how they fare.
 
-    def __init__(self, on_quarantine: Callable[[Worker], None]) -> None:
+    `on_quarantine` is called once each time one turns unhealthy, `on_doubt` when one that is healthy should be asked.
+    """
+
+    def __init__(self, on_quarantine: Callable[[Worker], None], on_doubt: Callable[[Worker], None]) -> None:
         self._on_quarantine = on_quarantine
+        self._on_doubt = on_doubt
+        self.on_change: Callable[[], None] | None = None
+        """Called when `healthy` changed."""
         self._numbers = itertools.count()
         self._by_url: dict[str, Worker] = {}
         self.healthy: list[Worker] = []
@@ -110,6 +138,8 @@ class WorkerRegistry:
             return
         worker.healthy = False
         worker.reason = reason
+        worker.quarantines += 1
+        worker.strikes += 1
         worker.pool.close_idle()
         self._refresh()
         _log.warning("worker %s %s; no requests until it is healthy again", worker.url, reason)
@@ -121,8 +151,32 @@ class WorkerRegistry:
             return
         worker.healthy = True
         worker.reason = ""
+        worker.lost = worker.bad_answers = 0
         self._refresh()
         _log.warning("worker %s is healthy again", worker.url)
 
+    def answered(self, worker: Worker, status: int) -> None:
+        """Note that a worker answered a request to the end; one that only ever sends 5xx is asked how it is.
+
+        It would draw all requests, as whoever fails fast is the least loaded.
+        """
+        if status >= _FIRST_BAD_STATUS:
+            worker.bad_answers += 1
+            if worker.bad_answers % _BAD_ANSWERS == 0:
+                self._on_doubt(worker)
+        elif worker.bad_answers or worker.lost or worker.strikes:
+            worker.bad_answers = worker.lost = worker.strikes = 0
+
+    def failed(self, worker: Worker, error: Exception) -> None:
+        """Note that a worker did not answer a request, or not to the end; the third in a row is one too many."""
+        worker.failed += 1
+        worker.lost += 1
+        if isinstance(error, ConnectError):
+            self.quarantine(worker, str(error))
+        elif worker.lost >= _MAX_LOST:
+            self.quarantine(worker, f"failed {worker.lost} requests in a row, the last because it {error}")
+
     def _refresh(self) -> None:
         self.healthy = [worker for worker in self if worker.healthy]
+        if self.on_change is not None:
+            self.on_change()

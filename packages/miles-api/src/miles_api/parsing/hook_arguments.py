@@ -95,11 +95,6 @@ def _collect(found: dict[int, Brought], target: Any, owner: str, specs: list[Hoo
     """Add what `target` brings; two hooks that bring the very same options have them once."""
     tables = [spec.name for spec in specs]
     for source in _sources(target, owner):
-        if specs[0].side == "router":
-            raise HookSignatureError(
-                f"{owner} brings options, which never reach the router's process: read what it needs from the "
-                "environment or a file"
-            )
         known = found.get(id(source))
         if known is not None:
             known.tables += [table for table in tables if table not in known.tables]

@@ -60,7 +60,9 @@ async def _read(receive: Any) -> bytes:
 def _router_middleware(trial: Trial) -> None:
     app = _App(trial)
     workers: list[Any] = []
-    router = SimpleNamespace(workers=workers, options=trial.args, prefer=_prefer)
+    router = SimpleNamespace(
+        workers=workers, loads={}, versions={}, options=trial.args, args=trial.args, prefer=_prefer, choose=_prefer
+    )
     hook = trial.hook
     with trial.check("is built"):
         trial.hook = hook.calling(trial.guarded(lambda: hook(app, router=router)))
@@ -83,7 +85,7 @@ def _router_middleware(trial: Trial) -> None:
         trial.require(passed, "did not pass the lifespan scope on: `if scope['type'] != 'http': await app(…)`")
 
 
-def _prefer(_scope: dict[str, Any], _url: str) -> None:
+def _prefer(_scope: dict[str, Any], *_urls: str) -> None:
     """Take a wish; there is no engine to choose."""
 
 

@@ -1,0 +1,42 @@
+"""The router's own questions to an engine: small GETs on connections of their own."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from .connection import LostError
+
+if TYPE_CHECKING:
+    from .connection import UpstreamConnection
+    from .workers import Worker
+
+__all__ = ["PROBE_AGENT", "fetch"]
+
+PROBE_AGENT = b"miles-router"
+"""The `User-Agent` of these requests, so that an engine's log tells them from those of clients."""
+
+_MAX_BYTES = 16 << 20
+
+
+async def fetch(worker: Worker, path: str, *headers: tuple[bytes, bytes]) -> tuple[int, bytes]:
+    """Return status and body of `GET path`; the caller sets the deadline. Raises `UpstreamError`."""
+    connection: UpstreamConnection = await worker.pool.connect()
+    try:
+        extra = b"".join(b"%s: %s\r\n" % pair for pair in headers)
+        connection.begin(
+            b"GET %s HTTP/1.1\r\nhost: %s\r\nuser-agent: %s\r\nconnection: close\r\n%s\r\n"
+            % (path.encode(), worker.host, PROBE_AGENT, extra),
+            b"",
+            head_only=False,
+        )
+        await connection.wait_answer()
+        body, more = b"", True
+        while more:
+            await connection.wait_more()
+            data, more = connection.take()
+            body += data
+            if len(body) > _MAX_BYTES:
+                raise LostError(f"answers {path} with more than {_MAX_BYTES} bytes")
+        return connection.status, body
+    finally:
+        connection.finish()

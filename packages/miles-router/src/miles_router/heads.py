@@ -1,0 +1,69 @@
+"""The heads of requests and answers as they are passed on: without what is meant for one hop only."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from .connection import UpstreamConnection
+    from .messages import Message, Scope
+
+__all__ = ["not_forwarded", "request_head", "response_start"]
+
+# `expect` is not hop-by-hop, but the server in front has answered it and the body is here
+_NOT_FORWARDED = frozenset(
+    b"connection keep-alive proxy-authenticate proxy-authorization proxy-connection te trailer trailers "
+    b"transfer-encoding upgrade content-length expect".split()
+)
+_NOT_RETURNED = _NOT_FORWARDED - {b"content-length", b"expect"}
+_NONE: frozenset[bytes] = frozenset()
+_CONNECTION_LENGTH = len(b"connection")
+_PLAIN_CONNECTION = frozenset((b"keep-alive", b"close", b"Keep-Alive", b"Close"))
+
+
+def not_forwarded(*, keep_authorization: bool) -> frozenset[bytes]:
+    """Return the names of headers that do not reach an engine."""
+    return _NOT_FORWARDED if keep_authorization else _NOT_FORWARDED | {b"authorization"}
+
+
+def _nominated(headers: list[tuple[bytes, bytes]]) -> frozenset[bytes]:
+    """Return the headers that `Connection` declares to be for this hop only; usually none, which costs next to none."""
+    for name, value in headers:
+        if len(name) == _CONNECTION_LENGTH and value not in _PLAIN_CONNECTION and name.lower() == b"connection":
+            values = b",".join(value.lower() for name, value in headers if name.lower() == b"connection")
+            return frozenset(token.strip() for token in values.split(b",")) - {b"host", b"content-length"}
+    return _NONE
+
+
+def request_head(scope: Scope, host: bytes, length: int, without: frozenset[bytes]) -> bytes:
+    """Return the head of the request to an engine: a body of `length` bytes, no header named in `without`."""
+    headers: list[tuple[bytes, bytes]] = scope["headers"]
+    parts = [scope["method"].encode(), b" ", scope["raw_path"]]
+    if scope["query_string"]:
+        parts += (b"?", scope["query_string"])
+    parts.append(b" HTTP/1.1\r\n")
+    nominated = _nominated(headers)
+    dropped = without | nominated if nominated else without
+    framed = length > 0
+    hosted = False
+    for name, value in headers:
+        if name in dropped:
+            framed = framed or name in (b"content-length", b"transfer-encoding")
+            continue
+        if name == b"host":
+            hosted = True
+        parts += (name, b": ", value, b"\r\n")
+    if not hosted:
+        parts += (b"host: ", host, b"\r\n")
+    if framed:
+        parts.append(b"content-length: %d\r\n" % length)
+    parts.append(b"\r\n")
+    return b"".join(parts)
+
+
+def response_start(connection: UpstreamConnection) -> Message:
+    """Return the ASGI message that begins the client's answer."""
+    nominated = _nominated(connection.headers)
+    dropped = _NOT_RETURNED | nominated if nominated else _NOT_RETURNED
+    headers = [pair for pair in connection.headers if pair[0].lower() not in dropped]
+    return {"type": "http.response.start", "status": connection.status, "headers": headers}

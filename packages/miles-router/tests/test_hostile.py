@@ -1,0 +1,232 @@
+"""Requests that are not what they seem, and clients that take their time."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from miles_router import protocol
+
+_HEAD = b"POST /generate HTTP/1.1\r\nhost: h\r\n"
+
+
+async def _send(r, data):
+    """Send bytes and return everything that comes back until the router closes."""
+    reader, writer = await asyncio.open_connection("127.0.0.1", r.port)
+    with contextlib.suppress(ConnectionError):
+        writer.write(data)
+        return await asyncio.wait_for(reader.read(), 10)
+    return b""
+
+
+@pytest.mark.parametrize(
+    "request_",
+    [
+        _HEAD + b"content-length: 4\r\ntransfer-encoding: chunked\r\n\r\n0\r\n\r\nGET /v1/smuggled HTTP/1.1\r\n\r\n",
+        _HEAD + b"transfer-encoding: chunked\r\ncontent-length: 4\r\n\r\n0\r\n\r\nGET /v1/smuggled HTTP/1.1\r\n\r\n",
+        _HEAD + b"content-length: 4\r\ncontent-length: 40\r\n\r\nabcd",
+        _HEAD + b"content-length: 4, 4\r\n\r\nabcd",
+        _HEAD + b"content-length: +4\r\n\r\nabcd",
+        _HEAD + b"content-length: -1\r\n\r\n",
+        _HEAD + b"content-length: 0x4\r\n\r\nabcd",
+        _HEAD + b"content-length: 99999999999999999999\r\n\r\nabcd",
+        _HEAD + b"transfer-encoding: chunked\r\n\r\nzz\r\nabcd\r\n0\r\n\r\n",
+        _HEAD + b"transfer-encoding: chunked\r\n\r\n-4\r\nabcd\r\n0\r\n\r\n",
+        _HEAD + b"transfer-encoding: chunked\r\n\r\nffffffffffffffffff\r\nabcd\r\n0\r\n\r\n",
+        _HEAD + b"transfer-encoding: chunked\r\n\r\n4\r\nabcdefgh\r\n0\r\n\r\n",
+        _HEAD + b"transfer-encoding: xchunked\r\n\r\n4\r\nabcd\r\n0\r\n\r\n",
+        _HEAD + b"transfer-encoding: chunked, identity\r\n\r\n4\r\nabcd\r\n0\r\n\r\n",
+        _HEAD + b"content-length : 4\r\n\r\nabcd",
+        _HEAD + b"x-a: b\rx-injected: c\r\ncontent-length: 0\r\n\r\n",
+        _HEAD + b"x-a: b\nx-injected: c\r\ncontent-length: 0\r\n\r\n",
+        _HEAD + b"x-a: \x00\r\ncontent-length: 0\r\n\r\n",
+        _HEAD + b"x-a\x00: b\r\ncontent-length: 0\r\n\r\n",
+        _HEAD + b"x a: b\r\ncontent-length: 0\r\n\r\n",
+        _HEAD + b"x-a: b\r\n folded: c\r\ncontent-length: 0\r\n\r\n",
+        b"POST /generate\x00 HTTP/1.1\r\nhost: h\r\n\r\n",
+        b"POST /generate HTTP/9.9\r\nhost: h\r\n\r\n",
+        b"POST generate HTTP/1.1\r\nhost: h\r\n\r\n",
+        b"POST /generate HTTP/1.1 x\r\nhost: h\r\n\r\n",
+        b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n",
+        b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03",
+    ],
+)
+def test_an_ambiguous_or_broken_request_is_refused_and_reaches_no_engine(serve, routed, engine, request_):
+    async def main():
+        target = engine()
+        async with serve(target) as url, routed(url) as r:
+            answer = await _send(r, request_ + b"\r\n\r\n")
+            assert answer[:13] in (b"HTTP/1.1 400 ", b"")
+            assert answer.count(b"HTTP/1.1 ") <= 1
+            assert target.requests == []
+            assert (await r.post(content=b"x")).status_code == 200
+
+    asyncio.run(main())
+
+
+def test_what_follows_a_request_is_the_next_request_and_never_part_of_the_first(serve, routed, engine):
+    async def main():
+        target = engine()
+        async with serve(target) as url, routed(url) as r:
+            second = b"POST /flush_cache HTTP/1.1\r\nhost: h\r\nconnection: close\r\ncontent-length: 0\r\n\r\n"
+            answer = await _send(r, _HEAD + b"content-length: 4\r\n\r\nabcd" + second)
+        assert answer.startswith(b"HTTP/1.1 200 ")
+        assert b"HTTP/1.1 404 " in answer
+        assert [body for _, body in target.requests] == [b"abcd"]
+
+    asyncio.run(main())
+
+
+def test_an_upgrade_is_not_taken_up(serve, routed, engine):
+    async def main():
+        target = engine()
+        async with serve(target) as url, routed(url) as r:
+            upgrade = b"GET /v1/models HTTP/1.1\r\nhost: h\r\nconnection: upgrade, close\r\nupgrade: %s\r\n\r\n"
+            for kind in (b"websocket", b"h2c"):
+                await _send(r, upgrade % kind + b"POST /v1/smuggled HTTP/1.1\r\ncontent-length: 0\r\n\r\n")
+        assert {scope["path"] for scope, _ in target.requests} <= {"/v1/models"}
+        assert all(b"upgrade" not in dict(scope["headers"]) for scope, _ in target.requests)
+
+    asyncio.run(main())
+
+
+def test_a_header_of_an_escaped_line_end_stays_what_it_is(serve, routed, engine):
+    async def main():
+        target = engine()
+        async with serve(target) as url, routed(url) as r:
+            await r.client.get("/v1/%0d%0ax-injected:%201?q=%0d%0ax-injected:%201", headers={"x-a": "%0d%0ax-b: c"})
+        scope = target.requests[0][0]
+        assert (scope["raw_path"], scope["query_string"]) == (b"/v1/%0d%0ax-injected:%201", b"q=%0d%0ax-injected:%201")
+        assert b"x-injected" not in dict(scope["headers"])
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize(
+    "head",
+    [
+        [b"x-%d: %s\r\n" % (n, b"v" * 1000) for n in range(100)],
+        [b"x-long: ", *[b"v" * 1000] * 1000],
+        [b"x: y\r\n"] * 20_000,
+    ],
+    ids=["many long ones", "one very long one", "very many"],
+)
+@pytest.mark.parametrize("piecewise", [False, True])
+def test_a_head_that_is_too_long_is_refused(serve, routed, engine, head, piecewise):
+    async def main():
+        target = engine()
+        async with serve(target) as url, routed(url) as r:
+            reader, writer = await asyncio.open_connection("127.0.0.1", r.port)
+            with contextlib.suppress(ConnectionError):
+                writer.write(_HEAD)
+                for piece in head if piecewise else [b"".join(head)]:
+                    writer.write(piece)
+                    await writer.drain()
+                writer.write(b"\r\n")
+            with contextlib.suppress(ConnectionError):
+                assert (await asyncio.wait_for(reader.read(), 10)).startswith((b"HTTP/1.1 431 ", b"HTTP/1.1 400 "))
+            assert target.requests == []
+            assert (await r.post()).status_code == 200
+
+    asyncio.run(main())
+
+
+def test_a_long_body_in_one_piece_with_its_head_is_no_long_head(serve, routed, engine):
+    async def main():
+        target = engine()
+        async with serve(target) as url, routed(url) as r:
+            for _ in range(2):
+                assert (await r.post(content=b"x" * 200_000)).status_code == 200
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize(
+    "sent",
+    [b"", b"POST /gen", _HEAD, _HEAD + b"content-length: 10\r\n\r\nabc"],
+    ids=["nothing", "a line", "headers", "a body"],
+)
+def test_a_client_that_does_not_finish_its_request_is_hung_up_on(serve, routed, engine, monkeypatch, sent):
+    for name in ("HEAD_TIMEOUT_S", "BODY_TIMEOUT_S"):
+        monkeypatch.setattr(protocol, name, 0.1)
+    monkeypatch.setattr(protocol, "_SWEEP_S", 0.02)
+
+    async def main():
+        target = engine()
+        async with serve(target) as url, routed(url) as r:
+            assert (await _send(r, sent)).startswith(b"HTTP/1.1 408 ")
+        assert target.requests == []
+
+    asyncio.run(main())
+
+
+def test_a_client_that_drips_headers_is_hung_up_on_all_the_same(routed, monkeypatch):
+    monkeypatch.setattr(protocol, "HEAD_TIMEOUT_S", 0.2)
+    monkeypatch.setattr(protocol, "_SWEEP_S", 0.02)
+
+    async def main():
+        async with routed() as r:
+            reader, writer = await asyncio.open_connection("127.0.0.1", r.port)
+            answer = asyncio.create_task(reader.read())
+            writer.write(_HEAD)
+            while not answer.done():
+                with contextlib.suppress(ConnectionError):
+                    writer.write(b"x: y\r\n")
+                await asyncio.sleep(0.02)
+            with contextlib.suppress(ConnectionError):
+                assert (await answer).startswith(b"HTTP/1.1 408 ")
+
+    asyncio.run(main())
+
+
+def test_a_request_that_takes_long_to_answer_and_an_idle_connection_are_not_slow_clients(
+    serve, routed, engine, monkeypatch
+):
+    for name in ("HEAD_TIMEOUT_S", "BODY_TIMEOUT_S"):
+        monkeypatch.setattr(protocol, name, 0.05)
+    monkeypatch.setattr(protocol, "_SWEEP_S", 0.01)
+
+    async def main():
+        target = engine()
+        target.gate = asyncio.Event()
+        async with serve(target) as url, routed(url) as r:
+            reader, writer = await asyncio.open_connection("127.0.0.1", r.port)
+            for _ in range(2):
+                writer.write(_HEAD + b"content-length: 2\r\n\r\nok")
+                await asyncio.sleep(0.3)  # six times the limit
+                target.gate.set()
+                assert (await reader.readuntil(b'"ok"}')).startswith(b"HTTP/1.1 200 ")
+            writer.close()
+
+    asyncio.run(main())
+
+
+@settings(max_examples=120, deadline=None, suppress_health_check=list(HealthCheck))
+@given(st.lists(st.one_of(
+    st.binary(max_size=40),
+    st.sampled_from([
+        b"POST /generate HTTP/1.1\r\n", b"GET /v1/models HTTP/1.1\r\n", b"host: h\r\n", b"content-length: 5\r\n",
+        b"content-length: 0\r\n", b"transfer-encoding: chunked\r\n", b"\r\n", b"5\r\nhello\r\n", b"0\r\n\r\n", b"hello",
+        b"connection: close\r\n", b"expect: 100-continue\r\n", b"\n", b"\x00", b"{}",
+    ]),
+), max_size=12).map(b"".join))  # fmt: skip
+def test_whatever_arrives_the_engine_sees_whole_requests_only_and_the_router_lives(serve, routed, engine, data):
+    async def main():
+        target = engine()
+        async with serve(target) as url, routed(url) as r:
+            reader, writer = await asyncio.open_connection("127.0.0.1", r.port)
+            with contextlib.suppress(ConnectionError):
+                writer.write(data)
+                writer.write_eof()
+                await asyncio.wait_for(reader.read(), 10)
+            writer.close()
+            for scope, _ in target.requests:
+                assert scope["path"] in ("/generate", "/v1/models")
+                assert b"transfer-encoding" not in dict(scope["headers"])
+            assert (await r.post()).status_code == 200
+
+    asyncio.run(main())

@@ -1,0 +1,240 @@
+"""Limits, the queue in front of them, and who is turned away."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+
+import pytest
+
+from miles_router import RouterOptions
+from miles_router.connection import LostError
+from miles_router.gate import make_gate
+from miles_router.policies import LeastOutstanding
+from miles_router.routing import Route
+from miles_router.workers import Worker, WorkerRegistry
+
+
+async def _held(r, target, count, **kwargs):
+    """Send `count` requests one after another and return them, once the router has each."""
+    tasks = []
+    for n in range(count):
+        before = await _known(r)
+        tasks.append(asyncio.create_task(r.post(content=str(n).encode(), **kwargs)))
+        while await _known(r) == before:
+            await asyncio.sleep(0.005)
+    return tasks
+
+
+async def _status(r):
+    return (await r.client.get("/status")).json()
+
+
+async def _known(r):
+    status = await _status(r)
+    return status["queued"] + sum(row["outstanding"] for row in status["workers"])
+
+
+def test_a_worker_gets_no_more_than_its_limit_and_the_rest_is_served_in_order(serve, routed, engine):
+    async def main():
+        target = engine()
+        target.gate = asyncio.Semaphore(0)
+        target.gate.wait = target.gate.acquire
+        async with serve(target) as url, routed(url, router_max_worker_requests=2) as r:
+            held = await _held(r, target, 6)
+            status = await _status(r)
+            assert (status["workers"][0]["outstanding"], status["queued"]) == (2, 4)
+            most = 0
+            for done in range(6):
+                while len(target.requests) < min(2 + done, 6):
+                    await asyncio.sleep(0.005)
+                most = max(most, (await r.workers())[0]["outstanding"])
+                target.gate.release()
+            assert [(await task).status_code for task in held] == [200] * 6
+            assert most == 2
+        assert sorted(body for _, body in target.requests[:2]) == [b"0", b"1"]
+        assert [body for _, body in target.requests[2:]] == [b"2", b"3", b"4", b"5"]
+
+    asyncio.run(main())
+
+
+def test_the_limit_of_all_workers_together_counts_all_of_them(serve, routed, engine):
+    async def main():
+        engines = [engine(), engine()]
+        engines[0].gate = engines[1].gate = asyncio.Event()
+        async with serve(engines[0]) as a, serve(engines[1]) as b, routed(a, b, router_max_requests=3) as r:
+            held = await _held(r, None, 5)
+            status = await _status(r)
+            assert (sum(row["outstanding"] for row in status["workers"]), status["queued"]) == (3, 2)
+            engines[0].gate.set()
+            assert [(await task).status_code for task in held] == [200] * 5
+
+    asyncio.run(main())
+
+
+def test_when_the_queue_is_full_a_request_gets_503_with_retry_after(serve, routed, engine):
+    async def main():
+        target = engine()
+        target.gate = asyncio.Event()
+        async with serve(target) as url, routed(url, router_max_worker_requests=1, router_queue_size=1) as r:
+            held = await _held(r, target, 2)
+            answer = await r.post()
+            assert (answer.status_code, answer.headers["retry-after"]) == (503, "1")
+            assert answer.json()["error"]["type"] == "queue_full"
+            assert "--router-queue-size" in answer.json()["error"]["message"]
+            target.gate.set()
+            assert [(await task).status_code for task in held] == [200, 200]
+            assert (await r.post()).status_code == 200
+
+    asyncio.run(main())
+
+
+def test_a_queue_of_no_size_turns_away_whoever_finds_no_place(serve, routed, engine):
+    async def main():
+        target = engine()
+        target.gate = asyncio.Event()
+        async with serve(target) as url, routed(url, router_max_requests=1, router_queue_size=0) as r:
+            held = await _held(r, target, 1)
+            assert (await r.post()).json()["error"]["type"] == "queue_full"
+            target.gate.set()
+            assert (await held[0]).status_code == 200
+
+    asyncio.run(main())
+
+
+def test_a_request_that_waits_too_long_gets_503_and_gives_up_its_place(serve, routed, engine):
+    async def main():
+        target = engine()
+        target.gate = asyncio.Event()
+        limits = {"router_max_worker_requests": 1, "router_queue_timeout": 0.1}
+        async with serve(target) as url, routed(url, **limits) as r:
+            held = await _held(r, target, 1)
+            answer = await r.post()
+            assert (answer.status_code, answer.json()["error"]["type"]) == (503, "queue_timeout")
+            assert "--router-queue-timeout 0.1 s" in answer.json()["error"]["message"]
+            assert (await _status(r))["queued"] == 0
+            target.gate.set()
+            await held[0]
+        assert len(target.requests) == 1
+
+    asyncio.run(main())
+
+
+def test_a_client_that_leaves_the_queue_reaches_no_engine(serve, routed, engine):
+    async def main():
+        target = engine()
+        target.gate = asyncio.Event()
+        async with serve(target) as url, routed(url, router_max_worker_requests=1) as r:
+            held = await _held(r, target, 1)
+            _, writer = await asyncio.open_connection("127.0.0.1", r.port)
+            writer.write(b"POST /generate HTTP/1.1\r\nhost: h\r\ncontent-length: 0\r\n\r\n")
+            while (await _status(r))["queued"] != 1:
+                await asyncio.sleep(0.005)
+            writer.close()
+            while (await _status(r))["queued"] != 0:
+                await asyncio.sleep(0.005)
+            target.gate.set()
+            await held[0]
+            assert (await r.post()).status_code == 200
+            assert (await _status(r))["statuses"] == {"200": 2, "499": 1}
+        assert len(target.requests) == 2
+
+    asyncio.run(main())
+
+
+def test_a_new_worker_takes_over_what_waits(serve, routed, engine):
+    async def main():
+        busy, idle = engine(), engine(b"idle")
+        busy.gate = asyncio.Event()
+        async with serve(busy) as a, serve(idle) as b, routed(a, router_max_worker_requests=1) as r:
+            held = await _held(r, busy, 3)
+            await r.client.post("/workers", json={"url": b})
+            assert [(await task).text for task in held[1:]] == ["idle", "idle"]
+            busy.gate.set()
+            await held[0]
+
+    asyncio.run(main())
+
+
+def test_those_who_wait_are_told_at_once_when_no_worker_is_left(serve, routed, engine):
+    async def main():
+        target = engine()
+        target.gate = asyncio.Event()
+        async with serve(target) as url, routed(url, router_max_worker_requests=1) as r:
+            held = await _held(r, target, 2)
+            await r.client.post("/remove_worker", params={"url": url})
+            answer = await held[1]
+            assert (answer.status_code, answer.json()["error"]["message"]) == (503, "no worker is registered")
+            target.gate.set()
+            assert (await held[0]).status_code == 200
+
+    asyncio.run(main())
+
+
+def test_one_who_waits_for_a_certain_engine_holds_up_nobody_else(serve, routed, engine):
+    async def main():
+        old, new = engine(b"old"), engine(b"new")
+        old.gate = asyncio.Event()
+        async with serve(old) as a, serve(new) as b, routed(router_max_worker_requests=1) as r:
+            await r.client.post("/workers", json={"url": a, "weight_version": "1"})
+            held = await _held(r, old, 2, headers={"X-Miles-Weight-Version": "1"})
+            await r.client.post("/workers", json={"url": b, "weight_version": "2"})
+            assert (await asyncio.wait_for(r.post(), 5)).text == "new"
+            old.gate.set()
+            assert [(await task).text for task in held] == ["old", "old"]
+
+    asyncio.run(main())
+
+
+def test_a_request_that_comes_back_from_a_dead_engine_waits_in_front():
+    async def main():
+        registry = WorkerRegistry(lambda worker: None, lambda worker: None)
+        worker, dead = registry.add("http://h:1"), Worker(9, "http://h:9", "")
+        gate = make_gate(RouterOptions(router_max_requests=1), registry, LeastOutstanding())
+        served = []
+
+        async def ask(name, failed=()):
+            route = Route({"headers": []}, b"")
+            route.failed.update(dict.fromkeys(failed, LostError("died")))
+            await gate.enter(route, asyncio.Event().wait)
+            served.append(name)
+            worker.outstanding -= 1
+            gate.leave()
+
+        assert await gate.enter(Route({"headers": []}, b""), asyncio.Event().wait) is worker
+        tasks = [asyncio.create_task(ask(name)) for name in ("second", "third")]
+        await asyncio.sleep(0)
+        tasks.append(asyncio.create_task(ask("back", [dead])))
+        while len(gate) < 3:
+            await asyncio.sleep(0)
+        worker.outstanding -= 1
+        gate.leave()
+        await asyncio.gather(*tasks)
+        assert served == ["back", "second", "third"]
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize("limits", [{}, {"router_max_requests": 1000, "router_max_worker_requests": 500}])
+def test_hundreds_of_clients_at_once_are_all_served_and_nothing_stays_counted(serve, routed, engine, limits):
+    async def main():
+        target = engine()
+        async with serve(target) as url, routed(url, **limits) as r:
+
+            async def one(n):
+                reader, writer = await asyncio.open_connection("127.0.0.1", r.port)
+                writer.write(b"POST /generate HTTP/1.1\r\nhost: h\r\nconnection: close\r\ncontent-length: 0\r\n\r\n")
+                if n % 3:
+                    return (await reader.read()).split(b" ", 2)[1]
+                writer.close()
+                with contextlib.suppress(ConnectionError):
+                    await writer.wait_closed()
+                return b"left"
+
+            answers = await asyncio.gather(*(one(n) for n in range(300)))
+            assert answers.count(b"200") == 200
+            await r.until(lambda row: row["outstanding"] == 0)
+            assert (await _status(r))["queued"] == 0
+            assert r.app._gate is None or r.app._gate._active == 0
+
+    asyncio.run(main())
