@@ -68,6 +68,8 @@ def start(quickstart_data, tmp_path_factory):
             "hf-checkpoint": quickstart_data / "model", "prompt-data": quickstart_data / "train.jsonl",
             "eval-prompt-data": quickstart_data / "heldout.jsonl", "eval-interval": 3, "num-rollout": ROLLOUTS,
             "rollout-batch-size": 4, "n-samples-per-prompt": 4, "over-sampling-batch-size": 7, "save-interval": 2,
+            # A critic and a reference: both must be what they were.
+            "advantage-estimator": "ppo", "critic-lr": "1e-2", "kl-coef": "0.1",
             "save-total-limit": 2, "lr": "1e-2", "lr-decay-style": "cosine", "run-dir": folder / "run",
             "save-debug-rollout-data": folder / "rollouts.mdump",
             "custom-rm-path": f"{own}:score", "dynamic-sampling-filter-path": f"{own}:keep",
@@ -125,7 +127,8 @@ def test_a_killed_and_resumed_run_has_bitwise_the_metrics_of_one_that_was_left_a
     assert [(row["kind"], row["rollout_id"]) for row in theirs] == [(row["kind"], row["rollout_id"]) for row in ours]
     for one, other in zip(ours, theirs, strict=True):
         assert other == one, told
-    assert len({row["metrics"]["train/loss"] for row in ours if row["kind"] == "rollout"}) == ROLLOUTS
+    for name in ("train/loss", "train/value_loss", "train/kl_reward"):
+        assert len({row["metrics"][name] for row in ours if row["kind"] == "rollout"}) == ROLLOUTS
 
 
 def test_the_run_that_was_compared_has_dropped_groups_and_handed_out_others_again(runs):

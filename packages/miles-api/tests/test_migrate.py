@@ -252,8 +252,7 @@ def test_every_flag_is_taken_over_or_named_with_its_line_and_a_reason(folder):
     assert migration.count == len(flags)
     assert migration.taken + len(migration.dropped) + len(migration.lacking) == len(flags)
     assert {left.flag.split()[0] for left in migration.dropped} == {
-        "--ref-load", "--load", "--balance-data", "--use-kl-loss", "--kl-loss-coef", "--optimizer",
-        "--use-dynamic-batch-size", "--rollout-num-gpus-per-engine",
+        "--ref-load", "--load", "--optimizer", "--rollout-num-gpus-per-engine",
     }  # fmt: skip
     line = 1 + LAUNCH.splitlines().index("   --sglang-mem-fraction-static 0.7")
     assert [(left.flag, left.place) for left in migration.lacking] == [
@@ -319,25 +318,93 @@ def test_several_evaluation_files_a_parquet_file_and_a_slice_are_pointed_out(fol
     assert "@[" in outcome(folder, "--prompt-data x.jsonl@[0:3]").entries[0].doubt
 
 
-def test_a_kl_penalty_of_weight_zero_is_not_needed_and_any_other_is_missing(folder):
-    assert outcome(folder, "--use-kl-loss --kl-loss-coef 0.0 --ref-load r").lacking == []
-    lacking = outcome(folder, "--use-kl-loss --kl-loss-coef 0.1 --ref-load r").lacking
-    assert [left.flag.split()[0] for left in lacking] == ["--use-kl-loss", "--kl-loss-coef", "--ref-load"]
+@needs_every_package
+def test_a_kl_penalty_in_the_loss_is_taken_over_with_the_estimate_that_is_the_default_there(folder):
+    migration = outcome(folder, "--hf-checkpoint m --use-kl-loss --kl-loss-coef 0.1 --ref-load r --use-unbiased-kl")
+    found = taken(migration)
+    expected = {"use_kl_loss": True, "kl_loss_coef": 0.1, "use_unbiased_kl": True, "kl_loss_type": "k1"}
+    assert found.items() >= expected.items()
+    [left] = migration.dropped
+    assert left.flag == "--ref-load r"
+    assert "name it as ref_load" in left.reason
+    given = taken(outcome(folder, "--hf-checkpoint m --use-kl-loss --kl-loss-type low_var_kl --ref-load m"))
+    assert (given["kl_loss_type"], given["ref_load"]) == ("low_var_kl", "m")
+    bridged = outcome(folder, "--use-kl-loss --ref-load r --megatron-to-hf-mode bridge")
+    assert taken(bridged)["ref_load"] == "r"
+    [entry] = [entry for entry in bridged.entries if entry.key == "use_kl_loss"]
+    assert "only reported" in entry.remark
 
 
 @needs_every_package
-def test_reinforce_plus_plus_takes_its_discount_and_needs_no_switch_to_whiten(folder):
-    flags = "--advantage-estimator reinforce_plus_plus --gamma 0.9 --eps-clip-c 3.0"
-    migration = outcome(folder, f"{flags} --normalize-advantages")
-    expected = {"advantage_estimator": "reinforce_plus_plus", "gamma": 0.9, "eps_clip_c": 3.0}
-    assert taken(migration).items() >= expected.items()
-    assert [left.flag for left in migration.dropped] == ["--normalize-advantages"]
+def test_parts_of_a_kl_penalty_that_have_no_effect_there_are_not_needed(folder):
+    migration = outcome(folder, "--kl-loss-coef 0.1 --kl-loss-type k2 --use-unbiased-kl --kl-coef 0.0 --ref-load r")
+    assert len(migration.dropped) == migration.count == 5
+    assert not {"kl_loss_type", "normalize_advantages"} & set(taken(migration))
+    migration = outcome(folder, "--advantage-estimator gspo --kl-coef 0.1 --kl-loss-type k2")
+    assert [left.flag for left in migration.dropped] == ["--kl-coef 0.1", "--kl-loss-type k2"]
+
+
+@needs_every_package
+def test_a_kl_penalty_in_the_reward_is_taken_over_and_where_it_is_another_that_is_said(folder):
+    migration = outcome(folder, "--advantage-estimator reinforce_plus_plus --kl-coef 0.1 --ref-load r")
+    assert taken(migration).items() >= {"kl_coef": 0.1, "kl_loss_type": "k1"}.items()
     assert not any(entry.doubt for entry in migration.entries)
-    [entry] = [entry for entry in outcome(folder, flags).entries if entry.key == "advantage_estimator"]
-    assert "whitened" in entry.doubt
+    migration = outcome(folder, "--advantage-estimator reinforce_plus_plus_baseline --kl-coef 0.1")
+    [entry] = [entry for entry in migration.entries if entry.key == "kl_coef"]
+    assert "its own alone there" in entry.doubt
+
+
+PPO_FLAGS = (
+    "--lambd 0.9 --gamma 0.99 --value-clip 0.3 --critic-lr 1e-5 --critic-lr-warmup-iters 3 --num-critic-only-steps 2"
+)
+
+
+@needs_every_package
+def test_the_flags_of_ppo_are_taken_over_with_it_and_not_needed_without(folder):
+    migration = outcome(folder, f"--hf-checkpoint m --advantage-estimator ppo {PPO_FLAGS} --critic-load c")
+    expected = {
+        "advantage_estimator": "ppo", "lambd": 0.9, "gamma": 0.99, "value_clip": 0.3, "critic_lr": 1e-5,
+        "critic_lr_warmup_iters": 3, "num_critic_only_steps": 2, "normalize_advantages": False,
+    }  # fmt: skip
+    assert taken(migration).items() >= expected.items()
+    assert [left.flag for left in migration.dropped] == ["--critic-load c"]
+    without = outcome(folder, f"{PPO_FLAGS} --critic-load c")
+    assert len(without.dropped) == without.count == 7
+
+
+@needs_every_package
+def test_advantages_are_whitened_where_the_script_asks_for_it_whatever_our_estimator_does_by_itself(folder):
+    flags = "--advantage-estimator reinforce_plus_plus --gamma 0.9 --eps-clip-c 3.0"
+    found = taken(outcome(folder, f"{flags} --normalize-advantages"))
+    expected = {"advantage_estimator": "reinforce_plus_plus", "gamma": 0.9, "eps_clip_c": 3.0}
+    assert found.items() >= (expected | {"normalize_advantages": True}).items()
+    assert taken(outcome(folder, flags))["normalize_advantages"] is False
     migration = outcome(folder, "--advantage-estimator grpo --gamma 0.9 --normalize-advantages")
     assert [left.flag for left in migration.dropped] == ["--gamma 0.9"]
-    assert [left.flag for left in migration.lacking] == ["--normalize-advantages"]
+    assert taken(migration)["normalize_advantages"] is True
+    assert "normalize_advantages" not in taken(outcome(folder, "--advantage-estimator grpo"))
+
+
+@needs_every_package
+def test_micro_batches_of_a_number_of_samples_stay_such_and_packed_ones_stay_packed(folder):
+    found = taken(outcome(folder, "--micro-batch-size 2 --balance-data --log-probs-chunk-size 512"))
+    expected = {"micro_batch_size": 2, "use_dynamic_batch_size": False, "balance_data": True}
+    assert found.items() >= (expected | {"log_probs_chunk_size": 512}).items()
+    migration = outcome(folder, "--micro-batch-size 2 --use-dynamic-batch-size --log-probs-chunk-size -1")
+    assert taken(migration)["use_dynamic_batch_size"] is True
+    assert [left.flag for left in migration.dropped] == ["--micro-batch-size 2", "--log-probs-chunk-size -1"]
+    assert "use_dynamic_batch_size" not in taken(outcome(folder, "--num-rollout 3"))
+
+
+@needs_every_package
+def test_a_teacher_in_the_trainer_is_taken_over_and_one_behind_a_server_is_a_hooks(folder):
+    migration = outcome(folder, "--use-opd --opd-type megatron --opd-kl-coef 0.5 --opd-teacher-load t")
+    assert taken(migration).items() >= {"use_opd": True, "opd_kl_coef": 0.5, "opd_teacher_load": "t"}.items()
+    assert [left.flag for left in migration.dropped] == ["--opd-type megatron"]
+    assert any("Hugging Face" in entry.doubt for entry in migration.entries)
+    [left] = outcome(folder, "--use-opd --opd-type sglang").lacking
+    assert "teacher_log_probs" in left.reason
+    assert len(outcome(folder, "--opd-kl-coef 0.5 --opd-type sglang").dropped) == 2
 
 
 def test_one_file_for_all_rollouts_takes_the_place_of_a_name_with_a_placeholder(folder):

@@ -299,7 +299,7 @@ def test_converted_columns_are_checked_and_described(dump):
     if found.facts["compared_with_default"]:
         assert found.facts["differ"] == {"round_number": 5}
     wrong = run("convert_samples", "half_converted")
-    assert "column rewards has 4 entries for 5 samples" in wrong.failures[0]["message"]
+    assert "column 'rewards' has 4 entries for 5 samples" in wrong.failures[0]["message"]
 
 
 # Options

@@ -36,6 +36,50 @@ def test_groups_are_told_by_index_and_not_by_position(args_of):
     assert normalised == [-0.5, 0.0, 0.5, 0.0]
 
 
+def fanned_out(*groups):
+    """Return samples of groups of rollouts of siblings, each given by its reward."""
+    return [
+        Sample(group_index=g, index=0, rollout_id=10 * g + i, reward=reward)
+        for g, rollouts in enumerate(groups)
+        for i, rewards in enumerate(rollouts)
+        for reward in rewards
+    ]
+
+
+@pytest.mark.parametrize("std", [False, True])
+def test_a_rollout_counts_once_in_its_group_however_many_samples_it_has(args_of, std):
+    args = args_of(grpo_std_normalization=std)
+    _, alone = normalize_rewards(args, fanned_out([[1.0], [0.0], [0.5]], [[2.0], [3.0]]))
+    _, several = normalize_rewards(args, fanned_out([[1.0] * 5, [0.0], [0.5] * 2], [[2.0] * 3, [3.0]]))
+    a, b, c, d, e = alone
+    assert several == [a] * 5 + [b] + [c] * 2 + [d] * 3 + [e]
+
+
+def test_siblings_with_rewards_of_their_own_count_with_their_mean_and_keep_the_difference(args_of):
+    _, normalised = normalize_rewards(args_of(), fanned_out([[0.0, 1.0], [1.5], [2.5]]))
+    # Rollouts have 0.5, 1.5 and 2.5: mean 1.5, deviation 1.
+    assert normalised == pytest.approx([-1.5, -0.5, 0.0, 1.0], abs=1e-5)
+
+
+def test_a_group_of_one_rollout_has_nothing_to_compare_with(args_of):
+    for std in (False, True):
+        args = args_of(grpo_std_normalization=std)
+        assert normalize_rewards(args, fanned_out([[0.0, 1.0]], [[3.0]]))[1] == [0.0] * 3
+
+
+def test_rollouts_that_are_equal_but_for_rounding_are_not_divided_by_it(args_of):
+    samples = fanned_out([[0.1, 0.2, 0.3], [0.2], [0.2, 0.2, 0.2]])
+    assert normalize_rewards(args_of(), samples)[1] == [0.0] * 7
+    _, centred = normalize_rewards(args_of(grpo_std_normalization=False), samples)
+    assert centred == pytest.approx([-0.1, 0, 0.1, 0, 0, 0, 0], abs=1e-9)
+
+
+def test_rollout_ids_without_siblings_change_no_bit(args_of):
+    plain = scored([0.1, 0.7, 0.35], [1e-7, 2e-7], [0.3, 0.3])
+    numbered = [Sample(group_index=s.group_index, rollout_id=i, reward=s.reward) for i, s in enumerate(plain)]
+    assert normalize_rewards(args_of(), plain) == normalize_rewards(args_of(), numbered)
+
+
 def test_normalisation_can_be_turned_off(args_of):
     assert normalize_rewards(args_of(rewards_normalization=False), scored([0.0, 3.0]))[1] == [0.0, 3.0]
 

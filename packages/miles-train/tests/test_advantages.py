@@ -15,6 +15,7 @@ from miles_train import advantages as module
 from miles_train.advantages import set_advantages, whiten_advantages
 from miles_train.estimators import ESTIMATORS, Estimator, with_baselines
 from miles_train.objective import samples_that_pull
+from miles_train.options import ObjectiveOptions
 from miles_train.parallel import Group
 
 REWARDS = st.sampled_from([0.0, 0.1, 1.0, -2.5]) | st.floats(-10, 10, width=32)
@@ -44,7 +45,7 @@ def tensors(columns):
 def estimate(name, columns, gamma=1.0):
     """Return the rollout data of one rank that has everything, as the trainer makes it."""
     data = tensors(with_baselines(columns, ESTIMATORS[name]))
-    set_advantages(data, ESTIMATORS[name], gamma)
+    set_advantages(data, ESTIMATORS[name], ObjectiveOptions(gamma=gamma))
     if ESTIMATORS[name].whitens:
         whiten_advantages(data, Group())
     return data
@@ -208,7 +209,7 @@ class Ranks:
 def test_whitening_over_ranks_is_the_same_however_samples_are_spread(columns, size, rng):
     alone = estimate("reinforce_plus_plus", columns, 0.9)
     data = tensors(columns)
-    set_advantages(data, Estimator(discounts=True), 0.9)
+    set_advantages(data, Estimator(discounts=True), ObjectiveOptions(gamma=0.9))
     places = [rng.randrange(size) for _ in columns["rewards"]]
     positions = [[i for i, place in enumerate(places) if place == rank] for rank in range(size)]
     positions = [mine for mine in positions if mine]

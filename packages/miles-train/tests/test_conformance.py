@@ -40,7 +40,10 @@ def test_truncated_importance_sampling_passes_the_kit(clips):
 
 
 def test_the_default_advantages_pass_the_kit():
-    assert check_hook("advantage", lambda args, rollout_data: set_advantages(rollout_data, ESTIMATORS["grpo"])).passed
+    def advantage(args, rollout_data):
+        set_advantages(rollout_data, ESTIMATORS["grpo"], ObjectiveOptions())
+
+    assert check_hook("advantage", advantage).passed
 
 
 def test_a_model_provider_is_told_that_stand_ins_are_no_megatron():

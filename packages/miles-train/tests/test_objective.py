@@ -1,12 +1,18 @@
-"""Which samples run, what sums are divided by, and how far engine and trainer are apart."""
+"""Which samples run, and what sums are divided by."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 
+from miles_train.columns import select
 from miles_train.metrics import Metrics
-from miles_train.objective import add_loss_metrics, logprob_gap, plan_steps, samples_that_pull
+from miles_train.objective import add_loss_metrics, plan_steps, samples_that_pull
+from miles_train.options import ObjectiveOptions
+from miles_train.reducers import reducer_of
+from miles_train.siblings import number_rollouts
+
+MEANS, TOKENS = ObjectiveOptions(), ObjectiveOptions(calculate_per_token_loss=True)
 
 
 def make_data(masks, advantages=None):
@@ -24,36 +30,36 @@ def test_a_sample_pulls_if_an_unmasked_token_has_an_advantage():
     ]  # fmt: skip
 
 
-def test_denominators_count_samples_that_do_not_run_and_metrics_do_not():
+def test_the_loss_is_divided_by_what_does_not_run_or_is_removed_too_and_metrics_are_not():
     data = make_data([[1, 1], [1, 0], [1, 1], [0, 0]])
-    plan = plan_steps(data, [[0, 1], [2, 3]], [True, False, True, True], per_token=False)
+    plan = plan_steps(data, [[0, 1], [2, 3]], [True, False, True, True], MEANS)
     assert [step.positions for step in plan.steps] == [[0], [2, 3]]
     assert [step.loss_denominator for step in plan.steps] == [2, 2]
-    assert [step.metric_denominator for step in plan.steps] == [1, 2]
+    assert [step.metric_denominator for step in plan.steps] == [1, 1]
     assert (plan.samples_skipped, plan.steps_skipped) == (1, 0)
 
 
 def test_per_token_denominators_are_mask_sums_and_never_zero():
     data = make_data([[1, 1], [1, 0], [0, 0]])
-    plan = plan_steps(data, [[0, 1], [2]], [True, False, True], per_token=True)
+    plan = plan_steps(data, [[0, 1], [2]], [True, False, True], TOKENS)
     assert [step.loss_denominator for step in plan.steps] == [3, 1]
     assert [step.metric_denominator for step in plan.steps] == [2, 1]
 
 
 def test_a_step_in_which_no_sample_runs_anywhere_is_counted_and_empty():
-    plan = plan_steps(make_data([[1], [1]]), [[0], [1]], [True, False], per_token=False)
+    plan = plan_steps(make_data([[1], [1]]), [[0], [1]], [True, False], MEANS)
     assert plan.steps[1].positions == []
     assert plan.steps_skipped == 1
 
 
 def test_a_rank_without_a_running_sample_joins_with_its_shortest_which_counts_in_no_metric():
     data = make_data([[1], [1], [1]])
-    other_rank = [[3.0, 3.0, 2.0, 2.0]]
+    other_rank = [[3.0, 2.0, 3.0, 2.0]]
     plan = plan_steps(
         data,
         [[0, 1, 2]],
         [False] * 3,
-        per_token=False,
+        MEANS,
         sum_over_ranks=lambda counts: [[a + b for a, b in zip(counts[0], other_rank[0], strict=True)]],
     )
     [step] = plan.steps
@@ -65,10 +71,54 @@ def test_a_rank_without_a_running_sample_joins_with_its_shortest_which_counts_in
     assert metrics.gather(contribute=True) == {"loss": 0.0}
 
 
-def test_the_gap_ignores_masked_tokens_and_needs_the_engines_log_probs():
-    batch = {"loss_masks": [torch.tensor([1.0, 0.0]), torch.tensor([1.0])]}
-    trainer = torch.tensor([-1.0, -2.0, -3.0])
-    assert logprob_gap(trainer, batch) == {}
-    batch["rollout_log_probs"] = [torch.tensor([-1.5, 100.0]), torch.tensor([-2.0])]
-    gap = {name: value.item() for name, value in logprob_gap(trainer, batch).items()}
-    assert gap == pytest.approx({"logprob_gap_sum": 1.5, "logprob_gap_tokens": 2, "logprob_gap_max": 1.0})
+def siblings_data():
+    """Two rollouts of three and one samples; the first has 4 unmasked tokens in all."""
+    data = make_data([[1, 1], [0, 0], [1, 1, 0, 0], [1]])
+    columns = {"rollout_ids": [7, 7, 7, 8], "group_indices": [0] * 4}
+    return data | number_rollouts(columns)
+
+
+def test_samples_of_one_rollout_count_once_and_share_its_tokens():
+    data = siblings_data()
+    [step] = plan_steps(data, [[0, 1, 2, 3]], [True] * 4, MEANS).steps
+    assert data["rollout_mask_sums"] == [4, 4, 4, 1]
+    assert (step.loss_denominator, step.metric_denominator) == (2, 2)
+    values = torch.arange(9.0)
+    assert reducer_of(data, MEANS)(values) == (0 + 1 + 4 + 5) / 4 + 8
+
+
+def test_a_sample_that_is_left_out_still_counts_in_its_rollouts_tokens():
+    data = siblings_data()
+    [step] = plan_steps(data, [[0, 1, 2, 3]], [True, True, False, False], MEANS).steps
+    assert data["rollout_mask_sums"] == [4, 4, 4, 1]
+    assert step.loss_denominator == 2
+    # Half of the first rollout runs: a metric that is 1 at every token is 1.
+    assert step.metric_denominator == 0.5
+    assert reducer_of(select(data, step.positions), MEANS)(torch.ones(4)) / step.metric_denominator == 1
+
+
+def test_a_constant_divides_sums_of_rollouts_and_metrics_stay_means_of_tokens():
+    data = siblings_data()
+    objective = ObjectiveOptions(loss_length_norm=10)
+    [step] = plan_steps(data, [[0, 1, 2, 3]], [True] * 4, objective).steps
+    reduce = reducer_of(data, objective)
+    assert reduce(torch.arange(9.0)) == pytest.approx((0 + 1 + 4 + 5 + 8) / 10)
+    assert step.loss_denominator == 2
+    assert reduce(torch.ones(9)) / step.metric_denominator == pytest.approx(1)
+
+
+def test_no_column_is_added_where_no_rollout_has_several_samples():
+    columns = {"rollout_ids": [3, 4, 3, 4], "group_indices": [0, 0, 1, 1]}
+    assert number_rollouts(columns) is columns
+    data = make_data([[1], [1]])
+    plan_steps(data, [[0, 1]], [True] * 2, MEANS)
+    assert data.keys() == make_data([[1], [1]]).keys()
+
+
+def test_parts_of_the_loss_are_divided_as_the_loss_and_shares_of_tokens_as_means():
+    data = make_data([[1], [1], [0], [0]])
+    [step] = plan_steps(data, [[0, 1, 2, 3]], [True] * 4, MEANS).steps
+    metrics = Metrics()
+    found = {"loss": 2.0, "pg_loss": 2.0, "value_loss": 2.0, "pg_clipfrac": 2.0}
+    add_loss_metrics(metrics, [found], step, loss_weight=1.0, weight=1.0)
+    assert metrics.gather(contribute=True) == {"loss": 0.5, "pg_loss": 0.5, "value_loss": 0.5, "pg_clipfrac": 1.0}

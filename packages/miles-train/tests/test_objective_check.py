@@ -9,9 +9,10 @@ import pytest
 from miles_api.errors import ConfigError
 from miles_api.hook_options import HookOptions
 from miles_api.options import Options
+from miles_api.parsing.parse import parse_run
 from miles_train.driver.check import derived, notes
 from miles_train.objective_check import check_objective
-from miles_train.options import ObjectiveOptions
+from miles_train.options import BatchingOptions, ModelsOptions, ObjectiveOptions
 
 tiny = import_module("packages.miles-train.tests.tiny_trainer")
 
@@ -83,7 +84,7 @@ def test_a_trainer_without_the_rollout_package_has_no_such_options():
 @pytest.mark.parametrize(
     ("objective", "run", "message"),
     [
-        ({"gamma": 0.9}, {}, "--gamma 0.9 is the discount of reinforce_plus_plus, and --advantage-estimator grpo has"),
+        ({"gamma": 0.9}, {}, "--gamma 0.9 is the discount of ppo and reinforce_plus_plus, and --advantage"),
         ({"gamma": 0.9}, {"loss_type": "sft_loss"}, "and --loss-type sft_loss has no advantages: leave it out"),
         ({"policy_loss_type": "cispo", "eps_clip_c": 3.0}, {}, "--eps-clip-c bounds a clipped loss"),
         ({"policy_loss_type": "cispo", "advantage_estimator": "gspo"}, {}, "choose gspo, or cispo with grpo"),
@@ -97,9 +98,108 @@ def test_options_that_cannot_be_meant_together_are_named(objective, run, message
     assert message in problem
 
 
+PPO = {"advantage_estimator": "ppo"}
+
+
+@pytest.mark.parametrize(
+    ("objective", "run", "message"),
+    [
+        ({"kl_loss_coef": 0.1}, {}, "--kl-loss-coef 0.1 weighs what --use-kl-loss adds to the loss: pass that too"),
+        ({"use_unbiased_kl": True}, {}, "--use-unbiased-kl weighs what --use-kl-loss adds to the loss: pass that too"),
+        ({"use_kl_loss": True}, {"loss_type": "custom_loss"}, "part of --loss-type policy_loss, not of custom_loss"),
+        ({"use_kl_loss": True}, {"loss_type": "sft_loss"}, "part of --loss-type policy_loss, not of sft_loss"),
+        ({"kl_coef": 0.1}, {}, "--advantage-estimator grpo arrive normalised: use --use-kl-loss --kl-loss-coef 0.1"),
+        ({"kl_coef": 0.1, "advantage_estimator": "gspo"}, {}, "those of --advantage-estimator gspo arrive normalised"),
+        ({"kl_coef": 0.1} | PPO, {"loss_type": "sft_loss"}, "--loss-type sft_loss has no advantages: leave it out"),
+        ({"use_opd": True}, {"loss_type": "sft_loss"}, "--use-opd adds to the advantages of an --advantage-estimator"),
+        (PPO, {"loss_type": "sft_loss"}, "--advantage-estimator ppo trains a critic for its advantages, and --loss"),
+        ({"normalize_advantages": False}, {"loss_type": "sft_loss"}, "--normalize-advantages is set, and --loss-type"),
+        ({"loss_length_norm": 64.0, "calculate_per_token_loss": True}, {}, "--loss-length-norm 64 divides the sum of"),
+        ({"skip_zero_advantage": True, "entropy_coef": 0.1}, {}, "leaves samples out that --entropy-coef would train"),
+        (
+            {"skip_zero_advantage": True, "use_kl_loss": True, "kl_loss_coef": 0.1}, {},
+            "leaves samples out that --use-kl-loss --kl-loss-coef 0.1 would train: set one of them",
+        ),
+        ({"lambd": 0.9}, {}, "--lambd 0.9 belongs to --advantage-estimator ppo, which has a critic, not to grpo"),
+        ({"value_clip": None}, {}, "--value-clip null belongs to --advantage-estimator ppo"),
+        ({"kl_loss_type": "k2"}, {}, "--kl-loss-type k2 is about the KL divergence, and neither --use-kl-loss nor"),
+        ({"opd_kl_coef": 0.5}, {}, "--opd-kl-coef 0.5 is about the teacher of --use-opd, which is not set"),
+    ],
+)  # fmt: skip
+def test_a_part_of_the_objective_without_what_it_belongs_to_is_refused(objective, run, message):
+    plain = RewardOptions(rewards_normalization=False)
+    assert any(message in problem for problem in check_objective(make(plain, run=run, **objective)))
+
+
+@pytest.mark.parametrize(
+    ("group", "objective", "message"),
+    [
+        (ModelsOptions(ref_load="/ref"), {}, "--ref-load /ref is about the KL divergence, and neither --use-kl-loss"),
+        (ModelsOptions(opd_teacher_load="/t"), {}, "--opd-teacher-load /t is about the teacher of --use-opd, which"),
+        (ModelsOptions(critic_load="/c"), {}, "--critic-load /c belongs to --advantage-estimator ppo, which has"),
+        (ModelsOptions(critic_lr=0.0), {}, "--critic-lr 0.0 belongs to --advantage-estimator ppo"),
+        (ModelsOptions(num_critic_only_steps=2), {}, "--num-critic-only-steps 2 belongs to --advantage-estimator ppo"),
+        (ModelsOptions(num_critic_only_steps=20), PPO, "leaves none of the 20 rollouts of --num-rollout to the policy"),
+        (BatchingOptions(micro_batch_size=2), {}, "pass --no-use-dynamic-batch-size, or leave --micro-batch-size out"),
+        (BatchingOptions(balance_by_flops=True, balance_data=False), {}, "--no-balance-data does not: drop one"),
+    ],
+)
+def test_options_of_other_tables_that_do_not_fit_the_objective_are_refused(group, objective, message):
+    [problem] = check_objective(make(RewardOptions(rewards_normalization=False), group, **objective))
+    assert message in problem
+
+
+@pytest.mark.parametrize("objective", [{"kl_coef": 0.1, "advantage_estimator": "rloo"}, {"use_opd": True}])
+def test_what_changes_the_advantages_of_an_estimator_is_refused_beside_an_advantage_hook(objective):
+    config = make(RewardOptions(), tiny.hooked(advantage="no_returns"), **objective)
+    [problem] = check_objective(config)
+    assert "--custom-advantage-function-path makes the advantages" in problem
+    # Such a hook may read the critic's values.
+    assert not list(check_objective(make(RewardOptions(), tiny.hooked(advantage="no_returns"), **PPO)))
+
+
+def test_a_run_file_that_repeats_the_defaults_is_not_held_against_the_run():
+    config = make()
+    assert not list(check_objective(config.replace("run.toml", **config.flat())))
+
+
+def test_a_value_that_is_switched_off_is_off_in_the_run_file_that_continues_the_run(tmp_path):
+    config = parse_run(["--advantage-estimator", "ppo", "--value-clip", "null", "--no-normalize-advantages"])
+    (tmp_path / "config.toml").write_text(config.to_toml())
+    again = parse_run([str(tmp_path / "config.toml")])
+    assert again.flat() == config.flat()
+    assert again.group(ObjectiveOptions).value_clip is None
+
+
+def test_ppo_takes_rewards_as_they_are_and_compares_them_with_its_critic_alone():
+    config = make(**PPO)
+    assert derived(config) == {"rewards_normalization": False}
+    [problem] = check_objective(make(given=["rewards_normalization"], **PPO))
+    assert "pass --no-rewards-normalization" in problem
+    assert not list(
+        check_objective(make(RewardOptions(rewards_normalization=False), run={"n_samples_per_prompt": 1}, **PPO))
+    )
+
+
+def test_the_plan_says_that_k1_in_the_loss_holds_nothing():
+    def found(**changed):
+        config = make(use_kl_loss=True, kl_loss_coef=0.1, **changed)
+        assert not list(check_objective(config))
+        return any("k1 in the loss has a gradient of mean 0" in note for note in notes(config))
+
+    assert found(kl_loss_type="k1")
+    assert not found(kl_loss_type="k1", use_unbiased_kl=True)
+    assert not found(kl_loss_type="k3")
+
+
 def test_the_objectives_that_exist_fit_together():
     plain = RewardOptions(rewards_normalization=False)
     for objective in (
+        {"advantage_estimator": "ppo", "lambd": 0.9, "gamma": 0.99, "value_clip": None, "kl_coef": 0.01},
+        {"use_kl_loss": True, "kl_loss_coef": 0.1, "use_unbiased_kl": True, "kl_loss_type": "low_var_kl"},
+        {"use_kl_loss": True, "skip_zero_advantage": True},
+        {"advantage_estimator": "rloo", "kl_coef": 0.1, "use_opd": True, "opd_kl_coef": 0.5},
+        {"normalize_advantages": True, "loss_length_norm": 64.0},
         {"advantage_estimator": "reinforce_plus_plus", "gamma": 0.9, "policy_loss_type": "cispo"},
         {"advantage_estimator": "gspo", "eps_clip_c": 3.0},
         {"advantage_estimator": "rloo", "policy_loss_type": "cispo"},

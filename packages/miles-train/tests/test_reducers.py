@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from miles_train.reducers import segment_sums, sum_of_sample_mean
@@ -44,6 +44,7 @@ def splits(draw):
     return [torch.tensor(m, dtype=torch.float32) for m in masks], places
 
 
+@settings(deadline=None)
 @given(splits(), st.booleans())
 def test_the_gradient_does_not_depend_on_how_a_step_is_split_into_micro_batches(split, per_token):
     masks, places = split

@@ -108,7 +108,7 @@ def test_a_hook_that_does_not_load_stops_the_trainer_before_anything_starts(hf_d
     ("options", "run", "message"),
     [
         ([], {"loss_type": "custom_loss"}, "custom_loss needs --custom-loss-function-path"),
-        ([], {"loss_type": "value_loss"}, "--loss-type value_loss is not available"),
+        ([], {"loss_type": "value_loss"}, "--advantage-estimator grpo has none: pass --advantage-estimator ppo"),
         ([ObjectiveOptions(use_tis=True)], {"loss_type": "sft_loss"}, "--use-tis belongs to --loss-type policy_loss"),
         ([ObjectiveOptions(use_tis=True, use_rollout_logprobs=True)], {}, "would correct twice"),
         ([ObjectiveOptions(tis_clip=0.5, tis_clip_low=0.6)], {}, "--tis-clip 0.5 is below --tis-clip-low 0.6"),

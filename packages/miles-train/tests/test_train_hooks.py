@@ -11,6 +11,7 @@ import torch
 from miles_api.errors import SampleError
 from miles_api.record import read_dump
 from miles_train.metrics import Metrics
+from miles_train.mismatch import MISMATCH_METRICS
 from miles_train.options import BatchingOptions, ObjectiveOptions
 
 tiny = import_module("packages.miles-train.tests.tiny_trainer")
@@ -107,7 +108,7 @@ def test_truncated_importance_sampling_changes_nothing_where_trainer_and_engine_
     with tiny.Started(make_config(hf_dir, hooked(advantage="advantage_from_log_probs"))) as trainer:
         data, _ = trainer._learner._load_batch(batch)
         passes = trainer._learner._passes
-        current = passes.old_log_probs(trainer._model, data, range(16), Metrics())["log_probs"]
+        current = passes.old_log_probs(trainer._model, passes.pack(data, range(16)), Metrics())["log_probs"]
         batch["rollout_log_probs"] = [values.tolist() for values in current]
     plain, metrics = train_once(make_config(hf_dir), tmp_path / "a", batch)
     found, own = train_once(make_config(hf_dir, ObjectiveOptions(use_tis=True)), tmp_path / "b", batch)
@@ -156,7 +157,8 @@ def test_masks_that_a_correction_returns_do_not_change_denominators(hf_dir, tmp_
     found, metrics = train_once(config, tmp_path / "a", batch)
     with tiny.Started(make_config(hf_dir)) as trainer:
         data, _ = trainer._learner._load_batch(batch)
-        current = trainer._learner._passes.old_log_probs(trainer._model, data, range(16), Metrics())["log_probs"]
+        passes = trainer._learner._passes
+        current = passes.old_log_probs(trainer._model, passes.pack(data, range(16)), Metrics())["log_probs"]
     kept = [values <= -3.5 for values in current]
     masks = [torch.tensor(mask) for mask in batch["loss_masks"]]
     expected = sum(
@@ -194,7 +196,7 @@ def test_the_size_of_micro_batches_does_not_matter_to_hooks(hf_dir, tmp_path, fu
         for tokens in (8192, 20)
     ]
     assert_same_weights(results[0][0], results[1][0])
-    few, many = (metrics.pop("train/micro_batches") for _, metrics in results)
+    few, many = (tiny.pop_packing(metrics) for _, metrics in results)
     assert few < many
     assert results[0][1] == pytest.approx(results[1][1], abs=1e-5)
 
@@ -223,10 +225,11 @@ def test_masks_changed_after_advantages_count_in_denominators(hf_dir, tmp_path, 
         make_config(hf_dir, objective), tmp_path / "b", batch | {"loss_masks": masks}
     )
     assert_same_weights(expected, found)
-    # The gap is measured where log-probs are first computed: here before the masks changed.
-    for numbers in (metrics, expected_metrics):
-        for name in ("mean", "max"):
-            del numbers[f"train/logprob_gap_{name}"]
+    # The mismatch is measured where log-probs are first computed: here before the masks changed.
+    metrics, expected_metrics = (
+        {name: value for name, value in numbers.items() if name.removeprefix("train/") not in MISMATCH_METRICS}
+        for numbers in (metrics, expected_metrics)
+    )
     assert metrics == pytest.approx(expected_metrics, abs=1e-6)
     [call] = calls_of("rollout_data_postprocess")
     assert call["rollout_id"] == 0

@@ -7,12 +7,9 @@ from importlib import import_module
 
 import pytest
 import torch
-import torch.multiprocessing as mp
-from safetensors.torch import load_file
 
-from miles_api.errors import ConfigError, MilesError, SampleError
-from miles_train.options import BatchingOptions, ObjectiveOptions, OptimizerOptions, ParallelOptions
-from miles_train.trainer import Trainer
+from miles_api.errors import MilesError, SampleError
+from miles_train.options import BatchingOptions, ObjectiveOptions, OptimizerOptions
 
 tiny = import_module("packages.miles-train.tests.tiny_trainer")
 VOCAB, LR = tiny.VOCAB, tiny.LR
@@ -58,17 +55,48 @@ def test_the_size_of_micro_batches_does_not_change_the_weights_or_the_metrics(hf
     objective = ObjectiveOptions(calculate_per_token_loss=per_token, entropy_coef=0.01)
     results = [
         train_once(
-            make_config(hf_dir, objective, BatchingOptions(max_tokens_per_gpu=tokens)),
-            tmp_path / str(tokens),
+            make_config(hf_dir, objective, BatchingOptions(**batching)),
+            tmp_path / str(number),
             make_batch(),
         )
-        for tokens in (8192, 20)
+        for number, batching in enumerate(({}, {"max_tokens_per_gpu": 20}, {"use_dynamic_batch_size": False}))
     ]
-    assert_same_weights(results[0][0], results[1][0])
-    few, many = (metrics.pop("train/micro_batches") for _, metrics in results)
-    assert few < many
+    few, many, one_each = (tiny.pop_packing(metrics) for _, metrics in results)
+    assert few < many < one_each == 16
+    for weights, metrics in results[1:]:
+        assert_same_weights(results[0][0], weights)
+        assert results[0][1] == pytest.approx(metrics, abs=1e-5)
     assert results[0][1]["train/entropy"] == pytest.approx(math.log(VOCAB), abs=0.3)
-    assert results[0][1] == pytest.approx(results[1][1], abs=1e-5)
+
+
+def in_turns(batch):
+    """Return the batch with each response as two samples: its first token, and the rest behind it as a prompt."""
+    split = {name: [entry for entry in column for _ in range(2)] for name, column in batch.items()}
+    split["sample_indices"] = list(range(len(split["tokens"])))
+    split["tokens"] = [
+        part
+        for tokens, n in zip(batch["tokens"], batch["response_lengths"], strict=True)
+        for part in (tokens[: len(tokens) - n + 1], tokens)
+    ]
+    split["response_lengths"] = [part for n in batch["response_lengths"] for part in (1, n - 1)]
+    for name in ("loss_masks", "rollout_log_probs"):
+        split[name] = [part for values in batch[name] for part in (values[:1], values[1:])]
+    return split
+
+
+@pytest.mark.parametrize("objective", [{}, {"loss_length_norm": 5.0}])
+def test_a_conversation_trains_the_same_as_one_sample_or_as_two(hf_dir, tmp_path, objective):
+    batch = make_batch(rollout_ids=[7 + i for i in range(16)])
+    batch["loss_masks"][5] = [0] * batch["response_lengths"][5]  # removed
+    options = ObjectiveOptions(entropy_coef=0.01, **objective)
+    (whole, expected), (turns, found) = (
+        train_once(make_config(hf_dir, options, BatchingOptions(max_tokens_per_gpu=40)), tmp_path / str(i), columns)
+        for i, columns in enumerate((batch, in_turns(batch)))
+    )
+    assert_same_weights(whole, turns)
+    assert found["train/tokens"] > expected["train/tokens"]
+    for name in ("loss", "pg_loss", "entropy", "pg_clipfrac", "ppo_kl", "ratio_max", "grad_norm"):
+        assert found[f"train/{name}"] == pytest.approx(expected[f"train/{name}"], abs=1e-5), name
 
 
 def test_leaving_out_zero_advantages_gives_the_same_weights_and_loss_with_fewer_tokens(hf_dir, tmp_path):
@@ -175,7 +203,7 @@ def test_a_trainer_continues_after_a_load_exactly_as_the_one_that_saved(hf_dir, 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"rewards": [1.0] * 15 + [math.nan]}, "the reward of sample 115 is nan"),
+        ({"rewards": [1.0] * 15 + [math.nan]}, "the reward of sample 115 in rollout 0 is nan"),
         ({"rollout_log_probs": [[math.inf] * n for n in (2, 3, 4, 5) * 4]}, "of 3 tokens|rollout_log_probs of sample"),
         ({"rewards": None}, "no column 'rewards'"),
     ],
@@ -199,51 +227,3 @@ def test_reusing_log_probs_that_the_rollout_does_not_have_is_an_error(hf_dir):
     config = make_config(hf_dir, ObjectiveOptions(use_rollout_logprobs=True))
     with Started(config) as trainer, pytest.raises(SampleError, match="--use-rollout-logprobs needs the column"):
         trainer.train(0, make_batch(rollout_log_probs=None))
-
-
-def test_a_loss_that_does_not_exist_is_refused_before_anything_starts(hf_dir):
-    with pytest.raises(ConfigError, match="--loss-type value_loss is not available"):
-        Trainer(make_config(hf_dir, loss_type="value_loss"), rank=0, world_size=1, master_addr="", master_port=1)
-
-
-LAYOUTS = {
-    "dp2": ParallelOptions(actor_num_gpus_per_node=2),
-    "tp2": ParallelOptions(actor_num_gpus_per_node=2, tensor_model_parallel_size=2, sequence_parallel=True),
-    "pp2": ParallelOptions(actor_num_gpus_per_node=2, pipeline_model_parallel_size=2),
-}
-
-
-def _layout_rank(rank, hf_dir, out, ports, batch):
-    for name, parallel in LAYOUTS.items():
-        config = make_config(
-            hf_dir, parallel, ObjectiveOptions(skip_zero_advantage=True), BatchingOptions(max_tokens_per_gpu=40)
-        )
-        trainer = Trainer(config, rank=rank, world_size=2, master_addr="127.0.0.1", master_port=ports[name])
-        trainer.start()
-        metrics = trainer.train(0, batch).metrics
-        trainer.export(f"{out}/{name}")
-        trainer.stop()
-        torch.save(metrics, f"{out}/{name}-{rank}.pt")
-
-
-@pytest.fixture(scope="module")
-def layouts(hf_dir, tmp_path_factory):
-    """Train the same rollout on one rank and on two ranks in every layout; return the directory of the results."""
-    directory = tmp_path_factory.mktemp("layouts")
-    batch = make_batch(dead_groups=(1,))
-    config = make_config(hf_dir, ObjectiveOptions(skip_zero_advantage=True))
-    torch.save(train_once(config, directory / "one", batch), directory / "one.pt")
-    ports = {name: tiny.free_port() for name in LAYOUTS}
-    mp.spawn(_layout_rank, args=(hf_dir, str(directory), ports, batch), nprocs=2)
-    return directory
-
-
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_data_tensor_and_pipeline_parallel_trainers_agree_with_one_rank(layouts, layout):
-    expected, metrics = torch.load(layouts / "one.pt")
-    first, second = (torch.load(layouts / f"{layout}-{rank}.pt") for rank in range(2))
-    assert first == second
-    del first["train/micro_batches"], metrics["train/micro_batches"]
-    assert first == pytest.approx(metrics, abs=1e-5)
-    files = (layouts / layout).glob("*.safetensors")
-    assert_same_weights(expected, {key: value for file in files for key, value in load_file(file).items()}, 2e-6)

@@ -13,7 +13,7 @@ from miles_api.hook_options import HookOptions
 from miles_api.loading.load import import_reference
 from miles_api.options import Options
 from miles_api.run_options import RunOptions
-from miles_train.options import BatchingOptions, ObjectiveOptions, OptimizerOptions, ParallelOptions
+from miles_train.options import BatchingOptions, ModelsOptions, ObjectiveOptions, OptimizerOptions, ParallelOptions
 from miles_train.trainer import Trainer
 
 VOCAB = 32
@@ -26,11 +26,11 @@ class OtherOptions(Options, frozen=True, kw_only=True):
     group_rm: bool = False
 
 
-def save_model(directory):
+def save_model(directory, seed=0):
     """Write a random two-layer Qwen3."""
     from transformers import Qwen3Config, Qwen3ForCausalLM
 
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     config = Qwen3Config(
         vocab_size=VOCAB, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=8,
         intermediate_size=48, max_position_embeddings=64, tie_word_embeddings=True,
@@ -60,7 +60,8 @@ def make_batch(groups=4, size=4, dead_groups=(), seed=0, **columns):
 def make_config(hf_dir, *options, **run):
     run = {"loss_type": "policy_loss", "num_steps_per_rollout": 2, "num_rollout": 20} | run
     # A large epsilon lets the size of gradients show in the weights; Adam alone would hide a wrong factor.
-    groups = {kind: kind() for kind in (HookOptions, OtherOptions, ParallelOptions, BatchingOptions, ObjectiveOptions)}
+    kinds = (HookOptions, OtherOptions, ParallelOptions, BatchingOptions, ObjectiveOptions, ModelsOptions)
+    groups = {kind: kind() for kind in kinds}
     groups[OptimizerOptions] = OptimizerOptions(lr=LR, adam_eps=1e-2)
     groups |= {type(group): group for group in (RunOptions(hf_checkpoint=hf_dir, **run), *options)}
     return RunConfig({kind.__name__: group for kind, group in groups.items()}, {})
@@ -96,6 +97,13 @@ def train_once(config, directory, batch):
     with Started(config) as trainer:
         report = trainer.train(0, batch)
         return weights_of(trainer, directory), report.metrics
+
+
+def pop_packing(metrics):
+    """Take out the metrics that depend on how samples are packed and spread; return the number of micro-batches."""
+    for name in ("micro_batch_fill", "padding_share", "dp_imbalance"):
+        metrics.pop(f"train/{name}", None)
+    return metrics.pop("train/micro_batches")
 
 
 def assert_same_weights(a, b, atol=1e-6):

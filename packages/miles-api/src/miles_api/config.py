@@ -98,9 +98,9 @@ class RunConfig(msgspec.Struct, frozen=True):
         """Return the whole config as TOML that `miles train` reads back; each set value says where it came from."""
         lines: list[str] = ["# The resolved options of this run. Values without a remark are defaults."]
         for name, options in self.groups.items():
-            lines += ["", f"[{name}]", *_assignments(_public(options), self.sources)]
+            lines += ["", f"[{name}]", *_assignments(_public(options), self.sources, _public(type(options)()))]
         for name, options in self.extra.items():
-            lines += ["", f"[hooks.{name}]", *_assignments(_public(options), self.sources)]
+            lines += ["", f"[hooks.{name}]", *_assignments(_public(options), self.sources, {})]
         return "\n".join(lines) + "\n"
 
 
@@ -112,11 +112,11 @@ def _public(options: msgspec.Struct) -> dict[str, Any]:
     return {key: value for key, value in msgspec.structs.asdict(options).items() if key not in secret}
 
 
-def _assignments(values: Mapping[str, Any], sources: Mapping[str, str]) -> list[str]:
+def _assignments(values: Mapping[str, Any], sources: Mapping[str, str], defaults: Mapping[str, Any]) -> list[str]:
     lines = []
     for key, value in values.items():
         if value is None:
-            lines.append(f"# {key} is not set")
+            lines.append(f"# {key} is not set" if defaults.get(key) is None else f'{key} = "null"')
         elif sources.get(key) == DERIVED:
             # A comment, so that the file still follows when one of the values it derives from is changed.
             lines.append(f"# {key} = {_toml(value)} follows from the others")

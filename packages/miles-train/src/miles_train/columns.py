@@ -6,15 +6,19 @@ tensors in place of lists of numbers, is called `rollout_data` (the whole rollou
 
 from __future__ import annotations
 
-import heapq
-from collections.abc import Sequence
 from itertools import accumulate, chain, pairwise
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from miles_api.batch import PER_RESPONSE_TOKEN, check_columns
 from miles_api.errors import SampleError
+from miles_train.batching import spread
+from miles_train.siblings import FIRSTS, MASK_SUMS, NUMBERS
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
 __all__ = [
     "COMPUTED_COLUMNS",
@@ -28,13 +32,11 @@ __all__ = [
     "validate_columns",
 ]
 
-_REQUIRED = ("tokens", "response_lengths", "loss_masks")
-PER_RESPONSE_TOKEN = ("loss_masks", "rollout_log_probs", "teacher_log_probs")
-"""Columns of a rollout with one number a response token; fp32 tensors in `rollout_data`."""
 COMPUTED_COLUMNS = ("log_probs", "ref_log_probs", "values", "advantages", "returns")
-"""Columns of the same form that the trainer adds."""
+"""Columns with one number a response token that the trainer adds; like `PER_RESPONSE_TOKEN` fp32 tensors in
+`rollout_data`."""
 _DTYPES = {"tokens": torch.int64} | dict.fromkeys((*PER_RESPONSE_TOKEN, *COMPUTED_COLUMNS), torch.float32)
-_NAMED_AT_MOST = 8
+_RESERVED = (*COMPUTED_COLUMNS, NUMBERS, FIRSTS, MASK_SUMS)
 
 
 def validate_columns(batch: dict[str, Any]) -> dict[str, Any]:
@@ -44,136 +46,99 @@ def validate_columns(batch: dict[str, Any]) -> dict[str, Any]:
     as absent and is left out.
 
     Raises:
-        SampleError: a required column is missing, one has the name of a column that the trainer computes, a column is
-            shorter or longer than `tokens` or present for some samples only, or lengths inside one sample disagree.
+        SampleError: a column has the name of one that the trainer computes, or `miles_api.batch.check_columns` finds
+            something wrong.
     """
-    for name in _REQUIRED:
-        if batch.get(name) is None:
-            raise SampleError(f"the train batch has no column {name!r}; it has {', '.join(sorted(batch))}")
-    for name in COMPUTED_COLUMNS:
-        if batch.get(name) is not None:
-            raise SampleError(f"column {name!r} is computed by the trainer; a rollout's own needs another name")
-    count = len(batch["tokens"])
-    if count == 0:
-        raise SampleError("the train batch holds no sample")
-    present = {name: column for name, column in batch.items() if _is_present(name, column, batch, count)}
-    _check_lengths(present)
-    return present
+    taken = [name for name in _RESERVED if batch.get(name) is not None]
+    if taken:
+        raise SampleError(f"column {taken[0]!r} is computed by the trainer; a rollout's own needs another name")
+    return check_columns(batch, required=())
 
 
-def _is_present(name: str, column: Any, batch: dict[str, Any], count: int) -> bool:
-    """Say whether a column has values; raise `SampleError` if it has them for some samples only."""
-    if column is None:
-        return False
-    if not isinstance(column, Sequence) or isinstance(column, str | bytes):
-        raise SampleError(f"column {name!r} is a {type(column).__name__}, not a list with one entry a sample")
-    if len(column) != count:
-        raise SampleError(f"column {name!r} has {len(column)} entries for {count} samples")
-    absent = [i for i, value in enumerate(column) if value is None]
-    if 0 < len(absent) < count:
-        raise SampleError(f"column {name!r} is missing for {len(absent)} of {count} samples: {_names(batch, absent)}")
-    return not absent
-
-
-def _check_lengths(columns: dict[str, Any]) -> None:
-    """Raise `SampleError` where the lengths inside a sample disagree."""
-    response_lengths = columns["response_lengths"]
-    totals = [len(tokens) for tokens in columns["tokens"]]
-    # The first token has nothing that predicts it, so a response needs at least one token before it.
-    bad = [i for i, n in enumerate(response_lengths) if not 0 <= n < max(totals[i], 1)]
-    if bad:
-        i = bad[0]
-        raise SampleError(
-            f"column 'response_lengths': {response_lengths[i]} of {totals[i]} tokens are the response; at least one "
-            f"token must come before it ({_names(columns, bad)})"
-        )
-    for name in PER_RESPONSE_TOKEN:
-        if name not in columns:
-            continue
-        found = [len(values) for values in columns[name]]
-        bad = [i for i, n in enumerate(found) if n != response_lengths[i]]
-        if bad:
-            i = bad[0]
-            raise SampleError(
-                f"column {name!r} has {found[i]} values for a response of {response_lengths[i]} tokens "
-                f"({_names(columns, bad)})"
-            )
-    if "total_lengths" in columns:
-        bad = [i for i, n in enumerate(columns["total_lengths"]) if n != totals[i]]
-        if bad:
-            i = bad[0]
-            raise SampleError(
-                f"column 'total_lengths' says {columns['total_lengths'][i]} for {totals[i]} tokens "
-                f"({_names(columns, bad)})"
-            )
-
-
-def _names(batch: dict[str, Any], positions: list[int]) -> str:
-    """Name samples for an error: by `sample_indices` where there are any, else by position."""
-    indices = batch.get("sample_indices")
-    shown = ", ".join(str(indices[i] if indices else i) for i in positions[:_NAMED_AT_MOST])
-    more = f" and {len(positions) - _NAMED_AT_MOST} more" if len(positions) > _NAMED_AT_MOST else ""
-    return f"sample{'s' if len(positions) > 1 else ''} {shown}{more}"
-
-
-def shard_columns(batch: dict[str, Any], *, data_parallel_size: int, num_steps: int) -> list[list[list[int]]]:
+def shard_columns(
+    batch: dict[str, Any],
+    *,
+    data_parallel_size: int,
+    num_steps: int,
+    costs: Sequence[float] | None = None,
+    idle: Sequence[bool] | None = None,
+    balance: bool = True,
+) -> list[list[list[int]]]:
     """Return the sample positions of each rank and step: `shards[rank][step]`, ascending.
 
     Called by every rank with the same columns, so that all agree without talking. Steps are contiguous runs of the
-    rollout; within a step, samples go to the ranks longest first, each to the rank with the fewest tokens so far.
+    rollout. Within a step, `spread` gives each rank about the same part of the `costs`, by default the samples' tokens.
+    Samples that are `idle` will be left out of the passes: they are spread on their own. Without `balance` the ranks
+    take samples in turn.
 
     Raises:
-        SampleError: a step would have fewer samples than there are data-parallel ranks.
+        SampleError: the samples are too few to give each rank one in every step, or their rollouts to be told apart.
     """
     lengths = [len(tokens) for tokens in batch["tokens"]]
     groups = batch.get("group_indices") or list(range(len(lengths)))
     shards: list[list[list[int]]] = [[] for _ in range(data_parallel_size)]
-    for step in split_steps(groups, num_steps):
-        if len(step) < data_parallel_size:
-            raise SampleError(
-                f"an optimizer step of {len(step)} samples ({len(lengths)} samples in {num_steps} steps) cannot feed "
-                f"{data_parallel_size} data-parallel ranks"
-            )
-        for rank, positions in enumerate(_balance(step, lengths, data_parallel_size)):
-            shards[rank].append(positions)
+    for step in split_steps(groups, num_steps, batch.get(NUMBERS), least=data_parallel_size):
+        if balance:
+            shares = _balance(step, costs or lengths, idle, data_parallel_size)
+        else:
+            shares = [list(step[rank::data_parallel_size]) for rank in range(data_parallel_size)]
+        for rank, share in enumerate(shares):
+            shards[rank].append(share)
     return shards
 
 
-def split_steps(groups: Sequence[Any], num_steps: int) -> list[range]:
-    """Cut the samples, in order, into `num_steps` steps of about the same number of samples.
+def _balance(
+    positions: Sequence[int], costs: Sequence[float], idle: Sequence[bool] | None, ranks: int
+) -> list[list[int]]:
+    """Give each rank about the same part of the costs of what runs, and at least one sample."""
+    shares: list[list[int]] = [[] for _ in range(ranks)]
+    running = [i for i in positions if not (idle and idle[i])]
+    # In reverse: where fewer samples run than there are ranks, the last ranks have none of them.
+    for members, order in ((running, shares), (sorted(set(positions) - set(running)), shares[::-1])):
+        for share, part in zip(order, spread([costs[i] for i in members], ranks), strict=True):
+            share.extend(members[i] for i in part)
+    return [sorted(share) for share in shares]
 
-    `groups` holds each sample's group; a cut that would fall inside a group moves to the nearest start of one, unless
-    that would empty a step.
+
+def split_steps(
+    groups: Sequence[Any], num_steps: int, rollouts: Sequence[Any] | None = None, *, least: int = 1
+) -> list[range]:
+    """Cut the samples, in order, into `num_steps` steps of about the same number of samples, and of `least` or more.
+
+    `groups` holds each sample's group; a cut that would fall inside a group moves to the start of one, unless that
+    moves it by more than a step. `rollouts` holds each sample's rollout, by default one of its own: none is ever cut.
 
     Raises:
-        SampleError: there are fewer samples than steps.
+        SampleError: there are too few samples, or too few rollouts that can be told apart by a cut.
     """
     count = len(groups)
-    if count < num_steps:
-        raise SampleError(f"{count} samples cannot be split into {num_steps} optimizer steps")
-    starts = [i for i in range(1, count) if groups[i] != groups[i - 1]]
-    cuts = [0]
-    for step in range(1, num_steps):
-        ideal = step * count // num_steps
-        # At least one sample remains for each later step, and each step ends before the next one's ideal end.
-        last = min(count - (num_steps - step), (step + 1) * count // num_steps - 1)
-        allowed = [i for i in starts if cuts[-1] < i <= last]
-        cuts.append(min(allowed, key=lambda i: (abs(i - ideal), i)) if allowed else max(ideal, cuts[-1] + 1))
-    cuts.append(count)
-    return [range(start, end) for start, end in pairwise(cuts)]
+    ends = _ends_of_rollouts(rollouts) if rollouts is not None else range(1, count)
+    # By the end of the steps so far: how far their cuts are from ideal ones, and the cuts.
+    found: dict[int, tuple[float, tuple[int, ...]]] = {0: (0.0, (0,))}
+    for step in range(1, num_steps + 1):
+        before, found = found, {}
+        earlier, best = iter(sorted(before)), None
+        start = next(earlier, count)
+        for end in ends if step < num_steps else [count]:
+            while start <= end - least:
+                best = min(best, before[start]) if best else before[start]
+                start = next(earlier, count)
+            if best:
+                inside = end < count and groups[end] == groups[end - 1]
+                off = abs(end - step * count // num_steps) + (count / num_steps if inside else 0)
+                found[end] = (best[0] + off, (*best[1], end))
+    if count not in found:
+        parts = f" of {len(set(rollouts))} rollouts, which are never cut," if rollouts is not None else ""
+        each = f" of at least {least}, one for each data-parallel rank" if least > 1 else ""
+        raise SampleError(f"{count} samples{parts} cannot be split into {num_steps} optimizer steps{each}")
+    return [range(start, end) for start, end in pairwise(found[count][1])]
 
 
-def _balance(positions: Sequence[int], lengths: list[int], ranks: int) -> list[list[int]]:
-    """Give each position to one of `ranks`, longest first, always to the one with the fewest tokens."""
-    if ranks == 1:
-        return [list(positions)]
-    shares: list[list[int]] = [[] for _ in range(ranks)]
-    heap = [(0, rank) for rank in range(ranks)]
-    for position in sorted(positions, key=lambda i: (-lengths[i], i)):
-        tokens, rank = heap[0]
-        shares[rank].append(position)
-        heapq.heapreplace(heap, (tokens + lengths[position], rank))
-    return [sorted(share) for share in shares]
+def _ends_of_rollouts(rollouts: Sequence[Any]) -> list[int]:
+    """Return the positions at which no rollout has samples on both sides."""
+    last = {rollout: position for position, rollout in enumerate(rollouts)}
+    reach = list(accumulate((last[rollout] for rollout in rollouts), max))
+    return [position for position in range(1, len(rollouts)) if reach[position - 1] < position]
 
 
 def select(columns: dict[str, Any], positions: Sequence[int]) -> dict[str, Any]:

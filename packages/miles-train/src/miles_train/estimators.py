@@ -1,4 +1,4 @@
-"""The advantage estimators that need no critic: what each does with rewards, and the baselines of whole groups."""
+"""The advantage estimators: what each does with rewards, and the baselines of whole groups."""
 
 from __future__ import annotations
 
@@ -22,7 +22,10 @@ class Estimator(NamedTuple):
     discounts: bool = False
     """Whether the reward counts less for tokens further from the end."""
     whitens: bool = False
-    """Whether advantages are brought to mean 0 and spread 1 over the whole rollout."""
+    """Whether advantages are brought to mean 0 and spread 1 over the whole rollout, unless --normalize-advantages says
+    otherwise."""
+    needs_values: bool = False
+    """Whether advantages compare rewards with a critic's values of each token."""
 
     @property
     def takes_plain_rewards(self) -> bool:
@@ -33,6 +36,7 @@ class Estimator(NamedTuple):
 ESTIMATORS = {
     "grpo": Estimator(),
     "gspo": Estimator(),
+    "ppo": Estimator(needs_values=True, discounts=True, whitens=True),
     "rloo": Estimator(baseline="leave_one_out"),
     "reinforce_plus_plus": Estimator(discounts=True, whitens=True),
     "reinforce_plus_plus_baseline": Estimator(baseline="group", whitens=True),

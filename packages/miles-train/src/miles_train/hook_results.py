@@ -11,21 +11,34 @@ import torch
 from torch import Tensor
 
 from miles_api.errors import HookResultError
+from miles_train.advantages import ADVANTAGE_METRICS
 from miles_train.guards import check_finite
+from miles_train.mismatch import MISMATCH_METRICS
+from miles_train.work import WORK_METRICS
 
 if TYPE_CHECKING:
     from miles_api.loading.bind import BoundHook
     from miles_train.train_hooks import HookCalls
 
-__all__ = ["OUR_METRICS", "POLICY_METRICS", "ResultCheck"]
+__all__ = ["CRITIC_METRICS", "LOSSES", "OUR_METRICS", "POLICY_METRICS", "ResultCheck"]
 
+CRITIC_METRICS = frozenset(
+    {"value_loss", "value_clipfrac", "critic_grad_norm", "critic_lr", "explained_variance"}
+    | {f"value_errors_{part}" for part in ("tokens", "returns", "returns_squared", "errors", "errors_squared")}
+)
+"""Names of metrics of a critic, and of the sums that they are made of."""
 OUR_METRICS = frozenset(
-    {"grad_norm", "lr", "tokens", "micro_batches", "samples_skipped", "skipped_steps"}
-    | {f"logprob_gap_{part}" for part in ("sum", "tokens", "mean", "max")}
+    {"grad_norm", "lr", "tokens", "micro_batches", "samples_skipped", "skipped_steps", "zero_gradient_steps"}
+    | MISMATCH_METRICS
+    | ADVANTAGE_METRICS
+    | WORK_METRICS
+    | CRITIC_METRICS
 )
 """Names of metrics that the trainer itself reports."""
-POLICY_METRICS = frozenset({"loss", "pg_loss", "pg_clipfrac", "ppo_kl", "ratio_max", "entropy"})
+POLICY_METRICS = frozenset({"loss", "pg_loss", "pg_clipfrac", "ppo_kl", "ratio_max", "entropy", "kl_loss"})
 """Names of metrics of the policy loss."""
+LOSSES = frozenset({"loss", "pg_loss", "value_loss"})
+"""Names of metrics that are what is trained on, or an additive part of it: divided as the gradient is."""
 
 
 class ResultCheck:

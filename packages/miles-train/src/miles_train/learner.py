@@ -2,39 +2,47 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
 
-from miles_api.errors import ConfigError
+from miles_api.errors import ConfigError, SampleError
 from miles_api.run_options import RunOptions
 from miles_api.services import TrainStepReport
-from miles_train.columns import shard_columns, take_share, validate_columns
-from miles_train.guards import check_finite
+from miles_train.advantages import advantage_metrics
+from miles_train.columns import PER_RESPONSE_TOKEN, shard_columns, take_share, validate_columns
+from miles_train.critic_steps import critic_step, finish_explained_variance, value_errors
+from miles_train.guards import check_columns
 from miles_train.hook_calls import call_postprocess
 from miles_train.megatron import init
+from miles_train.megatron.attention import count_slots
 from miles_train.metrics import Metrics, PhaseClock
+from miles_train.mismatch import mismatch
+from miles_train.model_columns import model_columns
+from miles_train.models_check import has_teacher
 from miles_train.objective import (
     Plan,
     Step,
     add_loss_metrics,
     check_policy_columns,
-    logprob_gap,
     pieces_of,
     plan_steps,
     report_metrics,
     samples_that_pull,
 )
-from miles_train.options import ObjectiveOptions
+from miles_train.options import BatchingOptions, ModelsOptions, ObjectiveOptions
 from miles_train.passes import Passes
 from miles_train.seen import check_seen
-from miles_train.train_hooks import reads_log_probs, recomputes_log_probs
+from miles_train.siblings import number_rollouts
+from miles_train.train_hooks import origin_of_columns, reads_log_probs, recomputes_log_probs
+from miles_train.work import WorkMeter
+from miles_train.zero_gradient import note_skipped_steps, note_zero_gradient
 
 if TYPE_CHECKING:
     from miles_api.config import RunConfig
-    from miles_train.megatron.core import DistributedDataParallel
-    from miles_train.megatron.optimizer import Optimizer
+    from miles_train.models import Models
     from miles_train.train_hooks import TrainHooks
     from miles_train.train_record import TrainRecorder
 
@@ -57,14 +65,20 @@ class Learner:
         self._hooks, self._recorder = hooks, recorder
         self._pieces = pieces_of(config, hooks)
         self._passes = Passes(config, self._pieces, hooks)
+        self._balance = config.group(BatchingOptions).balance_data
+        self._work = WorkMeter(config)
+        self._origin = origin_of_columns(config)
         self._recompute = recomputes_log_probs(config)
         self._recompute_first = reads_log_probs(config)
-        self._model: list[DistributedDataParallel] = []
-        self._optimizer: Any = None
+        self._critic_alone = config.group(ModelsOptions).num_critic_only_steps
+        if self._run.loss_type == "value_loss":
+            self._critic_alone = self._run.num_rollout
+        self._teacher_here = has_teacher(config)
+        self._models: Any = None
 
-    def attach(self, model: list[DistributedDataParallel], optimizer: Optimizer | None) -> None:
-        """Set what is trained from now on."""
-        self._model, self._optimizer = model, optimizer
+    def attach(self, models: Models | None) -> None:
+        """Set what is trained, and what is read, from now on."""
+        self._models = models
 
     def train(self, rollout_id: int, batch: dict[str, Any]) -> TrainStepReport:
         """Take the optimizer steps of one rollout, as `Trainer.train` describes them."""
@@ -72,51 +86,69 @@ class Learner:
         with self._hooks.during(f" in rollout {rollout_id}"):
             with clock.phase("data"):
                 data, shares = self._load_batch(batch)
-            data |= self._first_log_probs(data, metrics, clock)
+            data |= self._model_columns(data, metrics, clock)
             with clock.phase("advantages"):
-                self._finish_columns(rollout_id, data)
-                plan = self._plan(data, shares)
+                self._finish_columns(rollout_id, data, metrics)
+                plan, critic_plan = self._plans(rollout_id, data, shares)
+                if rollout_id >= self._critic_alone:
+                    note_skipped_steps(metrics, plan.steps, data, shares)
             later = data | self._later_log_probs(data, plan, metrics, clock)
             trained = self.num_steps - plan.steps_skipped
             for step in plan.steps:
                 with self._hooks.during(f", step {step.number}"):
                     self._train_step(rollout_id, step, plan, later if step.number else data, metrics, clock)
+                    if critic_plan is not None:
+                        own = critic_plan.steps[step.number]
+                        critic_step(self._passes, self._models.critic, own, critic_plan, data,
+                                    metrics=metrics, clock=clock, where=self._hooks.where)  # fmt: skip
         with clock.phase("metrics"):
             numbers = metrics.gather(contribute=init.is_reporting_rank(), device=init.device())
+            numbers = self._work.finish(finish_explained_variance(numbers))
+            place = init.data_parallel_rank(), init.data_parallel_size()
+            numbers |= self._work.compare_ranks(data, plan.steps, *place, _sum_over_ranks)
             numbers |= {"samples_skipped": plan.samples_skipped, "skipped_steps": plan.steps_skipped}
         return TrainStepReport(metrics=report_metrics(numbers, trained), seconds=clock.seconds)
 
     def _load_batch(self, batch: dict[str, Any]) -> tuple[dict[str, Any], list[list[int]]]:
         """Return this rank's samples as tensors, and for each step their positions among them."""
-        columns = validate_columns(batch)
+        columns = number_rollouts(validate_columns(batch))
         columns.setdefault("sample_indices", list(range(len(columns["tokens"]))))
+        if self._teacher_here and "teacher_log_probs" in columns:
+            raise SampleError(
+                "the rollout brings 'teacher_log_probs' and --opd-teacher-load names a teacher that computes them: "
+                "leave the flag out to use the rollout's"
+            )
+        origin = self._origin + self._hooks.where
         if self._has_advantages(columns):
-            check_policy_columns(columns, self._objective, rewards=self._hooks.one("advantage") is None)
+            check_policy_columns(columns, self._objective, rewards=self._hooks.one("advantage") is None, origin=origin)
             columns = self._pieces.baselines(columns)
-        shards = shard_columns(columns, data_parallel_size=init.data_parallel_size(), num_steps=self.num_steps)
+        shards = shard_columns(
+            columns,
+            data_parallel_size=init.data_parallel_size(),
+            num_steps=self.num_steps,
+            costs=self._work.costs(columns),
+            idle=self._pieces.idle(columns),
+            balance=self._balance,
+        )
         data, shares = take_share(columns, shards[init.data_parallel_rank()], init.device())
-        if "rollout_log_probs" in data:
-            values = torch.cat(data["rollout_log_probs"])
-            check_finite("rollout_log_probs", values, data["response_lengths"], data["sample_indices"])
+        check_columns(data, PER_RESPONSE_TOKEN, origin)
         return data, shares
 
     def _has_advantages(self, columns: dict[str, Any]) -> bool:
         """Say whether this rollout gets advantages and old log-probs: a custom loss may train on data without rewards,
         as supervised training does."""
-        if self._run.loss_type == "custom_loss" and self._hooks.one("advantage") is None:
+        own_advantages = self._hooks.one("advantage") is not None or self._models.critic is not None
+        if self._run.loss_type == "custom_loss" and not own_advantages:
             return "rewards" in columns
         return self._pieces.advantage is not None
 
-    def _first_log_probs(self, data: dict[str, Any], metrics: Metrics, clock: PhaseClock) -> dict[str, Any]:
-        """Return the column `log_probs` where it must be whole before anything else is computed."""
-        if not self._has_advantages(data):
-            return {}
-        if self._objective.use_rollout_logprobs:
-            return {"log_probs": list(data["rollout_log_probs"])}
-        if not (self._recompute and self._recompute_first):
-            return {}
-        with clock.phase("log_probs"):
-            return self._passes.old_log_probs(self._model, data, range(len(data["tokens"])), metrics)
+    def _model_columns(self, data: dict[str, Any], metrics: Metrics, clock: PhaseClock) -> dict[str, Any]:
+        """Return the columns that must be whole before anything else is computed, `log_probs` perhaps among them."""
+        wanted = self._has_advantages(data)
+        reused = wanted and self._objective.use_rollout_logprobs
+        added = {"log_probs": list(data["rollout_log_probs"])} if reused else {}
+        old = wanted and not reused and self._recompute and self._recompute_first
+        return added | model_columns(self._models, self._passes, data, metrics, clock, old=old)
 
     def _later_log_probs(self, data: dict[str, Any], plan: Plan, metrics: Metrics, clock: PhaseClock) -> dict[str, Any]:
         """Return the column `log_probs` for the samples of later steps, where it is not there yet.
@@ -126,12 +158,14 @@ class Learner:
         positions = [i for step in plan.steps[1:] for i in step.positions]
         if self._recompute and not self._recompute_first and positions:
             with clock.phase("log_probs"):
-                return self._passes.old_log_probs(self._model, data, positions, metrics)
-        if not (self._recompute and self._recompute_first and self._has_advantages(data)):
+                packed = self._passes.pack(data, positions)
+                return self._passes.old_log_probs(self._models.policy.model, packed, metrics)
+        others = self._models.reference is not None or self._models.teacher is not None
+        if not (others or (self._recompute and self._recompute_first and self._has_advantages(data))):
             self._hooks.skip("before_log_prob")
         return {}
 
-    def _finish_columns(self, rollout_id: int, data: dict[str, Any]) -> None:
+    def _finish_columns(self, rollout_id: int, data: dict[str, Any], metrics: Metrics) -> None:
         """Set advantages, let hooks change the columns, normalise, record.
 
         Hooks run on the last pipeline stage only; what other stages need of their result, `_plan` tells them.
@@ -141,29 +175,34 @@ class Learner:
             advantage = None
         if advantage is not None:
             advantage(data)
-            values = torch.cat(data["advantages"])
-            check_finite("advantages", values, data["response_lengths"], data["sample_indices"], hooks.where)
+            check_columns(data, ("returns", "advantages"), hooks.where)
         if last:
             call_postprocess(hooks, rollout_id, data)
+        if last and advantage is not None:
+            metrics.add_all(advantage_metrics(data, self._objective))
+            if "values" in data:
+                metrics.add_all(value_errors(data))
         if advantage is not None and self._pieces.normalise is not None:
             self._pieces.normalise(data)
         if init.is_reporting_rank() and init.data_parallel_rank() == 0:
             self._recorder.write(rollout_id, data)
 
-    def _plan(self, data: dict[str, Any], shares: list[list[int]]) -> Plan:
-        """Choose what runs; all ranks come to the same plan."""
-        running = [True] * len(data["tokens"])
-        if self._pieces.skips:
+    def _plans(self, rollout_id: int, data: dict[str, Any], shares: list[list[int]]) -> tuple[Plan, Plan | None]:
+        """Choose what runs of the policy's steps, and of the critic's, if there is one; all ranks come to the same."""
+        everything = [True] * len(data["tokens"])
+        running, critic_alone = everything, rollout_id < self._critic_alone
+        if critic_alone:
+            running = [False] * len(everything)
+        elif self._pieces.skips:
             knows = init.is_last_stage() or not self._pieces.late_columns
-            running = samples_that_pull(data) if knows else running
+            running = samples_that_pull(data) if knows else everything
             running = init.from_last_stage(running) if self._pieces.late_columns else running
-        return plan_steps(
-            data,
-            shares,
-            running,
-            per_token=self._objective.calculate_per_token_loss,
-            sum_over_ranks=_sum_over_ranks,
-        )
+        plan = partial(plan_steps, data, shares, objective=self._objective, sum_over_ranks=_sum_over_ranks)
+        policy = plan(running=running)
+        if self._models.critic is None:
+            return policy, None
+        # Whether anything may be left out is the same on all ranks, who sum up together; what is left out may not be.
+        return policy, plan(running=everything) if critic_alone or self._pieces.skips else policy
 
     def _train_step(
         self, rollout_id: int, step: Step, plan: Plan, data: dict[str, Any], metrics: Metrics, clock: PhaseClock
@@ -173,23 +212,24 @@ class Learner:
         if not step.positions:
             hooks.skip("before_train_step", "loss", "importance_weights", "pg_loss_reducer")
             return
-        scheduler = self._optimizer.scheduler
+        model, optimizer = self._models.policy
         hooks.call_each(
-            "before_train_step", hooks.args, rollout_id, step.number, self._model, self._optimizer.inner, scheduler
+            "before_train_step", hooks.args, rollout_id, step.number, model, optimizer.inner, optimizer.scheduler
         )
         with clock.phase("forward_backward"):
-            results, seen, micro_batches = self._passes.forward_backward(self._model, step, data)
+            results, seen, micro_batches = self._passes.forward_backward(model, step, data)
         with clock.phase("guards"):
             check_seen(seen, hooks.where, self._pieces.loss_name)
             # Steps that train nothing leave the weights as they were: what matters is the first that trains.
             fresh = not any(earlier.positions for earlier in plan.steps[: step.number])
-            if fresh and not (self._recompute and "log_probs" in data):
+            if fresh and not step.stand_in and not (self._recompute and "log_probs" in data):
                 # These samples' only pass on the weights that generated them.
                 for one in seen:
-                    metrics.add_all(logprob_gap(one.log_probs_R, one.batch))
+                    metrics.add_all(mismatch(one.output_R, one.batch))
         with clock.phase("optimizer"):
-            rate = self._optimizer.learning_rate
-            _, grad_norm = self._optimizer.step()
+            rate = optimizer.learning_rate
+            _, grad_norm = optimizer.step()
+        note_zero_gradient(metrics, step.number, norm=grad_norm, rate=rate, seen=seen, results=results)
         weight = 1.0 / (self.num_steps - plan.steps_skipped)
         add_loss_metrics(metrics, results, step, loss_weight=1.0 / self.num_steps, weight=weight)
         share = weight / init.data_parallel_size()
@@ -197,6 +237,7 @@ class Learner:
         metrics.add("lr", rate * share)
         metrics.add("tokens", float(sum(data["total_lengths"][i] for i in step.positions)))
         metrics.add("micro_batches", float(micro_batches))
+        metrics.add("attention_slots", float(sum(count_slots(one.batch["total_lengths"]) for one in seen)))
 
 
 def _sum_over_ranks(counts: list[list[float]]) -> list[list[float]]:

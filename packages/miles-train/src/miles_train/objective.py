@@ -1,9 +1,10 @@
 """What a rollout is trained on: the exchangeable functions, which samples run, what their sums are divided by."""
 
-# ruff: noqa: N803, N806  the shape suffixes: R response tokens of the micro-batch or rollout
+# ruff: noqa: N806  the shape suffixes: R response tokens of the micro-batch or rollout
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -12,18 +13,23 @@ from torch import Tensor
 
 from miles_api.errors import ConfigError, SampleError
 from miles_api.run_options import RunOptions
-from miles_train.advantages import set_advantages, whiten_advantages
+from miles_train.advantages import finish_advantage_metrics, set_advantages, whiten_advantages
 from miles_train.estimators import ESTIMATORS, with_baselines
 from miles_train.guards import check_finite_numbers
 from miles_train.hook_calls import call_advantage, call_importance_weights, call_loss, call_pg_loss_reducer
+from miles_train.hook_results import LOSSES
 from miles_train.loss import policy_loss, sft_loss
 from miles_train.metrics import is_max
+from miles_train.mismatch import finish_mismatch
+from miles_train.needs import needs_old_log_probs_first, whitens
 from miles_train.options import ObjectiveOptions
-from miles_train.reducers import segment_sums
+from miles_train.reducers import mask_weights, segment_sums
+from miles_train.siblings import FIRSTS, sum_rollout_masks
 from miles_train.train_hooks import check_train_hooks
+from miles_train.zero_gradient import count_zero_gradients
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Sequence
 
     from miles_api.config import RunConfig
     from miles_train.metrics import Metrics
@@ -35,7 +41,6 @@ __all__ = [
     "Step",
     "add_loss_metrics",
     "check_policy_columns",
-    "logprob_gap",
     "pieces_of",
     "plan_steps",
     "report_metrics",
@@ -43,6 +48,7 @@ __all__ = [
 ]
 
 _NAMED_AT_MOST = 8
+_SumOverRanks = Callable[[list[list[float]]], list[list[float]]]
 
 
 class Pieces(NamedTuple):
@@ -57,11 +63,20 @@ class Pieces(NamedTuple):
     skips: bool = False
     """Whether samples that pull in no direction are left out."""
     late_columns: bool = False
-    """Whether hooks may set advantages or masks: then only the last pipeline stage, which calls them, has them."""
+    """Whether hooks may set advantages or masks, or models' columns make them: then only the last pipeline stage, which
+    calls the hooks and has the columns, has them."""
     baselines: Callable[[dict[str, Any]], dict[str, Any]] = lambda columns: columns
     """Adds to the columns of all ranks what `advantage` needs to know of whole groups."""
     normalise: Callable[[dict[str, Any]], None] | None = None
     """Changes the advantages once masks are final; a collective of the data-parallel ranks."""
+
+    def idle(self, columns: dict[str, Any]) -> list[bool] | None:
+        """Say which samples of all ranks will have no advantage and be left out, where their rewards alone tell; they
+        should not count when ranks are balanced."""
+        if not self.skips or self.late_columns or self.normalise is not None:
+            return None
+        rewards = columns["rewards"]
+        return [r == b for r, b in zip(rewards, columns.get("baselines", [0.0] * len(rewards)), strict=True)]
 
 
 def pieces_of(config: RunConfig, hooks: HookCalls) -> Pieces:
@@ -82,19 +97,24 @@ def pieces_of(config: RunConfig, hooks: HookCalls) -> Pieces:
     else:
         loss, name, skips = _policy_loss(objective, hooks)
     own = hooks.one("advantage")
-    late = own is not None or bool(hooks.many("rollout_data_postprocess"))
+    # Stages before the last have neither a critic's values nor log-probs.
+    reads = ESTIMATORS[objective.advantage_estimator].needs_values or needs_old_log_probs_first(objective)
+    late = own is not None or bool(hooks.many("rollout_data_postprocess")) or reads
+    normalise = None
+    if whitens(objective, made_by_hook=own is not None):
+        # Looked up at the call: the process groups do not exist yet.
+        normalise = lambda data: whiten_advantages(data, hooks.parallel.dp)  # noqa: E731
     if own is not None:
-        return Pieces(partial(call_advantage, hooks, own), loss, name, skips, late)
+        return Pieces(partial(call_advantage, hooks, own), loss, name, skips, late, normalise=normalise)
     estimator = ESTIMATORS[objective.advantage_estimator]
     return Pieces(
-        partial(set_advantages, estimator=estimator, gamma=objective.gamma),
+        partial(set_advantages, estimator=estimator, objective=objective),
         loss,
         name,
         skips,
         late,
         baselines=partial(with_baselines, estimator=estimator),
-        # Looked up at the call: the process groups do not exist yet.
-        normalise=(lambda data: whiten_advantages(data, hooks.parallel.dp)) if estimator.whitens else None,
+        normalise=normalise,
     )
 
 
@@ -111,17 +131,20 @@ def _policy_loss(objective: ObjectiveOptions, hooks: HookCalls) -> tuple[Any, st
         parts["pg_reducer"] = partial(call_pg_loss_reducer, hooks, per_token=objective.calculate_per_token_loss)
         through.append(reducer)
     name = "the loss" + (f" (through {' and '.join(map(hooks.named, through))})" if through else "")
-    adds_nothing = objective.entropy_coef == 0 and not (objective.use_tis and corrected is not None)
+    penalised = objective.entropy_coef > 0 or (objective.use_kl_loss and objective.kl_loss_coef > 0)
+    adds_nothing = not penalised and not (objective.use_tis and corrected is not None)
     return partial(policy_loss, objective, **parts), name, objective.skip_zero_advantage and adds_nothing
 
 
-def check_policy_columns(columns: dict[str, Any], objective: ObjectiveOptions, *, rewards: bool) -> None:
+def check_policy_columns(
+    columns: dict[str, Any], objective: ObjectiveOptions, *, rewards: bool, origin: str = ""
+) -> None:
     """Raise `SampleError` if a loss with advantages lacks a column, `MilesError` if a reward is not finite.
 
-    `rewards` says that the advantages are made of them.
+    `rewards` says that the advantages are made of them, `origin` which hook made the columns.
     """
     if "rewards" in columns:
-        check_finite_numbers("the reward", columns["rewards"], columns["sample_indices"])
+        check_finite_numbers("the reward", columns["rewards"], columns["sample_indices"], origin)
     elif rewards:
         raise SampleError("the train batch has no column 'rewards', which --advantage-estimator needs")
     if "rollout_log_probs" in columns:
@@ -148,9 +171,10 @@ class Step(NamedTuple):
     positions: list[int]
     """The samples of this rank that run, as positions in the rollout data; empty if none runs on any rank."""
     loss_denominator: float
-    """Samples (or unmasked tokens) of the step, those left out included."""
+    """Rollouts (or unmasked tokens) of the step, those removed or left out included."""
     metric_denominator: float
-    """Samples (or unmasked tokens) of the step that run."""
+    """What the reducer makes of values that are all 1, over the samples that run: rollouts with an unmasked token (or
+    such tokens)."""
     stand_in: bool = False
     """Whether the one sample here only keeps this rank in step with the others; no denominator of metrics counts it."""
 
@@ -173,70 +197,68 @@ def plan_steps(
     rollout_data: dict[str, Any],
     shares: Sequence[Sequence[int]],
     running: Sequence[bool],
+    objective: ObjectiveOptions,
     *,
-    per_token: bool,
-    sum_over_ranks: Callable[[list[list[float]]], list[list[float]]] = lambda counts: counts,
+    sum_over_ranks: _SumOverRanks = lambda counts: counts,
 ) -> Plan:
     """Choose the samples that run in each step and count its denominators.
 
     Called once a rollout, after advantages, when loss masks are final. `shares` has this rank's positions for each
-    step; `sum_over_ranks` adds up a small matrix of counts over the data-parallel ranks.
+    step; `sum_over_ranks` adds up a small matrix of counts over the data-parallel ranks. Where rollouts have several
+    samples, the rollout data gets the column that `reducer_of` divides by, in two more sums over ranks.
     """
-    mask_sums = segment_sums(torch.cat(rollout_data["loss_masks"]), rollout_data["response_lengths"]).tolist()
+    sum_rollout_masks(rollout_data, sum_over_ranks)
     active = [[i for i in share if running[i]] for share in shares]
-    counts = sum_over_ranks(
-        [
-            [len(share), sum(mask_sums[i] for i in share), len(runs), sum(mask_sums[i] for i in runs)]
-            for share, runs in zip(shares, active, strict=True)
-        ]
-    )
+    counts = sum_over_ranks(_counts(rollout_data, shares, active, objective))
     steps = []
-    for number, (samples, tokens, some, some_tokens) in enumerate(counts):
+    for number, (_, some, everything, weight) in enumerate(counts):
         positions = active[number]
         stand_in = bool(some) and not positions
         if stand_in:
             # Another rank has something to train on and waits for this one: a sample that adds a gradient of 0.
             positions = [min(shares[number], key=rollout_data["total_lengths"].__getitem__)]
-        all_of_it, running_part = (tokens, some_tokens) if per_token else (samples, some)
-        steps.append(Step(number, positions, max(float(all_of_it), 1.0), max(float(running_part), 1.0), stand_in))
-    skipped = int(sum(samples - some for samples, _, some, _ in counts))
+        steps.append(Step(number, positions, max(float(everything), 1.0), float(weight) or 1.0, stand_in))
+    skipped = int(sum(samples - some for samples, some, _, _ in counts))
     return Plan(steps, skipped, sum(1 for step in steps if not step.positions))
+
+
+def _counts(
+    rollout_data: dict[str, Any],
+    shares: Sequence[Sequence[int]],
+    active: Sequence[Sequence[int]],
+    objective: ObjectiveOptions,
+) -> list[list[float]]:
+    """Return for each step this rank's samples, those that run, and what losses and metrics are divided by."""
+    mask_sums = segment_sums(torch.cat(rollout_data["loss_masks"]), rollout_data["response_lengths"]).tolist()
+    weights = mask_weights(rollout_data, mask_sums, objective)
+    counted: Sequence[float] = mask_sums
+    if not objective.calculate_per_token_loss:
+        counted = rollout_data.get(FIRSTS, [1] * len(mask_sums))
+    return [
+        [len(share), len(runs), sum(counted[i] for i in share), sum(weights[i] for i in runs)]
+        for share, runs in zip(shares, active, strict=True)
+    ]
 
 
 def add_loss_metrics(
     metrics: Metrics, results: Sequence[dict[str, Any]], step: Step, *, loss_weight: float, weight: float
 ) -> None:
-    """Add what the loss reported for each micro-batch of a step: `loss` as a mean over all its samples, others over
-    those that ran, the largest of those that are maxima.
+    """Add what the loss reported for each micro-batch of a step: losses divided as their gradient is, other metrics as
+    means over the rollouts with unmasked tokens that ran, the largest of those that are maxima.
 
     `loss_weight` averages over all steps of the rollout (the loss of a skipped step is exactly 0), `weight` over those
     that run (of other metrics a skipped step has none, and neither has a rank with a stand-in).
     """
     for name, value in (item for result in results for item in result.items()):
-        if step.stand_in and name != "loss":
+        if step.stand_in and name not in LOSSES:
             continue
-        scale = loss_weight / step.loss_denominator if name == "loss" else weight / step.metric_denominator
+        scale = loss_weight / step.loss_denominator if name in LOSSES else weight / step.metric_denominator
         metrics.add(name, value if is_max(name) else value * scale)
 
 
-def logprob_gap(log_probs_R: Tensor, batch: dict[str, Any]) -> dict[str, Tensor]:
-    """Compare the trainer's log-probs with the engine's, over unmasked response tokens of one micro-batch.
-
-    Returns `logprob_gap_sum`, `logprob_gap_tokens` and `logprob_gap_max`, or nothing without `rollout_log_probs`.
-    """
-    if "rollout_log_probs" not in batch or not len(log_probs_R):
-        return {}
-    mask_R = torch.cat(batch["loss_masks"]) != 0
-    gap_R = torch.where(mask_R, (log_probs_R - torch.cat(batch["rollout_log_probs"])).abs(), 0.0)
-    return {"logprob_gap_sum": gap_R.sum(), "logprob_gap_tokens": mask_R.sum(), "logprob_gap_max": gap_R.amax()}
-
-
 def report_metrics(numbers: dict[str, float], trained_steps: int) -> dict[str, float]:
-    """Return the metrics of a report from totals over ranks: the gap as a mean over its tokens, names prefixed."""
-    named = dict(numbers)
-    tokens, total = named.pop("logprob_gap_tokens", 0.0), named.pop("logprob_gap_sum", 0.0)
-    if tokens:
-        named["logprob_gap_mean"] = total / tokens
+    """Return the metrics of a report from totals over ranks, names prefixed."""
+    named = count_zero_gradients(finish_advantage_metrics(finish_mismatch(numbers)))
     if not trained_steps:
         named |= {"loss": 0.0, "tokens": 0.0}
     return {f"train/{name}": float(value) for name, value in sorted(named.items())}

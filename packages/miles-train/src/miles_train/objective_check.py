@@ -11,6 +11,7 @@ from miles_api.config import DERIVED
 from miles_api.loading.hookset import configured_hooks
 from miles_api.run_options import RunOptions
 from miles_train.estimators import ESTIMATORS, Estimator
+from miles_train.objective_rules import contradictions
 from miles_train.options import ObjectiveOptions
 
 if TYPE_CHECKING:
@@ -45,10 +46,16 @@ def objective_notes(config: RunConfig) -> Iterator[str]:
             f"advantage_estimator: gspo clips ratios of whole responses, which stay close to 1: --eps-clip "
             f"{objective.eps_clip:g} clips next to nothing, its paper has 3e-4 and --eps-clip-high 4e-4"
         )
+    if objective.kl_loss_type == "k1" and objective.kl_loss_coef > 0 and not objective.use_unbiased_kl:
+        yield (
+            "kl_loss_type: k1 in the loss has a gradient of mean 0 on the policy's own tokens, and so holds nothing "
+            "near the reference model: k2, k3 or --use-unbiased-kl do"
+        )
 
 
 def check_objective(config: RunConfig) -> Iterator[str]:
     """Yield what cannot be meant together, with the flags and the way out."""
+    yield from contradictions(config)
     run, objective = config.group(RunOptions), config.group(ObjectiveOptions)
     name, estimator = objective.advantage_estimator, _estimator(config)
     if objective.gamma != 1.0 and not (estimator is not None and estimator.discounts):
@@ -56,7 +63,7 @@ def check_objective(config: RunConfig) -> Iterator[str]:
         if estimator is None:
             supervised = run.loss_type == "sft_loss"
             reason = "--loss-type sft_loss has no advantages" if supervised else "an advantage hook is set"
-        yield f"--gamma {objective.gamma:g} is the discount of reinforce_plus_plus, and {reason}: leave it out"
+        yield f"--gamma {objective.gamma:g} is the discount of ppo and reinforce_plus_plus, and {reason}: leave it out"
     if objective.policy_loss_type == "cispo":
         yield from _cispo(run, objective)
     if estimator is not None:
@@ -85,7 +92,12 @@ def _rewards(config: RunConfig, name: str, estimator: Estimator) -> Iterator[str
         )
     if "reward_post_process" in hooks or not estimator.takes_plain_rewards or not options.get(_CENTRED):
         return
-    if estimator.baseline is None:
+    if estimator.needs_values:
+        yield (
+            f"--advantage-estimator {name} compares rewards with its critic, and --rewards-normalization with their "
+            "group: pass --no-rewards-normalization"
+        )
+    elif estimator.baseline is None:
         yield (
             f"--advantage-estimator {name} has no baseline, and --rewards-normalization subtracts one: pass "
             f"--no-rewards-normalization, or use {name}_baseline"

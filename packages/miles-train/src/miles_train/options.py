@@ -6,12 +6,13 @@ from typing import Annotated, Literal
 
 import msgspec
 
-from miles_api.options import Options
+from miles_api.options import Options, UserPath
 
 __all__ = [
     "BatchingOptions",
     "ClusterOptions",
     "LoggingOptions",
+    "ModelsOptions",
     "ObjectiveOptions",
     "OptimizerOptions",
     "ParallelOptions",
@@ -79,12 +80,18 @@ class OptimizerOptions(Options, frozen=True, kw_only=True):
 class ObjectiveOptions(Options, frozen=True, kw_only=True):
     """What the policy loss is made of."""
 
-    advantage_estimator: Literal["grpo", "gspo", "rloo", "reinforce_plus_plus", "reinforce_plus_plus_baseline"] = "grpo"
+    advantage_estimator: Literal[
+        "grpo", "gspo", "ppo", "rloo", "reinforce_plus_plus", "reinforce_plus_plus_baseline"
+    ] = "grpo"
     """How rewards become advantages: normalised within groups (grpo, and gspo, whose importance ratio is of whole
-    responses), less the mean of the group's others (rloo), discounted and whitened over the rollout
-    (reinforce_plus_plus), less the group's mean and whitened (reinforce_plus_plus_baseline)."""
+    responses), by a critic's values (ppo), less the mean of the group's others (rloo), discounted and whitened over the
+    rollout (reinforce_plus_plus), less the group's mean and whitened (reinforce_plus_plus_baseline)."""
     gamma: Annotated[float, msgspec.Meta(ge=0, le=1)] = 1.0
-    """Discount of the reward for each token before the last, with reinforce_plus_plus."""
+    """Discount of what follows for each token, with ppo and reinforce_plus_plus."""
+    lambd: Annotated[float, msgspec.Meta(ge=0, le=1)] = 1.0
+    """Lambda of generalised advantage estimation (arXiv 1506.02438), with ppo: 1 trusts rewards, 0 the critic."""
+    normalize_advantages: bool | None = None
+    """Whiten advantages over the unmasked tokens of the rollout; default: with ppo and both reinforce_plus_plus."""
     policy_loss_type: Literal["clip", "cispo"] = "clip"
     """How the importance ratio enters the policy loss: clipped, where a clipped token no longer pulls (PPO, arXiv
     1707.06347), or as a clipped weight of every token (CISPO, arXiv 2506.13585)."""
@@ -94,12 +101,35 @@ class ObjectiveOptions(Options, frozen=True, kw_only=True):
     """Upper clip, 1 + eps (clip-higher, DAPO, arXiv 2503.14476); default: the same as --eps-clip."""
     eps_clip_c: Annotated[float, msgspec.Meta(gt=1)] | None = None
     """Dual clip (arXiv 1912.09729): ratios above this no longer pull where the advantage is negative."""
+    value_clip: Annotated[float, msgspec.Meta(gt=0)] | None = 0.2
+    """With ppo, how far a value may move from the one before the rollout's first step until it no longer pulls; null
+    sets no bound."""
+    use_kl_loss: bool = False
+    """Add --kl-loss-coef times the KL divergence from the reference model to the loss; with 0, only report it."""
+    kl_loss_coef: _NonNegative = 0.0
+    """Weight of the KL divergence in the loss."""
+    kl_loss_type: Literal["k1", "k2", "k3", "low_var_kl"] = "k3"
+    """Estimate of the KL divergence of a token, in loss and reward: k1 = log-ratio, k2 = its square by two, k3 = ratio
+    - 1 - log-ratio (joschu.net/blog/kl-approx.html); low_var_kl is k3 kept within 10 nats."""
+    use_unbiased_kl: bool = False
+    """Weight the KL divergence in the loss by the importance ratio, which makes its gradient unbiased on tokens of an
+    older policy (arXiv 2512.02556)."""
+    kl_coef: _NonNegative = 0.0
+    """Weight of the KL divergence from the reference model that is taken off each token's reward, before discounts;
+    with an estimator that takes plain rewards."""
+    use_opd: bool = False
+    """On-policy distillation: add to each token's advantage how much likelier it is to the teacher."""
+    opd_kl_coef: _NonNegative = 1.0
+    """Weight of the teacher's part, --opd-kl-coef times (teacher - old log-prob), with --use-opd."""
     entropy_coef: _NonNegative = 0.0
     """Weight of the entropy bonus."""
     report_entropy: bool = False
     """Report the mean entropy of the policy, train/entropy, also without a bonus: one more pass over the logits."""
     calculate_per_token_loss: bool = False
-    """Average over all tokens of a step instead of over samples of their own means."""
+    """Average over all tokens of a step instead of over rollouts of their own means."""
+    loss_length_norm: Annotated[float, msgspec.Meta(gt=0)] | None = None
+    """Divide the sum over a rollout's tokens by this constant instead of by their number (Dr.GRPO, arXiv 2503.20783:
+    the longest response)."""
     use_tis: bool = False
     """Correct the policy loss for the gap between trainer and engine: truncated importance sampling, or the
     --custom-tis-function-path. Needs the engine's log-probs."""
@@ -118,11 +148,39 @@ class ObjectiveOptions(Options, frozen=True, kw_only=True):
     loss, or with --use-tis and an importance-weights hook: these may pull without an advantage."""
 
 
+class ModelsOptions(Options, frozen=True, kw_only=True):
+    """The models beside the policy: reference, teacher, critic. Each has the policy's parallel sizes."""
+
+    ref_load: UserPath | None = None
+    """Hugging Face directory of the reference model of KL divergences; default: --hf-checkpoint."""
+    opd_teacher_load: UserPath | None = None
+    """Hugging Face directory of the teacher of --use-opd, with the policy's vocabulary; default: the rollout brings
+    `teacher_log_probs`."""
+    critic_load: UserPath | None = None
+    """Hugging Face directory of ppo's critic, which gets a value head of zeros; default: --hf-checkpoint."""
+    critic_lr: _NonNegative | None = None
+    """Peak learning rate of the critic; default: --lr."""
+    critic_lr_warmup_iters: Annotated[int, msgspec.Meta(ge=0)] = 0
+    """Optimizer steps of linear warm-up of the critic's learning rate."""
+    num_critic_only_steps: Annotated[int, msgspec.Meta(ge=0)] = 0
+    """Rollouts at the beginning of a run that train the critic alone."""
+
+
 class BatchingOptions(Options, frozen=True, kw_only=True):
     """How a step's samples are packed into micro-batches."""
 
+    use_dynamic_batch_size: bool = True
+    """Pack samples into micro-batches of at most --max-tokens-per-gpu tokens; off: --micro-batch-size samples each."""
     max_tokens_per_gpu: _Positive = 8192
     """Most tokens packed into one micro-batch; one longer sample gets a micro-batch of its own."""
+    micro_batch_size: _Positive | None = None
+    """Samples in one micro-batch, whatever their lengths, with --no-use-dynamic-batch-size; default: 1."""
+    balance_data: bool = True
+    """Give each data-parallel rank about the same work in every optimizer step; off: samples in turn."""
+    balance_by_flops: bool = False
+    """Balance the arithmetic of samples, in which attention grows with the square of the length, instead of tokens."""
+    log_probs_chunk_size: _Positive | None = 1024
+    """Rows of logits of which log-probs are computed at a time: bounds the memory beside the logits."""
 
 
 class WeightSyncOptions(Options, frozen=True, kw_only=True):

@@ -26,11 +26,12 @@ def score(model: list[DistributedDataParallel], tokens: list[list[int]]) -> list
     """
     sequences = [torch.tensor(sequence, dtype=torch.int64, device=init.device()) for sequence in tokens]
     lengths = [len(sequence) - 1 for sequence in tokens]
+    micro_batch = {"tokens": sequences, "response_lengths": lengths}
 
     def observe(logits: Tensor, batch: dict[str, Any]) -> tuple[None, dict[str, Any]]:
         group = parallel_state.get_tensor_model_parallel_group()
-        log_probs, _ = log_probs_and_entropy(logits, batch["tokens"], lengths, 1.0, tp_group=group)
+        log_probs, _ = log_probs_and_entropy(logits, batch["tokens"], lengths, 1.0, tp_group=group, rows="response")
         return None, {"log_probs": [values.tolist() for values in log_probs]}
 
-    results = forward.run(model, [{"tokens": sequences}], observe, forward_only=True)
+    results = forward.run(model, [micro_batch], observe, forward_only=True, rows="response")
     return results[0]["log_probs"] if results else []

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 from miles_api.errors import HookResultError
 from miles_api.loading.hookset import HookSet, configured_hooks
 from miles_api.run_options import RunOptions
+from miles_train.models_check import has_critic, has_reference, has_teacher
+from miles_train.needs import needs_old_log_probs_first
 from miles_train.objective_check import check_objective
 from miles_train.options import ObjectiveOptions
 from miles_train.parallel import Parallel
@@ -27,6 +29,7 @@ __all__ = [
     "TrainHooks",
     "check_train_hooks",
     "idle_train_hooks",
+    "origin_of_columns",
     "reads_log_probs",
     "recomputes_log_probs",
 ]
@@ -154,26 +157,36 @@ def idle_train_hooks(config: RunConfig) -> dict[str, str]:
         idle |= dict.fromkeys(("importance_weights", "pg_loss_reducer"), "only --loss-type policy_loss has them")
     elif not (objective.use_tis or objective.get_mismatch_metrics):
         idle["importance_weights"] = "neither --use-tis nor --get-mismatch-metrics is set"
-    if not recomputes_log_probs(config):
+    if run.loss_type == "value_loss":
+        idle["before_train_step"] = "--loss-type value_loss trains the critic alone, and the hook is the policy's"
+    if not (recomputes_log_probs(config) or has_reference(config) or has_teacher(config)):
         idle["before_log_prob"] = "this run has no pass that only computes log-probs"
     if run.debug_rollout_only:
         idle |= dict.fromkeys(TRAIN_HOOKS, "--debug-rollout-only trains nothing")
     return idle
 
 
+def origin_of_columns(config: RunConfig) -> str:
+    """Return for errors which hook made the columns of a rollout, if one did."""
+    made_by = configured_hooks(config.args).get("convert_samples")
+    return f" (its column was made by the convert_samples hook {made_by[0]})" if made_by else ""
+
+
 def reads_log_probs(config: RunConfig) -> bool:
     """Say whether old log-probs of all samples must be there before the first step, for somebody who may read them."""
     run = config.group(RunOptions)
     readers = {"advantage", "rollout_data_postprocess"} & set(configured_hooks(config.args))
-    return bool(readers) or run.loss_type == "custom_loss" or run.save_debug_train_data is not None
+    if run.loss_type == "custom_loss" or run.save_debug_train_data is not None:
+        return True
+    return bool(readers) or needs_old_log_probs_first(config.group(ObjectiveOptions))
 
 
 def recomputes_log_probs(config: RunConfig) -> bool:
     """Say whether old log-probs are recomputed, at least those of the later steps on a rollout."""
     run, objective = config.group(RunOptions), config.group(ObjectiveOptions)
-    if run.loss_type not in ("policy_loss", "custom_loss") or objective.use_rollout_logprobs:
+    if run.loss_type == "sft_loss" or objective.use_rollout_logprobs:
         return False
-    return (run.num_steps_per_rollout or 1) > 1 or reads_log_probs(config)
+    return (run.loss_type != "value_loss" and (run.num_steps_per_rollout or 1) > 1) or reads_log_probs(config)
 
 
 def check_train_hooks(config: RunConfig) -> Iterator[str]:
@@ -182,8 +195,11 @@ def check_train_hooks(config: RunConfig) -> Iterator[str]:
     configured = configured_hooks(config.args)
     if run.loss_type == "custom_loss" and "loss" not in configured:
         yield "--loss-type custom_loss needs --custom-loss-function-path"
-    if run.loss_type not in ("policy_loss", "sft_loss", "custom_loss"):
-        yield (f"--loss-type {run.loss_type} is not available; this trainer has policy_loss, sft_loss and custom_loss")
+    if run.loss_type == "value_loss" and not has_critic(config):
+        yield (
+            f"--loss-type value_loss trains the critic alone, and --advantage-estimator "
+            f"{objective.advantage_estimator} has none: pass --advantage-estimator ppo"
+        )
     corrects = objective.use_tis or objective.get_mismatch_metrics
     if corrects and run.loss_type != "policy_loss":
         flag = "--use-tis" if objective.use_tis else "--get-mismatch-metrics"

@@ -13,9 +13,8 @@ from miles_api.run_options import RunOptions
 from miles_train import probe
 from miles_train.learner import Learner
 from miles_train.megatron import checkpoint, hf, init
-from miles_train.megatron.model import build_model
-from miles_train.megatron.optimizer import build_optimizer
-from miles_train.options import OptimizerOptions, ParallelOptions
+from miles_train.models import build_models
+from miles_train.options import ParallelOptions
 from miles_train.train_hooks import TrainHooks
 from miles_train.train_record import TrainRecorder
 
@@ -23,6 +22,7 @@ if TYPE_CHECKING:
     from miles_api.config import RunConfig
     from miles_api.services import TrainStepReport
     from miles_train.megatron.core import DistributedDataParallel
+    from miles_train.models import Models
 
 __all__ = ["Trainer"]
 
@@ -49,7 +49,7 @@ class Trainer:
         """
         self._run = config.group(RunOptions)
         self._parallel = config.group(ParallelOptions)
-        self._optimization = config.group(OptimizerOptions)
+        self._config = config
         self._place = {
             "rank": rank,
             "world_size": world_size,
@@ -62,26 +62,20 @@ class Trainer:
         self._hooks = TrainHooks(config)
         self._recorder = TrainRecorder(config)
         self._learner = Learner(config, self._hooks, self._recorder)
-        self._model: list[DistributedDataParallel] = []
-        self._optimizer: Any = None
+        self._models: Models | None = None
 
     def start(self) -> None:
-        """Initialise the process groups, load the model and build the optimizer."""
-        hf_checkpoint = self._hf_checkpoint()
+        """Initialise the process groups, load the models and build the optimizers."""
+        self._hf_checkpoint()
         init.initialize(self._parallel, seed=self._run.seed, **self._place)
         hooks = self._hooks
         hooks.parallel = init.parallel()
         hooks.call_each("megatron_init", hooks.args)
         provider = hooks.one("model_provider")
-        self._model = build_model(
-            hf_checkpoint,
-            self._parallel,
-            provider=partial(hooks.call, provider, args=hooks.args) if provider is not None else None,
+        self._models = build_models(
+            self._config, partial(hooks.call, provider, args=hooks.args) if provider is not None else None
         )
-        self._optimizer = build_optimizer(
-            self._model, self._optimization, self._parallel, total_steps=self._run.num_rollout * self._learner.num_steps
-        )
-        self._learner.attach(self._model, self._optimizer)
+        self._learner.attach(self._models)
         # The loaded modules stay: the collector need not look at them again in every step.
         gc.collect()
         gc.freeze()
@@ -97,7 +91,7 @@ class Trainer:
             HookResultError: a hook's result does not fit.
             MilesError: NaN or infinity in rewards, log-probs, advantages, loss or gradients.
         """
-        self._require_start()
+        self._started()
         return self._learner.train(rollout_id, batch)
 
     def export(self, directory: str, weights_only: bool = False, checksums: bool = False) -> dict[str, str]:
@@ -106,7 +100,6 @@ class Trainer:
         Every rank calls it. With `checksums` the result holds the hashes of the tensors that this rank wrote, as
         `miles_api.checksum` defines them, else nothing. Raises DataError when the directory cannot be written.
         """
-        self._require_start()
         source, extra = self._hf_checkpoint(), not weights_only
         try:
             return hf.export_hf(self._model, source, directory, extra_files=extra, with_checksums=checksums)
@@ -118,20 +111,21 @@ class Trainer:
 
         Every rank calls it with the same sequences; pipeline stages before the last return an empty list.
         """
-        self._require_start()
         return probe.score(self._model, tokens)
 
     def save(self, rollout_id: int, directory: str) -> None:  # noqa: ARG002  the directory already belongs to it
         """Write weights, optimizer, schedule and random states into `directory`, new or empty; every rank calls it.
 
+        Those of the critic are among them; the models that are not trained are not.
+
         Raises DataError when the directory cannot be written.
         """
-        self._require_start()
-        checkpoint.save(self._model, self._optimizer, directory)
+        models = self._started()
+        checkpoint.save(*models.policy, directory, critic=models.critic)
 
     def saved(self, rollout_id: int, checkpoint_dir: str, hf_checkpoint_dir: str | None) -> None:
         """Call the post-save hook, on rank 0: the checkpoint was renamed into place. Every rank calls it."""
-        self._require_start()
+        self._started()
         if init.is_first_rank():
             with self._hooks.during(f" after the checkpoint of rollout {rollout_id}"):
                 self._hooks.call_each("post_save", self._hooks.args, rollout_id, checkpoint_dir, hf_checkpoint_dir)
@@ -141,13 +135,13 @@ class Trainer:
 
         Without `--load-optim` the optimizer and its schedule begin anew on the loaded weights, without `--load-rng` the
         random states do. What was recorded of rollouts after `rollout_id` is cut. Raises DataError for a checkpoint
-        that is missing, or does not fit this model or these ranks.
+        that is missing, does not fit this model or these ranks, or lacks the critic that this run has.
         """
-        self._require_start()
+        models = self._started()
         checkpoint.load(
-            self._model,
-            self._optimizer,
+            *models.policy,
             directory,
+            critic=models.critic,
             with_optimizer=self._run.load_optim,
             with_rng=self._run.load_rng,
         )
@@ -162,8 +156,8 @@ class Trainer:
 
     def stop(self) -> None:
         """Leave the process groups, drop the model and close hooks and records; safe to call twice."""
-        self._model, self._optimizer = [], None
-        self._learner.attach([], None)
+        self._models = None
+        self._learner.attach(None)
         self._recorder.close()
         self._hooks.close()
         init.shutdown()
@@ -175,6 +169,11 @@ class Trainer:
             raise ConfigError("--hf-checkpoint is needed to train: it holds the model's config and first weights")
         return self._run.hf_checkpoint
 
-    def _require_start(self) -> None:
-        if not self._model:
+    @property
+    def _model(self) -> list[DistributedDataParallel]:
+        return self._started().policy.model
+
+    def _started(self) -> Models:
+        if self._models is None:
             raise ServiceError("the trainer is not started")
+        return self._models

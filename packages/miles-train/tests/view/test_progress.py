@@ -147,3 +147,16 @@ def test_a_sparkline_spans_its_values():
     assert sparkline([0.0, 0.5, 1.0]) == "▁▅█"
     assert sparkline([0.3, float("nan"), 0.3]) == "▁▁"
     assert sparkline([]) == ""
+
+
+def test_why_steps_changed_nothing_is_said_once_for_each_cause():
+    stream, clock = io.StringIO(), Clock()
+    dead = {"train/zero_gradient_steps": 2.0, "train/zero_gradient/zero_advantages": 2.0}
+    with Progress(120, stream, now=clock) as progress:
+        for rollout_id, more in enumerate(({}, dead, dead, dead | {"train/zero_gradient/masked": 1.0})):
+            progress.rollout(rollout_id, METRICS | more, SECONDS)
+    said = [line for line in stream.getvalue().splitlines() if "changed nothing" in line]
+    assert [line.partition(" (")[0] for line in said] == [
+        "rollout 2: 2 optimizer step(s) changed nothing: every advantage was 0: in each group all rewards were equal",
+        "rollout 4: 1 optimizer step(s) changed nothing: every token was masked",
+    ]

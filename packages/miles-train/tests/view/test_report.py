@@ -357,3 +357,26 @@ def test_a_hook_that_the_run_does_not_call_says_why_and_is_no_cause_for_alarm(ma
 def test_a_hook_that_only_ever_timed_out_deserves_a_look_too(make_run):
     ran = {"hook": "reward", "reference": "r.py:score", "process": "rollout", "calls": 40, "timeouts": 40}
     assert "hook reward (r.py:score) timed out 40 times" in words(page_of(make_run([line(0)], hooks=[ran])))
+
+
+def test_steps_that_changed_nothing_deserve_a_look_with_their_cause(make_run):
+    lines = [line(i, train__zero_gradient_steps=0.0, train__loss=1.0) for i in range(3)]
+    page = page_of(make_run(lines))
+    assert "changed nothing" not in words(page)
+    assert "Steps that changed nothing" not in page.charts("train")
+    lines[1]["metrics"] |= {"train/zero_gradient_steps": 2.0, "train/zero_gradient/clipped": 2.0}
+    page = page_of(make_run(lines))
+    assert "2 optimizer steps changed nothing, in rollout 1: every token with an advantage was clipped" in words(page)
+    chart = page.charts("train")["Steps that changed nothing"]
+    assert [(series["name"], series["y"]) for series in chart["series"]] == [
+        ("changed nothing", [0.0, 2.0, 0.0]),
+        ("clipped", [0.0, 2.0, 0.0]),
+    ]
+    assert list(page.charts("more")) == []
+
+
+def test_every_number_of_the_run_is_listed_with_what_it_says(make_run):
+    text = words(page_of(make_run([line(0, train__mismatch_ess=0.97), line(1, mine=3.0), eval_line(1, sort=0.25)])))
+    assert "eval/sort/reward0.25Mean reward of the evaluation's responses." in text
+    assert "train/mismatch_ess0.97Effective sample size" in text
+    assert "mine3Reported by a hook." in text

@@ -39,7 +39,7 @@ _SIDES = {
 }
 """Who implements each side, and what of a run only that package can check."""
 TABLES = {
-    "train": ("parallel", "optimizer", "objective", "batching", "weight_sync", "cluster", "logging"),
+    "train": ("parallel", "optimizer", "objective", "models", "batching", "weight_sync", "cluster", "logging"),
     "rollout": ("rollout", "data", "reward", "engines", "local_engine", "eval", "failures", "generate"),
     "router": ("router",),
 }

@@ -51,8 +51,10 @@ def loss(
     number of times. `logits` are the rows of the packed `batch["tokens"]`, this rank's part of the vocabulary. Where
     the rollout has rewards, the batch has `advantages`, `returns` and the old `log_probs`. Loss and metrics are sums
     over samples (over tokens with `--calculate-per-token-loss`), metrics numbers or scalar tensors; of a metric named
-    `…_max` the largest is kept. The framework divides. `parallel.tp`, `.pp`, `.cp` and `.dp` each have `size`, `rank`
-    and `group`.
+    `…_max` the largest is kept. `sum_of_sample_mean` is the run's own reducer: samples that were fanned out of one
+    rollout share its denominator, and `--loss-length-norm` is its constant. The framework divides: the loss by the
+    step's rollouts, metrics by those with an unmasked token. `parallel.tp`, `.pp`, `.cp` and `.dp` each have `size`,
+    `rank` and `group`.
     """
     raise NotImplementedError
 
@@ -106,6 +108,7 @@ def pg_loss_reducer(
 
     Called for every micro-batch with the original masks; whole responses on every CP rank. The function reduces the
     policy loss alone, after importance weights; the entropy bonus and metrics keep the default. The framework divides
-    by the step's samples (by its tokens with `--calculate-per-token-loss`).
+    by the step's rollouts, those removed included (by its unmasked tokens with `--calculate-per-token-loss`): samples
+    that were fanned out of one rollout count once there, and a mean of each sample counts each of them.
     """
     raise NotImplementedError

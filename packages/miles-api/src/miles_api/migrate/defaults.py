@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import msgspec
+
+from miles_api.migrate.objective import reads_kl, whitens_only_here
+from miles_api.migrate.verdicts import Flags
 
 __all__ = ["DEFAULTS", "Default"]
 
@@ -21,6 +25,8 @@ class Default(msgspec.Struct):
     """The flag whose value it is, where the script gives that."""
     beside: str = ""
     """Only where the script gives this flag."""
+    applies: Callable[[Flags], bool] = lambda _flags: True
+    """Only where this is so of the script's flags."""
 
 
 DEFAULTS = [
@@ -34,4 +40,8 @@ DEFAULTS = [
     Default("--eval-temperature", "eval_temperature", ["1"], "as in training", "--rollout-temperature",
             "--eval-prompt-data"),
     Default("--eval-top-p", "eval_top_p", ["1"], "as in training", "--rollout-top-p", "--eval-prompt-data"),
+    Default("--use-dynamic-batch-size", "use_dynamic_batch_size", False, "the default there",
+            beside="--micro-batch-size"),
+    Default("--kl-loss-type", "kl_loss_type", ["k1"], "the default there", applies=reads_kl),
+    Default("--normalize-advantages", "normalize_advantages", False, "the default there", applies=whitens_only_here),
 ]  # fmt: skip

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from pathlib import PurePosixPath
 
+from miles_api.migrate.objective import OBJECTIVE
 from miles_api.migrate.verdicts import Drop, Flag, Flags, Lack, Rule, Take, drop, lack, only, renamed, with_value
 
 __all__ = ["OURS", "PREFIXES", "THEIRS", "program_rule"]
@@ -17,19 +18,6 @@ _SPEED = "makes GPUs faster and changes no result; not needed here"
 _PLACEMENT = "engines and trainer are placed without it"
 _PRECISION = "the trainer computes in fp32"
 _CHECKPOINT = "checkpoints are whole and staged here, in one form"
-
-
-def _kl(_flag: Flag, flags: Flags) -> Drop | Lack:
-    coefficients = [flags[name].number for name in ("--kl-loss-coef", "--kl-coef") if name in flags]
-    if any(coefficients):
-        return Lack("there is no KL penalty and no reference model in this build")
-    return Drop("a KL penalty of weight 0 changes no gradient; it is not reported either")
-
-
-def _ref_load(flag: Flag, flags: Flags) -> Drop | Lack:
-    if isinstance(_kl(flag, flags), Lack):
-        return Lack("there is no reference model in this build")
-    return Drop("the first weights come from hf_checkpoint, and nothing here needs a reference model")
 
 
 def _load(flag: Flag, flags: Flags) -> Drop | Lack:
@@ -116,47 +104,11 @@ def _same_as(name: str) -> Rule:
     return rule
 
 
-def _micro_batch(_flag: Flag, flags: Flags) -> Drop | Lack:
-    if "--use-dynamic-batch-size" in flags:
-        return Drop("without effect beside --use-dynamic-batch-size, and micro-batches are always packed here")
-    return Lack("micro-batches are always packed up to max_tokens_per_gpu: choose that")
-
-
 def _in_sft(flag: Flag, flags: Flags) -> Drop | Lack:
     if "--loss-type" in flags and flags["--loss-type"].values == ["sft_loss"]:
         engines = flag.name == "--debug-train-only"
         return Drop("no engine starts with sft_loss" if engines else "a supervised loss needs no advantages")
     return Lack("write an advantage hook, or train on recorded rollouts with load_debug_rollout_data")
-
-
-def _critic(flag: Flag, flags: Flags) -> Drop | Lack:
-    if flags.get("--advantage-estimator", flag).values == ["ppo"]:
-        return Lack("there is no critic in this build")
-    return Drop("the --advantage-estimator does not read it")
-
-
-def _estimator(flag: Flag, flags: Flags) -> Take:
-    doubt = ""
-    if _whitens(flags) and "--normalize-advantages" not in flags:
-        doubt = "advantages are always whitened over the rollout here; the script does not ask for it"
-    return Take("advantage_estimator", flag.values, doubt=doubt)
-
-
-def _normalize_advantages(_flag: Flag, flags: Flags) -> Drop | Lack:
-    if _whitens(flags):
-        return Drop("advantage_estimator says it: REINFORCE++ always whitens")
-    return Lack("an advantage hook (custom_advantage_function_path) can do it")
-
-
-def _gamma(flag: Flag, flags: Flags) -> Take | Drop | Lack:
-    if "--advantage-estimator" in flags and flags["--advantage-estimator"].values == ["reinforce_plus_plus"]:
-        return Take("gamma", flag.values)
-    return _critic(flag, flags)
-
-
-def _whitens(flags: Flags) -> bool:
-    given = flags["--advantage-estimator"].values if "--advantage-estimator" in flags else []
-    return given in (["reinforce_plus_plus"], ["reinforce_plus_plus_baseline"])
 
 
 def program_rule(program: str) -> Lack | None:
@@ -174,8 +126,7 @@ OURS: dict[str, Rule] = {
     "--save-debug-rollout-data": _dump("save_debug_rollout_data"),
     "--save-debug-train-data": _dump("save_debug_train_data"),
     **lack("a file of another stack: record one here with save_debug_rollout_data", "--load-debug-rollout-data"),
-    "--advantage-estimator": _estimator,
-    "--gamma": _gamma,
+    **OBJECTIVE,
 }
 """Flags that have our name for something and write it in another way."""
 
@@ -192,14 +143,15 @@ THEIRS: dict[str, Rule] = {
            "--update-weights-interval", "--megatron-to-hf-mode", "--model-name"),
     **lack("engines are watched; one that dies ends the run", "--use-fault-tolerance",
            "--rollout-health-check-interval", "--rollout-health-check-timeout", "--rollout-health-check-first-wait"),
-    **lack("the critic's ranks: there is no critic in this build", "--critic-num-nodes", "--critic-num-gpus-per-node"),
+    **drop("the critic is on the ranks of the policy", "--critic-num-nodes", "--critic-num-gpus-per-node"),
+    **drop("the critic is a part of the run's checkpoints", "--critic-save"),
     # Parallelism
     **only(1, "no expert parallelism", "there is no expert parallelism in this build", "--expert-model-parallel-size",
            "--expert-tensor-parallel-size"),
     **lack("the pipeline is split evenly", "--decoder-first-pipeline-num-layers", "--decoder-last-pipeline-num-layers",
            "--num-layers-per-virtual-pipeline-stage"),
     **drop(_MEMORY, "--recompute-granularity", "--recompute-method", "--recompute-num-layers", "--recompute-modules",
-           "--recompute-loss-function", "--log-probs-chunk-size", "--optimizer-cpu-offload",
+           "--recompute-loss-function", "--optimizer-cpu-offload",
            "--overlap-cpu-optimizer-d2h-h2d", "--use-precision-aware-optimizer", "--gradient-checkpointing",
            "--log-probs-max-tokens-per-gpu", "--fsdp-cpu-offload", "--cpu-offloading-num-layers"),
     **drop(_SPEED, "--overlap-grad-reduce", "--overlap-param-gather", "--attention-backend", "--no-rope-fusion",
@@ -208,9 +160,6 @@ THEIRS: dict[str, Rule] = {
     **drop(_PRECISION, "--bf16", "--fp16", "--accumulate-allreduce-grads-in-fp32", "--attention-softmax-in-fp32",
            "--grad-reduce-in-bf16"),
     **only("thd", "sequences are packed", "sequences are always packed here", "--qkv-format"),
-    **drop("micro-batches are always packed up to max_tokens_per_gpu", "--use-dynamic-batch-size"),
-    **drop("samples are always balanced over ranks by length", "--balance-data", "--balance-by-flops"),
-    "--micro-batch-size": _micro_batch,
     # Model
     **drop(_CONFIG, "--num-layers", "--hidden-size", "--ffn-hidden-size", "--num-attention-heads", "--vocab-size",
            "--group-query-attention", "--num-query-groups", "--kv-channels", "--qk-layernorm", "--swiglu",
@@ -225,7 +174,6 @@ THEIRS: dict[str, Rule] = {
            "--lora-dropout"),
     **lack("images and other media are not trained in this version", "--multimodal-keys"),
     # Checkpoints
-    "--ref-load": _ref_load,
     **drop(_CHECKPOINT, "--ckpt-format", "--dist-ckpt-strictness", "--async-save", "--use-dist-ckpt", "--no-load-optim",
            "--no-load-rng", "--finetune", "--async-strategy", "--use-persistent-ckpt-worker"),
     **lack("optimizer state is always saved", "--no-save-optim", "--no-save-rng"),
@@ -251,13 +199,8 @@ THEIRS: dict[str, Rule] = {
     **with_value("grpo_std_normalization", False, "", "--disable-grpo-std-normalization"),
     **with_value("rewards_normalization", False, "", "--disable-rewards-normalization"),
     **dict.fromkeys(("--disable-compute-advantages-and-returns", "--debug-train-only"), _in_sft),
-    **dict.fromkeys(("--kl-loss-coef", "--kl-coef", "--use-kl-loss", "--kl-loss-type", "--use-unbiased-kl"), _kl),
-    **dict.fromkeys(("--lambd", "--value-clip", "--num-critic-only-steps", "--critic-lr"), _critic),
-    **lack("there is no reference model in this build", "--ref-update-interval"),
+    **lack("the reference model stays as it is", "--ref-update-interval"),
     **lack("an importance-weights hook (custom_tis_function_path) can do it", "--use-opsm", "--opsm-delta"),
-    "--normalize-advantages": _normalize_advantages,
-    **lack("an advantage hook (custom_advantage_function_path) can do it", "--use-opd", "--opd-type", "--opd-kl-coef",
-           "--opd-teacher-load"),
     **lack("expert choices are not replayed in this build", "--use-routing-replay", "--use-rollout-routing-replay"),
     **lack("give the values to the hooks that read them, as [hooks.NAME] with `fn.options`", "--custom-config-path"),
     # Optimizer

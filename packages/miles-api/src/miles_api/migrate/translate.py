@@ -293,7 +293,7 @@ def _add_defaults(result: Migration, flags: Flags) -> None:
     written = {entry.key for entry in result.entries}
     known = {field for kind in option_groups().values() for field in kind.__struct_fields__}
     for default in DEFAULTS:
-        skipped = default.beside and default.beside not in flags
+        skipped = (default.beside and default.beside not in flags) or not default.applies(flags)
         if default.flag in flags or default.key in written or default.key not in known or skipped:
             continue
         entry = _entry(default.key, flags[default.like].values if default.like in flags else default.value)

@@ -87,8 +87,10 @@ def _hook_value(item: Given, many: bool) -> Any:
 def _raw(item: Given, shape: OptionKind) -> Any:
     if item.source == COMMAND_LINE and shape.base is dict:
         return json.loads(item.value)
-    # Numbers and booleans in a TOML file are typed already: a quoted one is a mistake worth naming.
-    if item.source != COMMAND_LINE and isinstance(item.value, str) and shape.base in (int, float, bool):
+    # Numbers and booleans in a TOML file are typed already: a quoted one is a mistake worth naming. TOML has no word
+    # for a number that is switched off.
+    quoted = item.source != COMMAND_LINE and isinstance(item.value, str) and item.value != "null"
+    if quoted and shape.base in (int, float, bool):
         raise ValueError(f"Expected `{shape.base.__name__}`, got a quoted string")
     if shape.base is bool and not isinstance(item.value, bool):
         raise ValueError(f"Expected `bool`, got `{type(item.value).__name__}`")

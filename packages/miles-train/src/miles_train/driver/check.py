@@ -12,10 +12,12 @@ from miles_api.hooks import REGISTRY
 from miles_api.loading.hookset import configured_hooks
 from miles_api.options import flag_of, option_kind
 from miles_api.run_options import RunOptions
+from miles_train.batching import check_batching
 from miles_train.driver import checkpoint
 from miles_train.driver.identity import changes, mismatches
 from miles_train.driver.start import LOCK, SUMMARY, saves_where_it_loads, start_of
 from miles_train.megatron.hf_config import check_sizes, read_hf_config
+from miles_train.models_check import check_models, models_notes
 from miles_train.objective_check import derived_rewards, objective_notes
 from miles_train.options import LoggingOptions, ObjectiveOptions, ParallelOptions
 from miles_train.train_hooks import TRAIN_HOOKS, check_train_hooks, idle_train_hooks
@@ -53,7 +55,7 @@ def notes(config: RunConfig) -> list[str]:
     found = _origin(config)
     if run.loss_type == "sft_loss":
         return found
-    found += objective_notes(config)
+    found += [*models_notes(config), *objective_notes(config)]
     if objective.use_rollout_logprobs:
         found.append("use_rollout_logprobs: the engine's log-probs are the old ones; no pass recomputes them")
     if objective.skip_zero_advantage:
@@ -91,9 +93,8 @@ def check(config: RunConfig) -> Iterator[str]:
             yield f"--hf-checkpoint {run.hf_checkpoint} holds no weights (*.safetensors)"
     if run.global_batch_size is not None and run.global_batch_size < parallel.data_parallel_size:
         yield f"--global-batch-size {run.global_batch_size} is less than the {parallel.data_parallel_size} DP ranks"
-    objective = config.group(ObjectiveOptions)
-    if objective.skip_zero_advantage and objective.entropy_coef:
-        yield "--skip-zero-advantage leaves samples out that --entropy-coef would train: set one of them"
+    yield from check_batching(config)
+    yield from check_models(config)
     yield from check_train_hooks(config)
     yield from _misplaced(config)
     yield from problem_of(lambda: check_sinks(config.group(LoggingOptions)))

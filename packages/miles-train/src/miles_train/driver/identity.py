@@ -14,7 +14,8 @@ from miles_api.abi import ABI
 from miles_api.loading.hookset import configured_hooks
 from miles_api.run_options import RunOptions
 from miles_train.megatron.hf_config import read_raw_config
-from miles_train.options import OptimizerOptions, ParallelOptions
+from miles_train.models_check import has_critic, model_directories
+from miles_train.options import ModelsOptions, OptimizerOptions, ParallelOptions
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -60,11 +61,16 @@ _PARTS = (
     _Part(("tokenizer",), "its weights know no other tokens", None, True,
           "take the checkpoint's own hf directory as --hf-checkpoint, or begin without it"),
     _DATA,
+    _Part(("critic",), "this run has a critic to continue, of this model", None, True,
+          "begin without it, with the checkpoint's own hf directory as --hf-checkpoint, to train a new critic"),
     _Part(("optimizer",), "its optimizer state does not fit", "load_optim", False,
           "--no-load-optim begins with a fresh optimizer and schedule"),
     _Part(("layout",), "its random states belong to its ranks", "load_rng", False,
           "--no-load-rng continues with fresh ones"),
 )  # fmt: skip
+
+_OPTIONAL = tuple(part for part in _PARTS if part is _DATA or part.keys == ("critic",))
+"""Parts that not every run has."""
 
 
 def identity_of(config: RunConfig) -> dict[str, Any]:
@@ -81,6 +87,8 @@ def identity_of(config: RunConfig) -> dict[str, Any]:
         "layout": f"{parallel.world_size} ranks, tensor {parallel.tensor_model_parallel_size}, "
         f"pipeline {parallel.pipeline_model_parallel_size}",
     }
+    if has_critic(config):
+        found["critic"] = _model(model_directories(config)["critic"][1])
     # Recorded rollouts bring their prompts along: there is no position in any data.
     return found if run.load_debug_rollout_data is not None else found | _data(config)
 
@@ -107,8 +115,8 @@ def mismatches(state: State, config: RunConfig, folder: Path) -> Iterator[str]:
     for part in _PARTS:
         if part.accepts is not None and getattr(run, part.accepts) is part.value:
             continue
-        # A run without a data source leaves the position where it is.
-        keys = [k for k in part.keys if (k in now or part is not _DATA) and state.identity.get(k) != now.get(k)]
+        # A run without a data source leaves the position where it is, one without a critic leaves that unread.
+        keys = [k for k in part.keys if (k in now or part not in _OPTIONAL) and state.identity.get(k) != now.get(k)]
         if keys:
             before, here = _shown(state.identity, state.options, keys), _shown(now, config.flat(), keys)
             yield f"checkpoint {folder} was saved with {before}; this run has {here}: {part.means}; {part.way_out}"
@@ -128,8 +136,10 @@ def changes(state: State, config: RunConfig) -> list[str]:
 
 def _schedule(before: dict[str, Any], config: RunConfig) -> list[str]:
     run, style = config.group(RunOptions), config.group(OptimizerOptions).lr_decay_style
-    earlier = (before.get("num_rollout") or 0) * (before.get("num_steps_per_rollout") or 0)
-    total = run.num_rollout * (run.num_steps_per_rollout or 1)
+    alone = config.group(ModelsOptions).num_critic_only_steps
+    left_out = before.get("num_critic_only_steps") or 0
+    earlier = ((before.get("num_rollout") or 0) - left_out) * (before.get("num_steps_per_rollout") or 0)
+    total = (run.num_rollout - alone) * (run.num_steps_per_rollout or 1)
     if style == "constant" or not run.load_optim or earlier in (0, total):
         return []
     return [

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from miles_train.loss.kl import kl_divergence
 from miles_train.loss.surrogates import clipped, clipped_weights, sequence_log_ratios
 from miles_train.metrics import is_max
 
@@ -34,13 +35,14 @@ def policy_loss(
     correct: _Correct | None = None,
     pg_reducer: Callable[[dict[str, Any]], _Reduce] | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Return the loss and `loss, pg_clipfrac, ppo_kl, ratio_max`, and `pg_loss` with an entropy bonus, `entropy` with
-    it or --report-entropy.
+    """Return the loss and `loss, pg_clipfrac, ppo_kl, ratio_max`, `entropy` with an entropy bonus or --report-entropy,
+    `kl_loss` with --use-kl-loss, and `pg_loss` where one of these two is part of the loss.
 
     Called once a micro-batch. `batch` has `advantages`, `loss_masks` and, unless this is the only step on the rollout,
-    `log_probs`: the old ones, 1-D a sample. Without them the current ones serve, detached. `ppo_kl` is the mean of
-    old minus current log-probs; a token counts in `pg_clipfrac` where clipping decides its loss; `ratio_max` is of the
-    ratios that the surrogate gets: of whole responses with --advantage-estimator gspo, else of tokens.
+    `log_probs`: the old ones, 1-D a sample. Without them the current ones serve, detached. With --use-kl-loss it has
+    `ref_log_probs` too. `ppo_kl` is the mean of old minus current log-probs; a token counts in `pg_clipfrac` where
+    clipping decides its loss; `ratio_max` is of the ratios that the surrogate gets: of whole responses with
+    --advantage-estimator gspo, else of tokens.
 
     `correct(batch, pg_loss, train_log_probs)` returns another loss of each token and metrics of each token;
     `train_log_probs` are the recomputed old log-probs, else the current ones, detached. With --get-mismatch-metrics
@@ -79,13 +81,44 @@ def policy_loss(
             "ppo_kl": reduce(-log_ratio_R),
             "ratio_max": torch.where(kept_R, ratio_R, 0.0).amax() if len(ratio_R) else ratio_R.new_zeros(()),
         }
-    if entropies is not None:
-        entropy = reduce(torch.cat(entropies))
-        metrics["entropy"] = entropy.detach()
-        if objective.entropy_coef > 0:
-            loss = pg_loss - objective.entropy_coef * entropy
+    for name, (weight, value) in _weighted(objective, batch, entropies, log_probs_R, log_ratio_R, reduce).items():
+        metrics[name] = value.detach()
+        if weight:
+            loss = loss + weight * value
             metrics["pg_loss"] = pg_loss.detach()
     return loss, {"loss": loss.detach(), **metrics}
+
+
+def _weighted(
+    objective: ObjectiveOptions,
+    batch: dict[str, Any],
+    entropies: list[Tensor] | None,
+    log_probs_R: Tensor,
+    log_ratio_R: Tensor,
+    reduce: _Reduce,
+) -> dict[str, tuple[float, Tensor]]:
+    """Return what is reported and, with its weight, part of the loss: entropy and KL divergence, reduced."""
+    found: dict[str, tuple[float, Tensor]] = {}
+    if entropies is not None:
+        found["entropy"] = -objective.entropy_coef, reduce(torch.cat(entropies))
+    if objective.use_kl_loss:
+        divergence_R = _divergence(objective, batch, log_probs_R, log_ratio_R)
+        found["kl_loss"] = objective.kl_loss_coef, reduce(divergence_R)
+    return found
+
+
+def _divergence(objective: ObjectiveOptions, batch: dict[str, Any], log_probs_R: Tensor, log_ratio_R: Tensor) -> Tensor:
+    """Return the KL divergence from the reference model for each token, 0 for masked ones.
+
+    With --use-unbiased-kl it is weighted by the token's importance ratio. Ratio and divergence both have their
+    gradient: so the slope of the mean over tokens of the old policy is that of the mean over tokens of the current one.
+    """
+    kept_R = torch.cat(batch["loss_masks"]) != 0
+    ref_R = torch.cat(batch["ref_log_probs"])
+    # Masked tokens may hold any reference log-prob: exp of it could overflow and turn the gradient into NaN.
+    gap_R = torch.where(kept_R, log_probs_R - ref_R, 0.0)
+    weights_R = log_ratio_R.exp() if objective.use_unbiased_kl else None
+    return kl_divergence(gap_R, objective.kl_loss_type, weights_R)
 
 
 def _reduced(measured: dict[str, Tensor], kept_R: Tensor, reduce: _Reduce) -> dict[str, Tensor]:

@@ -1,4 +1,4 @@
-"""Attention over packed sequences without a GPU: pad once, one causal SDPA per length bucket, gather back.
+"""Attention over packed sequences without a GPU: pad once, one causal SDPA per bucket of similar lengths, gather back.
 
 Padding on the right with a causal mask needs no other mask: a real query sees only real keys before it, and what
 padded queries see is thrown away. Rotary positions are applied here too, from one table for all sequences, where
@@ -16,7 +16,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-__all__ = ["Layout", "PackedAttention", "Rotary"]
+from .cpu import has_gpu
+
+__all__ = ["Layout", "PackedAttention", "Rotary", "count_slots"]
+
+_CALL = 2**11
+"""Time of one more call of attention, in pairs of query and key: between 500 and 4,000 were measured on models of 1,024
+to 128 numbers a token, where a pair takes 0.18 ns a number."""
 
 
 class Layout:
@@ -41,20 +47,30 @@ class Layout:
         """Cosines and sines of the packed positions, filled in by `Rotary`."""
 
 
+def count_slots(lengths: list[int]) -> int:
+    """Return how many slots attention computes for packed sequences: one a token, and on a CPU the padding."""
+    return sum(lengths) if has_gpu() else sum(count * longest for count, longest in _plan(lengths)[0])
+
+
 def _plan(lengths: list[int]) -> tuple[list[tuple[int, int]], Tensor]:
-    """Return the buckets and the first slot of each sequence; more than one bucket only where padding would be
-    more than half of the slots."""
-    groups: dict[int, list[int]] = {}
-    one_bucket = max(lengths) * len(lengths) <= 2 * sum(lengths)
-    for index, length in enumerate(lengths):
-        groups.setdefault(0 if one_bucket else (length - 1).bit_length(), []).append(index)
-    buckets, starts_B, start = [], torch.empty(len(lengths), dtype=torch.int64), 0
-    for members in groups.values():
-        longest = max(lengths[index] for index in members)
-        starts_B[members] = start + longest * torch.arange(len(members))
-        buckets.append((len(members), longest))
-        start += longest * len(members)
-    return buckets, starts_B
+    """Return the buckets, longest first, and the first slot of each sequence."""
+    starts, buckets = [0] * len(lengths), []
+    longest = count = waste = start = 0
+    for index in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
+        waste += _work(longest) - _work(lengths[index])
+        if not count or waste > _CALL:
+            start += count * longest
+            longest, count, waste = lengths[index], 0, 0
+            buckets.append((count, longest))
+        starts[index] = start + count * longest
+        count += 1
+        buckets[-1] = (count, longest)
+    return buckets, torch.tensor(starts)
+
+
+def _work(length: int) -> int:
+    """Return the time of one sequence in attention, forward and backward, in that of one pair of query and key."""
+    return length * (length + 28)
 
 
 class Rotary:

@@ -35,17 +35,24 @@ _UNREADABLE = (pickle.UnpicklingError, EOFError, RuntimeError, ValueError)
 _FAILURES = (dist_checkpointing.core.CheckpointingException, CheckpointException)
 
 
-def save(model: list[DistributedDataParallel], optimizer: Optimizer, directory: str) -> None:
-    """Write a checkpoint into `directory`, which is created and must be empty.
+_Critic = tuple[list[DistributedDataParallel], "Optimizer"]
+_CRITIC = "critic"
+"""The part of a checkpoint that has the critic, as one of its own: both models' weights have the same names."""
+
+
+def save(
+    model: list[DistributedDataParallel], optimizer: Optimizer, directory: str, *, critic: _Critic | None = None
+) -> None:
+    """Write a checkpoint into `directory`, which is created and must be empty; `critic` is the second model to save.
 
     A collective: every rank calls it with the same directory on a shared file system, and every rank returns after its
     own files are complete. A caller that needs all or nothing saves into a staging directory and renames it. Raises
     DataError naming the directory when it cannot be written.
     """
-    state = _state(model, optimizer, is_loading=False)
     try:
-        Path(directory).mkdir(parents=True, exist_ok=True)
-        dist_checkpointing.save(state, directory, content_metadata=dict(_METADATA))
+        _save(model, optimizer, Path(directory))
+        if critic is not None:
+            _save(*critic, Path(directory, _CRITIC))
         rng.save(directory)
     # torch's own writer turns a full disk into a RuntimeError
     except (OSError, RuntimeError, *_FAILURES) as error:
@@ -57,16 +64,36 @@ def load(
     optimizer: Optimizer,
     directory: str,
     *,
+    critic: _Critic | None = None,
     with_optimizer: bool = True,
     with_rng: bool = True,
 ) -> None:
-    """Load what `save` wrote into a model and an optimizer built from the same HF directory and options.
+    """Load what `save` wrote into models and optimizers built from the same HF directories and options.
 
-    Without `with_optimizer` the optimizer and its schedule stay as they were built, on the loaded weights; without
-    `with_rng` so do the random states. The parallel sizes may differ from the saved ones, but not if the random states
-    are loaded. Raises DataError when the directory holds no checkpoint, one of another model, or random states of
-    other ranks.
+    A critic that was saved and is not asked for stays unread. Without `with_optimizer` optimizers and their schedules
+    stay as they were built, on the loaded weights; without `with_rng` so do the random states. The parallel sizes may
+    differ from the saved ones, but not if the random states are loaded. Raises DataError when the directory holds no
+    checkpoint, one of another model or without the critic, or random states of other ranks.
     """
+    if critic is not None and Path(directory).is_dir() and not Path(directory, _CRITIC).is_dir():
+        raise DataError(
+            f"{directory} holds no critic: a run without one saved it. To train a critic from here, begin with the "
+            "checkpoint's Hugging Face directory as --hf-checkpoint"
+        )
+    _load(model, optimizer, directory, with_optimizer=with_optimizer)
+    if critic is not None:
+        _load(*critic, str(Path(directory, _CRITIC)), with_optimizer=with_optimizer)
+    if with_rng:
+        rng.load(directory)
+
+
+def _save(model: list[DistributedDataParallel], optimizer: Optimizer, directory: Path) -> None:
+    directory.mkdir(parents=True, exist_ok=True)
+    state = _state(model, optimizer, is_loading=False)
+    dist_checkpointing.save(state, str(directory), content_metadata=dict(_METADATA))
+
+
+def _load(model: list[DistributedDataParallel], optimizer: Optimizer, directory: str, *, with_optimizer: bool) -> None:
     try:
         if not dist_checkpointing.check_is_distributed_checkpoint(directory):
             raise DataError(f"{directory} holds no training checkpoint")
@@ -84,8 +111,6 @@ def load(
     else:
         # fp32 masters and shards were copied from the weights before these were loaded
         optimizer.inner.reload_model_params()
-    if with_rng:
-        rng.load(directory)
 
 
 def _state(model: list[DistributedDataParallel], optimizer: Optimizer | None, *, is_loading: bool) -> dict[str, Any]:

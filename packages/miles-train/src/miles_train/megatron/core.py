@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from .cpu import apply_cpu_shims
 
@@ -28,12 +28,18 @@ with warnings.catch_warnings():
     from megatron.core.packed_seq_params import PackedSeqParams
     from megatron.core.pipeline_parallel import get_forward_backward_func
     from megatron.core.process_groups_config import ProcessGroupCollection
-    from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
+    from megatron.core.tensor_parallel import (
+        ColumnParallelLinear,
+        RowParallelLinear,
+        gather_from_sequence_parallel_region,
+    )
     from megatron.core.transformer import TransformerConfig
     from megatron.core.transformer.mlp import MLP, MLPSubmodules
     from megatron.core.transformer.module import Float16Module
     from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
 __all__ = [
     "MLP",
@@ -53,6 +59,7 @@ __all__ = [
     "clip_grad_by_total_norm_fp32",
     "dist_checkpointing",
     "finalize_model_grads",
+    "gather_from_sequence_parallel_region",
     "get_forward_backward_func",
     "get_gpt_layer_local_spec",
     "get_gpt_layer_with_transformer_engine_spec",
@@ -65,7 +72,7 @@ __all__ = [
 ]
 
 
-def unwrap(model: list[Any]) -> Any:
+def unwrap(model: Sequence[Any]) -> Any:
     """Return the GPTModel inside DDP and the mixed-precision wrapper."""
     module = model[0]
     while isinstance(module, (DistributedDataParallel, Float16Module)):

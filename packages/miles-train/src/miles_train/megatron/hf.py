@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -112,10 +112,11 @@ def _mapped(gpt: Any) -> Iterator[tuple[_Rule, tuple[str, ...], torch.nn.Paramet
 
 
 @torch.no_grad()
-def load_hf_weights(model: list[DistributedDataParallel], hf_dir: str) -> None:
+def load_hf_weights(model: Sequence[torch.nn.Module], hf_dir: str) -> None:
     """Copy the weights in `hf_dir`'s safetensors files into the model, cast to its dtype.
 
-    Every rank reads only its own shards. Call before the optimizer is built, which copies the weights it finds. Raises
+    `model` holds a GPTModel or what wraps it. Every rank reads only its own shards. Call before the optimizer is built,
+    which copies the weights it finds. Raises
     DataError naming the tensors that are missing, have another shape, or (checked on all ranks of a run without
     pipeline stages) belong to no parameter.
     """

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
     from miles_train.options import ParallelOptions
 
-__all__ = ["build_model", "gpt_model"]
+__all__ = ["build_frozen_model", "build_model", "gpt_model", "load_gpt", "trainable"]
 
 
 def build_model(
@@ -45,24 +45,47 @@ def build_model(
     param_dtype: torch.dtype = torch.float32,
     provider: Callable[..., Any] | None = None,
 ) -> list[DistributedDataParallel]:
-    """Build this rank's part of the model in `hf_dir` and load its weights.
+    """Build this rank's part of the model in `hf_dir`, to be trained, and load its weights.
 
-    Called once per model (actor, reference) after `init.initialize`. Returns a list with one Megatron DDP module, the
-    form that Megatron's functions take. Gradients accumulate in fp32 and are summed, not averaged, over data-parallel
-    ranks. On a CPU only float32 is meant to be trained: bfloat16 has no native kernels there. Raises ConfigError for a
-    model or a parallel size that cannot be built, DataError for missing weights.
+    Called after `init.initialize`. Returns a list with one Megatron DDP module, the form that Megatron's functions
+    take. Gradients accumulate in fp32 and are summed, not averaged, over data-parallel ranks. On a CPU only float32 is
+    meant to be trained: bfloat16 has no native kernels there. `provider` and errors are those of `load_gpt`.
+    """
+    return trainable(load_gpt(hf_dir, parallel, param_dtype=param_dtype, provider=provider), parallel)
+
+
+def build_frozen_model(
+    hf_dir: str,
+    parallel: ParallelOptions,
+    *,
+    param_dtype: torch.dtype = torch.float32,
+    provider: Callable[..., Any] | None = None,
+) -> list[torch.nn.Module]:
+    """Build this rank's part of a model that is only read, as `build_model` does, but without room for gradients."""
+    gpt = load_gpt(hf_dir, parallel, param_dtype=param_dtype, provider=provider)
+    return [_mixed_precision(gpt).requires_grad_(False)]
+
+
+def load_gpt(
+    hf_dir: str,
+    parallel: ParallelOptions,
+    *,
+    param_dtype: torch.dtype = torch.float32,
+    provider: Callable[..., Any] | None = None,
+) -> GPTModel:
+    """Return this rank's stage of the model in `hf_dir` with its weights, on its device.
 
     `provider`, the `model_provider` hook without its `args`, builds the module in the place of `gpt_model`; weights,
-    mixed precision and DDP are added here. Raises HookResultError when it returns no GPTModel.
+    mixed precision and DDP are added here. Raises ConfigError for a model or a parallel size that cannot be built,
+    DataError for missing weights, HookResultError when the provider returns no GPTModel.
     """
     hf_config = read_hf_config(hf_dir)
     check_sizes(hf_config, parallel, hf_dir)
-    config = _transformer_config(hf_config, parallel, param_dtype)
     gpt = (provider or gpt_model)(
         pre_process=parallel_state.is_pipeline_first_stage(),
         post_process=parallel_state.is_pipeline_last_stage(),
         vp_stage=None,
-        config=config,
+        config=_transformer_config(hf_config, parallel, param_dtype),
         hf_config=read_raw_config(hf_dir),
         pg_collection=ProcessGroupCollection.use_mpu_process_groups(),
     )
@@ -70,10 +93,17 @@ def build_model(
         raise HookResultError(f"the model_provider hook must return a GPTModel, it returned a {type(gpt).__name__}")
     if has_gpu():
         gpt.cuda(torch.cuda.current_device())
-    module = gpt if param_dtype == torch.float32 else Float16Module(config, gpt)
-    model = [DistributedDataParallel(config, _ddp_config(parallel), module)]
-    hf.load_hf_weights(model, hf_dir)
-    return model
+    hf.load_hf_weights([gpt], hf_dir)
+    return gpt
+
+
+def trainable(gpt: GPTModel, parallel: ParallelOptions) -> list[DistributedDataParallel]:
+    """Return a loaded model with buffers for its gradients; what is to be trained must all be in it."""
+    return [DistributedDataParallel(gpt.config, _ddp_config(parallel), _mixed_precision(gpt))]
+
+
+def _mixed_precision(gpt: GPTModel) -> torch.nn.Module:
+    return gpt if gpt.config.params_dtype == torch.float32 else Float16Module(gpt.config, gpt)
 
 
 def gpt_model(

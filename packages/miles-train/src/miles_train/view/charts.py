@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from typing import TYPE_CHECKING, Any
 
+from miles_train.view.metric_words import CAUSE, explain
 from miles_train.view.series import (
     Columns,
     eval_datasets,
@@ -51,7 +52,7 @@ class _Charts:
             "reward": [self.reward()],
             "rollout": self.rollout(),
             "train": self.train(),
-            "gap": [self.gap(), self.clipping(), self.kl()],
+            "gap": [self.gap(), *self.mismatch(), self.clipping(), self.kl()],
             "time": [self.time(), self.speed()],
         }
         sections["more"] = self.more()
@@ -126,17 +127,48 @@ class _Charts:
         ]
 
     def train(self) -> list[dict[str, Any]]:
-        skipped = [
-            *self.line("train/samples_skipped", "samples left out", 1),
-            *self.line("train/skipped_steps", "steps skipped", 5),
+        norms = [
+            *self.line("train/grad_norm", "before clipping", 1),
+            *self.line("train/critic_grad_norm", "of the critic", 3),
+        ]
+        rates = [*self.line("train/lr", "learning rate", 1), *self.line("train/critic_lr", "of the critic", 3)]
+        values = [*self.line("train/value_loss", "value loss", 3)]
+        packing = [
+            *self.line("train/micro_batch_fill", "micro-batch fill", 1),
+            *self.line("train/padding_share", "padding", 5),
+            *self.line("train/dp_imbalance", "imbalance of ranks", 2),
         ]
         return [
             _chart("Loss", self.line("train/loss", "loss")),
-            _chart("Gradient norm", self.line("train/grad_norm", "before clipping"), zero=True),
-            _chart("Learning rate", self.line("train/lr", "learning rate"), zero=True),
+            _chart("Gradient norm", norms, zero=True),
+            _chart("Learning rate", rates, zero=True),
             _chart("Entropy", self.line("train/entropy", "entropy"), "nats"),
-            _chart("Skipped", skipped, zero=True),
+            _chart("Value loss of the critic", values, zero=True),
+            self.explained("Explained variance of the critic", "train/explained_variance", 3),
+            _chart("Samples left out", self.happened("train/samples_skipped", "samples left out", 1), zero=True),
+            self.without_effect(),
+            _chart("Micro-batches and ranks", packing, "share", zero=True),
         ]
+
+    def without_effect(self) -> dict[str, Any]:
+        """Show how many steps changed nothing, by cause where there was one."""
+        causes = [name for name in self.names if name.startswith(CAUSE)]
+        by_cause = [self.counted(name, name.removeprefix(CAUSE), 2 + i % _COLORS) for i, name in enumerate(causes)]
+        steps = [
+            *self.happened("train/zero_gradient_steps", "changed nothing", 1),
+            *self.happened("train/skipped_steps", "of them skipped", 5),
+        ]
+        text = " ".join(explain(name) for name in causes)
+        return _chart("Steps that changed nothing", [*steps, *(by_cause if steps else [])], zero=True, text=text)
+
+    def happened(self, metric: str, label: str, color: int) -> list[dict[str, Any]]:
+        """Return one series, or none where it is 0 in the whole run."""
+        series = self.line(metric, label, color)
+        return series if any(record.metrics.get(metric) for record in self.run.rollouts) else []
+
+    def explained(self, title: str, metric: str, color: int) -> dict[str, Any]:
+        """Show one metric, with what it says."""
+        return _chart(title, self.line(metric, title.partition(" of ")[0].lower(), color), text=explain(metric))
 
     def gap(self) -> dict[str, Any]:
         series = [
@@ -146,13 +178,34 @@ class _Charts:
         line = {"y": ALARMING_GAP, "label": "1e-4"}
         return _chart("Log-prob gap, trainer against rollout", series, "nats", log=True, lines=[line], wide=True)
 
+    def mismatch(self) -> list[dict[str, Any]]:
+        divergences = [
+            *self.line("train/mismatch_k1", "k1", 1),
+            *self.line("train/mismatch_k3", "k3", 2),
+        ]
+        shares = [
+            *self.line("train/mismatch_ess", "of tokens", 1),
+            *self.line("train/mismatch_ess_samples", "of responses", 2),
+        ]
+        return [
+            _chart("KL divergence, trainer against rollout", divergences, "nats", text=explain("train/mismatch_k1")),
+            _chart("Effective sample size", shares, "share", text=explain("train/mismatch_ess")),
+        ]
+
     def clipping(self) -> dict[str, Any]:
-        return _chart("Clip fraction", self.line("train/pg_clipfrac", "clipped tokens"), "share", zero=True)
+        series = [
+            *self.line("train/pg_clipfrac", "importance ratios", 1),
+            *self.line("train/tis_clipfrac", "weights of the correction", 2),
+            *self.line("train/value_clipfrac", "values", 3),
+        ]
+        return _chart("Clip fraction", series, "share", zero=True)
 
     def kl(self) -> dict[str, Any]:
         series = [
             *self.line("train/ppo_kl", "old against new policy", 1),
-            *self.line("train/kl_loss", "against the reference", 2),
+            *self.line("train/kl_loss", "from the reference, in the loss", 2),
+            *self.line("train/kl_reward", "from the reference, in rewards", 3),
+            *self.line("train/opd_kl", "from the teacher", 4),
         ]
         return _chart("KL divergence", series, "nats")
 
@@ -189,7 +242,8 @@ class _Charts:
         """Return a chart for every number that no other chart shows, such as those a hook reports."""
         shown = re.compile(r"eval/.+/(reward|truncated|response_length)")
         rollout = [
-            _chart(name, self.line(name, name.rpartition("/")[2])) for name in sorted(set(self.names) - self.drawn)
+            _chart(name, self.line(name, name.rpartition("/")[2]), text=explain(name))
+            for name in sorted(set(self.names) - self.drawn)
         ]
         evaluated = sorted({name for record in self.run.evals for name in record.metrics if not shown.fullmatch(name)})
         held_out = [

@@ -9,6 +9,7 @@ import msgspec
 
 from miles_train.view.charts import ALARMING_GAP
 from miles_train.view.hook_table import HookTotals, hook_attention
+from miles_train.view.metric_words import CAUSE, CAUSES, explain
 from miles_train.view.series import eval_datasets, phase_colors, phase_names, present, total_seconds
 from miles_train.view.words import duration, number, percent
 
@@ -18,11 +19,13 @@ if TYPE_CHECKING:
     from miles_train.view.run_directory import RunDirectory
 
 __all__ = [
+    "Number",
     "Share",
     "Tile",
     "TimeShares",
     "attention",
     "config_lines",
+    "explained",
     "startup_text",
     "tiles",
     "time_shares",
@@ -116,6 +119,14 @@ def _short(count: float) -> str:
     return f"{count:,.0f}"
 
 
+class Number(msgspec.Struct):
+    """One metric of the run."""
+
+    name: str
+    last: str
+    words: str
+
+
 class Share(msgspec.Struct):
     """One phase's part of the time."""
 
@@ -180,11 +191,29 @@ def attention(run: RunDirectory, hooks: Sequence[HookTotals]) -> list[str]:
     above = [r.rollout_id for r in run.rollouts if (r.metrics.get("train/logprob_gap_max") or 0) > ALARMING_GAP]
     if above:
         found.append(f"the log-prob gap was above 1e-4 in {_rollouts(above)}")
-    skipped = sum(_values(run, "train/skipped_steps"))
-    if skipped:
-        found.append(f"{skipped:,.0f} optimizer steps were skipped: no sample in them had an advantage")
+    found += _without_effect(run)
     found += hook_attention(hooks, has_rollouts=bool(run.rollouts))
     return found
+
+
+def _without_effect(run: RunDirectory) -> list[str]:
+    """Say of optimizer steps that changed nothing how many there were, and why."""
+    found = []
+    for cause, why in CAUSES.items():
+        counts = {record.rollout_id: record.metrics.get(CAUSE + cause) or 0.0 for record in run.rollouts}
+        ids = [rollout_id for rollout_id, count in counts.items() if count]
+        if ids:
+            steps = sum(counts.values())
+            found.append(f"{steps:,.0f} optimizer step{'s' * (steps > 1)} changed nothing, in {_rollouts(ids)}: {why}")
+    return found
+
+
+def explained(run: RunDirectory) -> list[Number]:
+    """Return every number that the run reported, the last of each, and what it says."""
+    last: dict[str, float | None] = {}
+    for record in (*run.rollouts, *run.evals):
+        last |= record.metrics
+    return [Number(name, number(last[name]), explain(name) or "Reported by a hook.") for name in sorted(last)]
 
 
 def _rollouts(ids: Sequence[int]) -> str:

@@ -15,6 +15,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from miles_train.view.metric_words import unsaid
 from miles_train.view.series import EVAL_NAME
 from miles_train.view.words import clock, number
 
@@ -95,9 +96,15 @@ class Progress:
             self._line(f"[{clock(self._state.elapsed)}] {name}")
 
     def rollout(self, rollout_id: int, metrics: Mapping[str, float], seconds: Mapping[str, float]) -> None:
-        """Take the numbers of a rollout that is done: metrics and seconds as in `metrics.jsonl`."""
+        """Take the numbers of a rollout that is done: metrics and seconds as in `metrics.jsonl`.
+
+        The first time that optimizer steps change nothing, a line that stays says why; once for each cause.
+        """
         with self._lock:
             self._state.finish(rollout_id, metrics, seconds)
+            news = unsaid(metrics, self._state.told)
+        for text in news:
+            self.note(f"rollout {rollout_id + 1}: {text}")
         if self._live is None and self._due(rollout_id):
             self._last_line = self._now()
             self._line(self._state.line())
@@ -145,6 +152,8 @@ class _State:
         self.rewards: deque[float] = deque(maxlen=TREND)
         self.ends: deque[float] = deque(maxlen=RECENT)
         self.held_out: dict[str, tuple[float, float]] = {}
+        self.told: set[str] = set()
+        """The causes of steps that changed nothing that were said."""
 
     @property
     def elapsed(self) -> float:

@@ -24,7 +24,7 @@ from markupsafe import Markup
 from miles_api.errors import DataError
 from miles_train._version import __version__
 from miles_train.view.charts import chart_data
-from miles_train.view.facts import attention, config_lines, startup_text, tiles, time_shares
+from miles_train.view.facts import attention, config_lines, explained, startup_text, tiles, time_shares
 from miles_train.view.hook_table import hook_rows
 from miles_train.view.run_directory import RunDirectory, read_run
 from miles_train.view.sample_pick import pick_samples
@@ -81,6 +81,7 @@ def _page(run: RunDirectory, samples: dict[str, Any]) -> str:
         shares=time_shares(run),
         startup=startup_text(run),
         hooks=hooks,
+        numbers=explained(run),
         has_samples=any(kind["rollouts"] for kind in samples.values()),
         config=config_lines(run.config),
         version=__version__,
