@@ -99,7 +99,7 @@ def log_probs(name: str, entropy: bool, temperature: float, repeats: int) -> Non
     tokens = [torch.randint(vocab, (prompt + response,)) for _ in range(samples)]
     lengths = [response] * samples
     logits = torch.randn(samples * (prompt + response), vocab)
-    some = logits[response_rows(tokens, lengths)[0]].clone()
+    some = logits[response_rows(tokens, lengths)].clone()
 
     def run(function: Callable[..., Tensor], given: Tensor, **keywords: Any) -> None:
         leaf = given.detach().requires_grad_()

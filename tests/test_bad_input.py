@@ -74,7 +74,7 @@ def test_an_unknown_flag_names_the_nearest(refused):
         ({"kl_coef": 0.1}, "--kl-coef 0.1 is taken off plain rewards, and those of --advantage-estimator grpo"),
         ({"kl_loss_type": "k4"}, "--kl-loss-type = 'k4'"),
         ({"lambd": 0.9}, "--lambd 0.9 belongs to --advantage-estimator ppo, which has a critic, not to grpo"),
-        ({"micro_batch_size": 2}, "pass --no-use-dynamic-batch-size, or leave --micro-batch-size out"),
+        ({"micro_batch_size": 2}, "--micro-batch-size 2 needs --no-use-dynamic-batch-size"),
         ({"loss_type": "custom_loss"}, "--loss-type custom_loss needs --custom-loss-function-path"),
         ({"run_dir": "/dev/null/run"}, "--run-dir /dev/null/run cannot be created"),
         ({"custom_rm_path": "nowhere.py:fn"}, "there is no file"),

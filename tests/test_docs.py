@@ -84,5 +84,8 @@ def test_the_page_of_objectives_names_every_choice_and_only_flags_and_files_that
     assert {*ESTIMATORS, *get_args(get_type_hints(ObjectiveOptions)["policy_loss_type"])} <= rows
     flags = {flag for kind in option_groups().values() for flag in option_strings(kind)}
     assert set(re.findall(r"`(--[a-z-]+)", text)) <= flags
-    assert set(re.findall(r"`(?:estimators|advantages)\.(?!py`)(\w+)`", text)) <= {*estimators.__all__, *advantages.__all__}
+    assert set(re.findall(r"`(?:estimators|advantages)\.(?!py`)(\w+)`", text)) <= {
+        *estimators.__all__,
+        *advantages.__all__,
+    }
     assert run_blocks(page, tmp_path) == 1

@@ -8,7 +8,7 @@ import pytest
 from miles_api.cli import main
 from miles_api.config import option_groups
 from miles_api.errors import DataError
-from miles_api.migrate import migrate, read_script, translate
+from miles_api.migrate import migrate, read_script, to_toml, translate
 from miles_api.migrate.lexer import Assignment, tokens
 from miles_api.parsing.parse import parse_run
 
@@ -324,12 +324,9 @@ def test_a_kl_penalty_in_the_loss_is_taken_over_with_the_estimate_that_is_the_de
     found = taken(migration)
     expected = {"use_kl_loss": True, "kl_loss_coef": 0.1, "use_unbiased_kl": True, "kl_loss_type": "k1"}
     assert found.items() >= expected.items()
-    [left] = migration.dropped
-    assert left.flag == "--ref-load r"
-    assert "name it as ref_load" in left.reason
     given = taken(outcome(folder, "--hf-checkpoint m --use-kl-loss --kl-loss-type low_var_kl --ref-load m"))
     assert (given["kl_loss_type"], given["ref_load"]) == ("low_var_kl", "m")
-    bridged = outcome(folder, "--use-kl-loss --ref-load r --megatron-to-hf-mode bridge")
+    bridged = outcome(folder, "--hf-checkpoint r --use-kl-loss --ref-load r --megatron-to-hf-mode bridge")
     assert taken(bridged)["ref_load"] == "r"
     [entry] = [entry for entry in bridged.entries if entry.key == "use_kl_loss"]
     assert "only reported" in entry.remark
@@ -337,8 +334,8 @@ def test_a_kl_penalty_in_the_loss_is_taken_over_with_the_estimate_that_is_the_de
 
 @needs_every_package
 def test_parts_of_a_kl_penalty_that_have_no_effect_there_are_not_needed(folder):
-    migration = outcome(folder, "--kl-loss-coef 0.1 --kl-loss-type k2 --use-unbiased-kl --kl-coef 0.0 --ref-load r")
-    assert len(migration.dropped) == migration.count == 5
+    migration = outcome(folder, "--kl-loss-coef 0.1 --kl-loss-type k2 --use-unbiased-kl --kl-coef 0.0")
+    assert len(migration.dropped) == migration.count == 4
     assert not {"kl_loss_type", "normalize_advantages"} & set(taken(migration))
     migration = outcome(folder, "--advantage-estimator gspo --kl-coef 0.1 --kl-loss-type k2")
     assert [left.flag for left in migration.dropped] == ["--kl-coef 0.1", "--kl-loss-type k2"]
@@ -354,6 +351,32 @@ def test_a_kl_penalty_in_the_reward_is_taken_over_and_where_it_is_another_that_i
     assert "its own alone there" in entry.doubt
 
 
+@needs_every_package
+@pytest.mark.parametrize("objective", ["", "--use-kl-loss ", "--loss-type sft_loss "])
+def test_a_reference_that_is_another_model_than_hf_checkpoint_holds_the_first_weights_and_is_to_be_looked_at(
+    folder, objective
+):
+    same = outcome(folder, f"{objective}--hf-checkpoint /m/Qwen3-4B/ --ref-load /c/Qwen3-4B_torch_dist/")
+    assert [left.flag for left in same.dropped] == ["--ref-load /c/Qwen3-4B_torch_dist/"]
+    for other in ("/c/warm_torch_dist", "/c/Qwen3-4B-SFT_torch_dist"):
+        [left] = outcome(folder, f"{objective}--hf-checkpoint /m/Qwen3-4B --ref-load {other}").lacking
+        assert left.flag == f"--ref-load {other}"
+        assert "also the first weights there" in left.reason
+        assert "convert it to a Hugging Face directory and name it as hf_checkpoint" in left.reason
+    bridged = outcome(folder, f"{objective}--hf-checkpoint /m/a --ref-load /m/b --megatron-to-hf-mode bridge")
+    said = [entry.doubt for entry in bridged.entries] + [left.reason for left in bridged.lacking]
+    assert any("also the first weights there: name it as hf_checkpoint" in text for text in said)
+    assert "--ref-load /m/b" not in [left.flag for left in bridged.dropped]
+
+
+@needs_every_package
+def test_a_critic_that_is_another_model_than_hf_checkpoint_is_to_be_looked_at(folder):
+    flags = "--advantage-estimator ppo --hf-checkpoint /m/tiny --critic-load"
+    assert [left.flag for left in outcome(folder, f"{flags} /c/tiny_dist").dropped] == ["--critic-load /c/tiny_dist"]
+    [left] = outcome(folder, f"{flags} /c/judge_dist").lacking
+    assert "convert it to a Hugging Face directory and name it as critic_load" in left.reason
+
+
 PPO_FLAGS = (
     "--lambd 0.9 --gamma 0.99 --value-clip 0.3 --critic-lr 1e-5 --critic-lr-warmup-iters 3 --num-critic-only-steps 2"
 )
@@ -367,7 +390,7 @@ def test_the_flags_of_ppo_are_taken_over_with_it_and_not_needed_without(folder):
         "critic_lr_warmup_iters": 3, "num_critic_only_steps": 2, "normalize_advantages": False,
     }  # fmt: skip
     assert taken(migration).items() >= expected.items()
-    assert [left.flag for left in migration.dropped] == ["--critic-load c"]
+    assert [left.flag for left in migration.lacking] == ["--critic-load c"]
     without = outcome(folder, f"{PPO_FLAGS} --critic-load c")
     assert len(without.dropped) == without.count == 7
 
@@ -392,7 +415,9 @@ def test_micro_batches_of_a_number_of_samples_stay_such_and_packed_ones_stay_pac
     assert found.items() >= (expected | {"log_probs_chunk_size": 512}).items()
     migration = outcome(folder, "--micro-batch-size 2 --use-dynamic-batch-size --log-probs-chunk-size -1")
     assert taken(migration)["use_dynamic_batch_size"] is True
-    assert [left.flag for left in migration.dropped] == ["--micro-batch-size 2", "--log-probs-chunk-size -1"]
+    assert [left.flag for left in migration.dropped] == ["--micro-batch-size 2"]
+    (folder / "whole.toml").write_text(to_toml(migration))
+    assert parse_run([str(folder / "whole.toml")]).args.log_probs_chunk_size is None
     assert "use_dynamic_batch_size" not in taken(outcome(folder, "--num-rollout 3"))
 
 
@@ -405,6 +430,36 @@ def test_a_teacher_in_the_trainer_is_taken_over_and_one_behind_a_server_is_a_hoo
     [left] = outcome(folder, "--use-opd --opd-type sglang").lacking
     assert "teacher_log_probs" in left.reason
     assert len(outcome(folder, "--opd-kl-coef 0.5 --opd-type sglang").dropped) == 2
+
+
+@needs_every_package
+@pytest.mark.parametrize("prefix", ["--router-", "--sglang-router-"])
+def test_settings_of_the_older_router_become_those_of_ours(folder, prefix):
+    flags = {"max-concurrent-requests": 64, "queue-size": 100, "queue-timeout-secs": 60, "request-timeout-secs": 900}
+    migration = outcome(folder, " ".join(f"{prefix}{name} {value}" for name, value in flags.items()))
+    assert taken(migration).items() >= {
+        "router_max_requests": 64, "router_queue_size": 100, "router_queue_timeout": 60, "router_request_timeout": 900,
+    }.items()  # fmt: skip
+    assert taken(outcome(folder, f"{prefix}max-concurrent-requests -1"))["router_max_requests"] == 0
+    [left] = outcome(folder, f"{prefix}retry-max-retries 3").lacking
+    assert "miles-router" in left.reason
+
+
+@needs_every_package
+@pytest.mark.parametrize("flag", ["--router-policy", "--sglang-router-policy"])
+@pytest.mark.parametrize(
+    ("theirs", "ours"),
+    [(name, name) for name in ("random", "round_robin", "power_of_two", "consistent_hashing")]
+    + [("cache_aware", "prefix_aware"), ("manual", "sticky")],
+)
+def test_policies_of_the_older_router_become_those_of_ours(folder, flag, theirs, ours):
+    assert taken(outcome(folder, f"{flag} {theirs}"))["router_policy"] == ours
+
+
+@needs_every_package
+def test_a_policy_that_our_router_lacks_does_not_fit(folder):
+    [left] = outcome(folder, "--router-policy bucket").unfit
+    assert "least_outstanding" in left.reason
 
 
 def test_one_file_for_all_rollouts_takes_the_place_of_a_name_with_a_placeholder(folder):

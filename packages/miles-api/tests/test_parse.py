@@ -23,6 +23,9 @@ class ToyOptions(Options, frozen=True, kw_only=True):
     toy_file: UserPath | None = None
     toy_on: bool = False
     toy_extra: dict[str, int] = {}
+    toy_maybe: bool | None = None
+    toy_weight: float = 1.0
+    toy_bound: float | None = 0.5
 
 
 @pytest.fixture(autouse=True)
@@ -189,3 +192,43 @@ def test_a_number_that_is_not_finite_reads_back_from_the_resolved_config():
     numbers = {"a": math.inf, "b": [-math.inf], "c": {"d": math.nan}}
     text = config_module.RunConfig({}, {}, {"reward": config_module.HookValues(numbers)}).to_toml()
     assert str(tomllib.loads(text)["hooks"]["reward"]) == str(numbers)
+
+
+def test_null_unsets_an_optional_path_switch_or_number(run_file, tmp_path):
+    (tmp_path / "null").touch()
+    text = "[toy]\ntoy_file = {}\ntoy_maybe = {}\ntoy_bound = {}\n"
+    unset = {"toy_file": None, "toy_maybe": None, "toy_bound": None}
+    again = parse.parse_run([run_file(text.format(*['"null"'] * 3))])
+    assert again.flat().items() >= unset.items()
+    assert parse.parse_run([run_file(again.to_toml())]).flat() == again.flat()
+    here = run_file(text.format('"run.toml"', "true", "0.25"))
+    config = parse.parse_run([here, "--toy-file", "null", "--toy-bound", "null"])
+    assert config.flat().items() >= (unset | {"toy_maybe": True}).items()
+    assert "toy_on = 'null': Expected `bool`" in problems([run_file('[toy]\ntoy_on = "null"\n')])
+
+
+def test_an_empty_path_is_no_path(run_file):
+    assert "--toy-file = '': Expected a path" in problems(["--toy-file", ""])
+    assert "run.toml: run_dir = ' ': Expected a path" in problems([run_file('[run]\nrun_dir = " "\n')])
+
+
+@pytest.mark.parametrize("word", ["inf", "-inf", "nan", "1e999"])
+def test_a_number_that_is_not_finite_is_refused(run_file, word):
+    text = problems([f"--toy-weight={word}", f"--toy-bound={word}"])
+    assert f"--toy-weight = {word!r}: " in text
+    assert f"--toy-bound = {word!r}: " in text
+    in_file = problems([run_file(f"[toy]\ntoy_weight = {word}\n")])
+    assert "run.toml: toy_weight" in in_file
+    assert "Expected a finite number" in in_file
+
+
+def test_a_default_that_is_not_finite_reads_back(run_file, tmp_path):
+    (tmp_path / "bounded.py").write_text(
+        "import math\n"
+        "import msgspec\n"
+        "class Bounds(msgspec.Struct, frozen=True):\n    reward_most: float = math.inf\n"
+        "def score(args, sample):\n    return 0.0\n"
+        "score.options = Bounds\n"
+    )
+    config = parse.parse_run([run_file('[hooks]\ncustom_rm_path = "bounded.py:score"\n')])
+    assert parse.parse_run([run_file(config.to_toml())]).args.reward_most == math.inf

@@ -33,7 +33,7 @@ def ask():
     return post
 
 
-@pytest.mark.parametrize("status", [502, 503, 504])
+@pytest.mark.parametrize("status", [429, 502, 503, 504])
 def test_what_no_engine_served_is_sent_again_as_it_was(fake_engine, engine_reply, ask, status):
     answers = iter([(status, {"error": {"type": "worker_lost"}})] * 2 + [(200, engine_reply([5], "3"))])
     engine = fake_engine(lambda payload: next(answers))
@@ -43,12 +43,39 @@ def test_what_no_engine_served_is_sent_again_as_it_was(fake_engine, engine_reply
     assert engine.requests == [("/generate", PAYLOAD)] * 3
 
 
-@pytest.mark.parametrize("status", [400, 404, 408, 413, 429, 500])
+@pytest.mark.parametrize("status", [400, 404, 408, 413, 500])
 def test_what_was_refused_is_not_sent_again(fake_engine, ask, status):
     engine = fake_engine(lambda payload: (status, {"error": "no"}))
     with pytest.raises(ServiceError, match=rf'/generate answered {status}: {{"error": "no"}}'):
         ask(engine.url)
     assert len(engine.requests) == 1
+
+
+@pytest.mark.parametrize("status", [429, 503])
+@pytest.mark.parametrize(
+    ("told", "shortest", "longest"),
+    [("7", 7, 7), ("9999", 15, 20), ("Wed, 21 Oct 2015 07:28:00 GMT", 0, 1), ("nan", 0, 1), ("-5", 0, 1)],
+)
+def test_who_is_told_when_to_come_again_comes_then_but_not_after_the_deadline(
+    fake_engine, engine_reply, ask, monkeypatch, status, told, shortest, longest
+):
+    pauses, sleep = [], asyncio.sleep
+
+    async def noted(seconds):
+        pauses.append(seconds)
+        await sleep(0)
+
+    monkeypatch.setattr(asyncio, "sleep", noted)
+    answers = iter([(status, {"error": "later"}), (200, engine_reply([5], "3"))])
+
+    def answer(payload):
+        reply = next(answers)
+        engine.headers = {"Retry-After": told} if reply[0] == status else {}
+        return reply
+
+    engine = fake_engine(answer)
+    assert ask(engine.url)[1] == 1
+    assert len([pause for pause in pauses if shortest <= pause <= longest]) == 1
 
 
 def test_a_connection_that_closes_without_an_answer_is_no_answer(fake_engine, engine_reply, ask):

@@ -22,7 +22,7 @@ from miles_router.protocol import BoundedProtocol, expire_slow
 
 
 @contextlib.asynccontextmanager
-async def _serve(app, port=0, http="httptools"):
+async def _serve(app, port=0, http="httptools", write_timeout=1800.0):
     config = uvicorn.Config(app, http=http, lifespan="off", log_config=None, log_level="critical")
     config.load()
     state = ServerState()  # without uvicorn.Server, which takes 0.3 s to stop
@@ -30,7 +30,7 @@ async def _serve(app, port=0, http="httptools"):
     server = await asyncio.get_running_loop().create_server(
         lambda: config.http_protocol_class(config=config, server_state=state, app_state={}), sock=sock
     )
-    sweep = asyncio.create_task(expire_slow(state.connections)) if http is BoundedProtocol else None
+    sweep = asyncio.create_task(expire_slow(state.connections, write_timeout)) if http is BoundedProtocol else None
     try:
         yield f"http://127.0.0.1:{sock.getsockname()[1]}"
     finally:
@@ -107,7 +107,7 @@ async def _routed(*urls, middleware=(), brought=None, **options):
     stack = MiddlewareStack(app, settings, hooks) if hooks else None
     try:
         async with (
-            _serve(stack or app, http=BoundedProtocol) as url,
+            _serve(stack or app, http=BoundedProtocol, write_timeout=settings.router_request_timeout) as url,
             httpx.AsyncClient(base_url=url, timeout=20, trust_env=False, verify=False) as client,
         ):
             yield Routed(url, app, client, stack)

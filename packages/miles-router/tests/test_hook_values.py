@@ -120,6 +120,14 @@ def test_the_command_takes_the_flags_that_its_middleware_brings(echo, tmp_path):
     assert said[1].startswith(READY_PREFIX)
 
 
+def test_what_a_shell_still_holds_does_not_override_the_flags(echo, monkeypatch):
+    started = []
+    monkeypatch.setattr("miles_router.server.run_router", lambda *given, middleware, **more: started.extend(middleware))
+    monkeypatch.setenv(hook_values.VALUES_VARIABLE, '{"echo_words": ["stale"], "echo_times": 9, "echo_key": null}')
+    command.main(["--miles-router-middleware-paths", echo, "--echo-times", "2"])
+    assert (started[0].view.echo_words, started[0].view.echo_times) == (["default"], 2)
+
+
 @pytest.mark.parametrize(
     ("flags", "said"),
     [

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import socket
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -141,6 +142,86 @@ def test_a_long_body_in_one_piece_with_its_head_is_no_long_head(serve, routed, e
         async with serve(target) as url, routed(url) as r:
             for _ in range(2):
                 assert (await r.post(content=b"x" * 200_000)).status_code == 200
+
+    asyncio.run(main())
+
+
+def test_trailers_are_neither_headers_nor_kept(serve, routed, engine):
+    async def main():
+        target = engine()
+        async with serve(target) as url, routed(url) as r:
+            head = _HEAD + b"connection: close\r\ntransfer-encoding: chunked\r\n\r\n"
+            answer = await _send(r, head + b"2\r\nok\r\n0\r\nx-late: 1\r\n\r\n")
+            assert answer.startswith(b"HTTP/1.1 200 ")
+        assert b"x-late" not in dict(target.requests[0][0]["headers"])
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize("line", [b"a: " + b"x" * 1000 + b"\r\n", b"x" * 1000], ids=["many", "one"])
+def test_trailers_that_do_not_end_are_hung_up_on(routed, line):
+    async def main():
+        async with routed() as r:
+            _, writer = await asyncio.open_connection("127.0.0.1", r.port)
+            writer.write(_HEAD + b"transfer-encoding: chunked\r\n\r\n0\r\na: ")
+            sent = 0
+            with contextlib.suppress(ConnectionError):
+                while sent < 20_000_000:
+                    writer.write(line * 50)
+                    await writer.drain()
+                    sent += 50_000
+            assert sent < 20_000_000
+            writer.close()
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize("second", [b"GET /v1/models HTTP/1.1\r\n" + b"x-a: %s\r\n" % (b"v" * 1000) * 200, b"GET /v1"])
+def test_nothing_is_written_into_an_answer_under_way(listen, routed, monkeypatch, second):
+    monkeypatch.setattr(protocol, "HEAD_TIMEOUT_S", 0.1)
+    monkeypatch.setattr(protocol, "_SWEEP_S", 0.02)
+    ends = asyncio.Event()
+
+    async def slow(reader, writer):
+        await reader.readuntil(b"\r\n\r\n")
+        writer.write(b"HTTP/1.1 200 OK\r\ncontent-length: 8\r\n\r\nhalf")
+        await ends.wait()
+        writer.write(b"full")
+
+    async def main():
+        async with listen(slow) as url, routed(url) as r:
+            reader, writer = await asyncio.open_connection("127.0.0.1", r.port)
+            writer.write(_HEAD + b"content-length: 0\r\n\r\n")
+            answer = await reader.readuntil(b"half")
+            for piece in second.splitlines(keepends=True):
+                writer.write(piece)
+                await asyncio.sleep(0)
+            asyncio.get_running_loop().call_later(0.4, ends.set)  # four times the limit of the second head
+            with contextlib.suppress(ConnectionError):
+                answer += await asyncio.wait_for(reader.read(), 10)
+            body = answer.partition(b"\r\n\r\nhalf")[2]
+            assert body == b"" or body.startswith(b"fullHTTP/1.1 408 ")
+            assert len(second) > 100 or body
+            writer.close()
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize("size", [400_000, 40_000_000], ids=["held by the server", "held by the engine"])
+def test_a_client_that_never_reads_its_answer_gives_its_place_back(serve, routed, engine, monkeypatch, size):
+    monkeypatch.setattr(protocol, "_SWEEP_S", 0.02)
+
+    async def main():
+        target = engine(b"x" * size)
+        async with serve(target) as url, routed(url, router_request_timeout=0.3, router_max_worker_requests=1) as r:
+            sock = socket.socket()
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+            sock.connect(("127.0.0.1", r.port))
+            sock.sendall(_HEAD + b"content-length: 0\r\n\r\n")
+            await r.until(lambda row: row["sent"] == 1)
+            target.body = b"short"
+            assert (await r.post()).text == "short"
+            sock.close()
 
     asyncio.run(main())
 

@@ -4,8 +4,31 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 
 import pytest
+
+
+def _ok(body=b""):
+    return b"HTTP/1.1 200 OK\r\ncontent-length: %d\r\n\r\n%b" % (len(body), body)
+
+
+class _HangsAtARequest:
+    """Answers `/server_info` until it is asked to generate, and what `cheap` names for ever; nothing else."""
+
+    def __init__(self, cheap=()):
+        self.cheap = cheap
+        self.posts = 0
+
+    async def __call__(self, reader, writer):
+        while True:
+            try:
+                path = (await reader.readuntil(b"\r\n\r\n")).split(b" ", 2)[1]
+            except asyncio.IncompleteReadError:
+                return
+            self.posts += path == b"/generate"
+            if path in self.cheap or (path == b"/server_info" and not self.posts):
+                writer.write(_ok(b"{}"))
 
 
 async def _swallow(reader, writer):
@@ -28,29 +51,155 @@ def test_an_engine_that_never_answers_is_quarantined_and_its_requests_go_to_anot
     asyncio.run(main())
 
 
-def test_a_request_whose_only_engine_hangs_gets_504_naming_it(listen, routed):
-    async def main():
-        async with listen(_swallow) as hung, routed(hung, router_hang_timeout=0.1) as r:
-            answer = await r.post()
-        assert (answer.status_code, answer.json()["error"]["worker"]) == (504, hung)
-        assert answer.json()["error"]["type"] == "worker_hung"
-        assert "does not answer /server_info within 0.1 s" in answer.json()["error"]["message"]
-
-    asyncio.run(main())
-
-
-def test_a_request_that_hangs_engines_does_not_get_to_hang_them_all(listen, routed):
+def test_a_request_that_hangs_engines_does_not_get_to_hang_them_all_and_gets_504_naming_one(listen, routed):
     async def main():
         async with contextlib.AsyncExitStack() as stack:
-            a, b, c = [await stack.enter_async_context(listen(_swallow)) for _ in range(3)]
-            async with routed(a, b, c, router_hang_timeout=0.1, router_health_interval=0.1) as r:
-                assert (await r.post()).status_code == 504
-                assert sorted(row["sent"] for row in await r.workers()) == [0, 1, 1]
+            handlers = [_HangsAtARequest() for _ in range(3)]
+            urls = [await stack.enter_async_context(listen(handler)) for handler in handlers]
+            async with routed(*urls, router_hang_timeout=0.1) as r:
+                answer = await r.post()
+        error = answer.json()["error"]
+        assert (answer.status_code, error["type"], error["worker"] in urls) == (504, "worker_hung", True)
+        assert "does not answer /server_info within 0.1 s" in error["message"]
+        assert sorted(handler.posts for handler in handlers) == [0, 1, 1]
 
     asyncio.run(main())
 
 
-def test_an_answer_that_stops_in_the_middle_is_cut_off_when_its_engine_hangs(listen, routed):
+def test_while_no_engine_reacts_none_is_blamed_and_requests_wait(listen, serve, routed, engine, caplog, monkeypatch):
+    monkeypatch.setattr("miles_router.health._PROBE_TIMEOUT_S", 0.1)
+
+    async def main():
+        async with contextlib.AsyncExitStack() as stack:
+            a, b = [await stack.enter_async_context(listen(_swallow)) for _ in range(2)]
+            async with routed(a, b, router_hang_timeout=0.05) as r:
+                held = asyncio.create_task(r.post())
+                while "no other reacts" not in caplog.text:
+                    await asyncio.sleep(0.01)
+                assert [row["healthy"] for row in await r.workers()] == [True, True]
+                assert not held.done()
+                r.app.registry.remove(b)
+                r.app.registry.add(await stack.enter_async_context(serve(engine(b"served"))))
+                assert (await held).text == "served"
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize("gone", ["quarantined", "removed"])
+def test_requests_of_a_hung_engine_go_elsewhere_though_it_is_quarantined_or_removed_already(
+    listen, serve, routed, engine, gone
+):
+    async def main():
+        async with (
+            listen(_swallow) as hung,
+            serve(engine(b"served")) as good,
+            routed(hung, router_hang_timeout=0.1) as r,
+        ):
+            held = asyncio.create_task(r.post())
+            await r.until(lambda row: row["outstanding"] == 1)
+            worker = next(iter(r.app.registry))
+            r.app.registry.add(good)
+            if gone == "removed":
+                r.app.registry.remove(hung)
+            else:
+                r.app.registry.quarantine(worker, "for a reason of its own")
+            assert (await asyncio.wait_for(held, 10)).text == "served"
+
+    asyncio.run(main())
+
+
+def test_cheap_answers_do_not_hide_that_an_engine_hangs(listen, serve, routed, engine):
+    async def main():
+        hangs = _HangsAtARequest(cheap=(b"/model_info", b"/tokenize"))
+        async with listen(hangs) as url, serve(engine(b"served")) as good, routed(router_hang_timeout=0.3) as r:
+            r.app.registry.add(url, "7")
+            held = asyncio.create_task(r.post())
+            await r.until(lambda row: row["outstanding"] == 1)
+            r.app.registry.add(good)
+            to_it = {"X-Miles-Weight-Version": "7"}
+            deadline = asyncio.get_running_loop().time() + 10
+            while not held.done() and asyncio.get_running_loop().time() < deadline:
+                await asyncio.gather(r.client.get("/model_info", headers=to_it), r.post("/tokenize", headers=to_it))
+            assert held.done()
+            assert held.result().text == "served"
+
+    asyncio.run(main())
+
+
+def test_an_engine_that_hung_is_readmitted_only_when_it_answers_what_showed_it(
+    listen, serve, routed, engine, monkeypatch
+):
+    monkeypatch.setattr("miles_router.health._PROBE_TIMEOUT_S", 0.1)
+    reacts = asyncio.Event()
+    probes = 0
+
+    async def half_well(reader, writer):
+        nonlocal probes
+        head = await reader.readuntil(b"\r\n\r\n")
+        if b" /health " in head:
+            probes += 1
+            writer.write(_ok())
+        elif b" /server_info " in head:
+            await reacts.wait()
+            writer.write(_ok(b"{}"))
+        await reader.read(-1)
+
+    async def main():
+        async with listen(half_well) as hung, serve(engine()) as good, routed(hung, good, router_hang_timeout=0.1) as r:
+            await asyncio.gather(r.post(), r.post())
+            while probes < 2:
+                await asyncio.sleep(0.01)
+            assert not (await r.workers())[0]["healthy"]
+            reacts.set()
+            await r.until(lambda row: row["healthy"])
+
+    asyncio.run(main())
+
+
+def test_an_engine_that_stops_listening_may_end_what_it_works_on(serve, routed, engine):
+    release = asyncio.Event()
+    server = None
+
+    async def draining(reader, writer):
+        server.close()
+        await reader.readuntil(b"\r\n\r\n")
+        await release.wait()
+        writer.write(_ok(b"ended well"))
+
+    async def main():
+        nonlocal server
+        server = await asyncio.start_server(draining, "127.0.0.1", 0)
+        url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
+        async with serve(engine()) as good, routed(url, router_hang_timeout=0.1) as r:
+            held = asyncio.create_task(r.post())
+            await r.until(lambda row: row["outstanding"] == 1)
+            r.app.registry.add(good)
+            await r.until(lambda row: not row["healthy"])
+            release.set()
+            assert (await held).text == "ended well"
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize("number", [errno.EMFILE, errno.EADDRNOTAVAIL])
+def test_an_engine_is_not_blamed_for_what_the_router_lacks(routed, monkeypatch, number):
+    async def fails(*_, **__):
+        raise OSError(number, "none left")
+
+    async def main():
+        async with routed("http://127.0.0.1:1") as r:
+            (await r.workers())  # the client's connection is open from here on
+            with monkeypatch.context() as patch:
+                patch.setattr(asyncio.get_running_loop(), "create_connection", fails)
+                answer = await r.post()
+            row = (await r.workers())[0]
+        assert (answer.status_code, answer.json()["error"]["type"]) == (503, "router_exhausted")
+        assert (row["healthy"], row["failed"], row["outstanding"]) == (True, 0, 0)
+
+    asyncio.run(main())
+
+
+def test_an_answer_that_stops_in_the_middle_is_cut_off_when_its_engine_hangs(listen, serve, routed, engine):
     connections = 0
 
     async def half(reader, writer):
@@ -62,10 +211,12 @@ def test_an_answer_that_stops_in_the_middle_is_cut_off_when_its_engine_hangs(lis
         await reader.read(-1)
 
     async def main():
-        async with listen(half) as url, routed(url, router_hang_timeout=0.1) as r:
+        async with listen(half) as url, serve(engine()) as good, routed(url, router_hang_timeout=0.1) as r:
             reader, writer = await asyncio.open_connection("127.0.0.1", r.port)
             writer.write(b"POST /generate HTTP/1.1\r\nhost: h\r\ncontent-length: 0\r\n\r\n")
-            assert (await reader.read(-1)).endswith(b"half")
+            await reader.readuntil(b"half")
+            r.app.registry.add(good)
+            assert await reader.read(-1) == b""
             writer.close()
             await r.until(lambda row: not row["healthy"])
 

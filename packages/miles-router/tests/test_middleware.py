@@ -96,6 +96,28 @@ def test_middleware_may_reject_and_change_what_passes(serve, routed, engine):
     asyncio.run(main())
 
 
+@pytest.mark.parametrize("said", [KeyError("oops"), {"a": object()}, {1, 2}])
+def test_counts_that_fail_are_an_error_of_their_middleware_and_the_report_comes(serve, routed, engine, said, caplog):
+    class Miscounting(Passing):
+        def counts(self):
+            if isinstance(said, Exception):
+                raise said
+            return said
+
+    class Counting(Passing):
+        def counts(self):
+            return {"a": 1}
+
+    async def main():
+        async with serve(engine()) as url, routed(url, middleware=[Miscounting, Counting]) as r:
+            bad, good = (await r.client.get("/hooks")).json()["hooks"]
+            assert (bad["counts"], bad["errors"], good["counts"], good["errors"]) == ({}, 1, {"a": 1}, 0)
+            assert "router middleware test:Miscounting" in caplog.text
+            assert "counts()" in caplog.text
+
+    asyncio.run(main())
+
+
 def test_middleware_sees_the_workers_and_may_choose_one(serve, routed, engine):
     class Picky:
         def __init__(self, app, *, router):

@@ -186,6 +186,62 @@ def test_one_who_waits_for_a_certain_engine_holds_up_nobody_else(serve, routed, 
     asyncio.run(main())
 
 
+def _pinned(version):
+    return {"X-Miles-Weight-Version": version}
+
+
+async def _pin(r, **versions):
+    for url, version in versions.items():
+        await r.client.post("/workers", json={"url": url, "weight_version": version})
+
+
+def test_a_place_that_one_is_refused_goes_to_the_next(serve, routed, engine):
+    async def main():
+        old, new = engine(b"old"), engine(b"new")
+        old.gate = asyncio.Event()
+        async with serve(old) as a, serve(new) as b, routed(router_max_requests=1) as r:
+            await _pin(r, **{a: "7", b: "8"})
+            held = await _held(r, old, 1, headers=_pinned("7"))
+            held += await _held(r, new, 1, headers=_pinned("8"))
+            held += await _held(r, None, 1)
+            await r.client.post("/remove_worker", params={"url": b})
+            old.gate.set()
+            answers = await asyncio.wait_for(asyncio.gather(*held), 10)
+            assert [answer.status_code for answer in answers] == [200, 503, 200]
+
+    asyncio.run(main())
+
+
+def test_an_engine_that_changes_its_weights_serves_those_who_wait_for_them(serve, routed, engine):
+    async def main():
+        busy, idle = engine(), engine(b"idle")
+        busy.gate = asyncio.Event()
+        async with serve(busy) as a, serve(idle) as b, routed(router_max_worker_requests=1) as r:
+            await _pin(r, **{a: "8", b: "7"})
+            held = await _held(r, busy, 2, headers=_pinned("8"))
+            await _pin(r, **{b: "8"})
+            assert (await asyncio.wait_for(held[1], 10)).text == "idle"
+            busy.gate.set()
+            await held[0]
+
+    asyncio.run(main())
+
+
+def test_a_full_queue_turns_nobody_away_for_whom_an_engine_is_free(serve, routed, engine):
+    async def main():
+        busy, idle = engine(), engine(b"idle")
+        busy.gate = asyncio.Event()
+        limits = {"router_max_worker_requests": 1, "router_queue_size": 1}
+        async with serve(busy) as a, serve(idle) as b, routed(**limits) as r:
+            await _pin(r, **{a: "7", b: "8"})
+            held = await _held(r, busy, 2, headers=_pinned("7"))
+            assert (await r.post()).text == "idle"
+            busy.gate.set()
+            assert [(await task).status_code for task in held] == [200, 200]
+
+    asyncio.run(main())
+
+
 def test_a_request_that_comes_back_from_a_dead_engine_waits_in_front():
     async def main():
         registry = WorkerRegistry(lambda worker: None, lambda worker: None)

@@ -64,6 +64,14 @@ def test_who_waits_as_long_as_told_is_served():
     assert buckets.wait(b"a", 0.1 + wait + 1e-9) == 0
 
 
+def test_a_long_key_takes_no_more_room_than_a_short_one():
+    buckets = Buckets(0.001, 1, 10)
+    for key in (b"k" * 60_000, b"k" * 60_001, b""):
+        assert buckets.wait(key, 1.0) == 0
+        assert buckets.wait(key, 1.0) > 0
+    assert max(map(len, buckets._left)) <= 16
+
+
 def test_the_table_of_keys_is_bounded_and_forgets_who_was_away_longest():
     buckets = Buckets(0.001, 1, 3)
     for name in (b"a", b"b", b"c", b"a", b"d"):

@@ -12,13 +12,15 @@ from pathlib import Path
 
 import httpx
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from miles_api.errors import DataError
-from miles_router import RouterOptions
+from miles_router import RouterOptions, replay
 from miles_router.middlewares.rate_limit import RateLimit
 from miles_router.middlewares.recorder import Recorder
 from miles_router.options import READY_PREFIX
-from miles_router.recording import Exchange, RecordingWriter, read_recording
+from miles_router.recording import Exchange, RecordingWriter, read_exchange, read_recording
 from miles_router.replay import ReplayApp
 
 CHUNKS = [b"data: 1\n\n", b"data: 2\n\n"]
@@ -100,7 +102,7 @@ def test_a_replay_makes_nothing_up_and_names_the_nearest(record, serve):
             missed = await client.post("/generate", content=b'{"text": "two", "n": 2}')
             assert missed.status_code == 404
             message = missed.json()["error"]["message"]
-            assert "nearest is the 2. of 2 there, equal up to byte 21" in message
+            assert "nearest of 2 there is the 2., equal up to byte 21" in message
             assert '"n": 1}' in message
             assert '"n": 2}' in message
             other = await client.post("/v1/completions", content=b"x")
@@ -109,6 +111,26 @@ def test_a_replay_makes_nothing_up_and_names_the_nearest(record, serve):
             assert (await client.post("/pause_generation")).status_code == 404
 
     asyncio.run(main())
+
+
+def test_a_missed_request_is_compared_with_a_hundred_others_at_most(record, serve, monkeypatch):
+    record([("POST", "/generate", b"%d is asked" % n) for n in range(130)])
+    read = []
+    monkeypatch.setattr(replay, "read_exchange", lambda *where: read.append(where) or read_exchange(*where))
+
+    async def main():
+        async with replaying(serve, record.path) as client:
+            missed = await client.post("/generate", content=b"77 is told")
+            assert "nearest of the first 100 of 130 there is the 78., equal up to byte 6" in missed.text
+
+    asyncio.run(main())
+    assert len(read) == 100
+
+
+@given(st.binary(max_size=40), st.binary(max_size=40), st.binary(max_size=40))
+def test_where_two_bodies_begin_to_differ_is_found(start, a, b):
+    a, b = start + a, start + b
+    assert replay._common(a, b) == len(os.path.commonprefix([a, b]))
 
 
 def test_a_replay_wants_its_token_and_refuses_long_bodies(record, serve):
@@ -154,6 +176,7 @@ def test_a_recording_is_continued_behind_what_a_crash_left(record):
     record(POSTS[:2])
     with record.path.open("r+b") as file:
         file.truncate(record.path.stat().st_size - 3)
+    record.path.chmod(0o644)
     record(POSTS[2:4])
     assert [exchange.request for _, _, exchange in read_recording(str(record.path))] == [b"a", b"b", b"a"]
     assert stat.S_IMODE(record.path.stat().st_mode) == 0o600

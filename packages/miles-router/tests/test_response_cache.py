@@ -17,13 +17,13 @@ class Model:
 
     def __init__(self):
         self.version, self.generated, self.finish, self.spans, self.size = "1", 0, "stop", None, 0
-        self.has_info = True
+        self.has_info, self.path = True, "m"
 
     async def __call__(self, scope, receive, send):
         body = (await receive()).get("body", b"")
         if scope["path"] in ("/model_info", "/get_model_info"):
             known = self.has_info or scope["path"] == "/get_model_info"
-            status, answer = (200, {"weight_version": self.version}) if known else (404, {})
+            status, answer = (200, {"model_path": self.path, "weight_version": self.version}) if known else (404, {})
         else:
             self.generated += 1
             meta = {"finish_reason": {"type": self.finish}, "weight_version": self.version}
@@ -124,6 +124,63 @@ def test_answers_of_an_abort_or_of_two_versions_are_not_kept(cached):
         assert await counts() == {"hits": 0, "misses": 4, "entries": 0, "bytes": 0}
 
     cached(steps)
+
+
+@pytest.mark.parametrize("version", ["default", ""])
+def test_a_version_that_nobody_set_says_nothing_so_nothing_is_kept_under_it(cached, version):
+    async def steps(model, post, counts):
+        model.version = version
+        for text in ("1", "2"):
+            state, reply = await post()
+            assert (state, reply["text"]) == ("miss", text)
+        assert (await counts())["entries"] == 0
+
+    cached(steps)
+
+
+def test_another_model_of_the_same_version_answers_anew(cached):
+    async def steps(model, post, counts):
+        await post()
+        model.path = "other"
+        state, reply = await post()
+        assert (state, reply["text"]) == ("miss", "2")
+        assert (await post())[0] == "hit"
+
+    cached(steps)
+
+
+class Pin:
+    """Lets a request go where its header says: `choose` to that engine alone, `prefer` rather there."""
+
+    changes_tokens = False
+
+    def __init__(self, app, *, router):
+        self.app, self.router = app, router
+
+    async def __call__(self, scope, receive, send):
+        for name, value in scope["headers"]:
+            if name in (b"x-choose", b"x-prefer"):
+                getattr(self.router, name[2:].decode())(scope, value.decode())
+        await self.app(scope, receive, send)
+
+
+@pytest.mark.parametrize("how", ["x-choose", "x-prefer", "x-miles-weight-version"])
+@pytest.mark.parametrize("versions", ["11", "12"])
+def test_each_engine_that_a_request_is_meant_for_has_its_own_answer(serve, routed, how, versions):
+    async def main():
+        models = Model(), Model()
+        for number, (model, version) in enumerate(zip(models, versions, strict=True)):
+            model.version, model.generated = version, 10 * number
+        async with serve(models[0]) as a, serve(models[1]) as b, routed(middleware=[Pin, ResponseCache]) as r:
+            for url, version in ((a, versions[0]), (b, versions[1])):
+                r.app.registry.add(url, version)
+            meant = versions if how.endswith("version") else (a, b)
+            got = [await r.post(json=GREEDY, headers={how: meant[i]}) for i in (0, 1, 0, 1)]
+            said = [(reply.headers["x-miles-cache"], reply.json()["text"]) for reply in got]
+            if len(set(meant)) == 2:
+                assert said == [("miss", "1"), ("miss", "11"), ("hit", "1"), ("hit", "11")]
+
+    asyncio.run(main())
 
 
 def test_a_request_that_differs_in_anything_is_another(cached):

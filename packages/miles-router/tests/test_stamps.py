@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import gzip
 
 import httpx
@@ -10,6 +11,8 @@ import pytest
 from starlette.middleware.base import BaseHTTPMiddleware
 from starlette.middleware.gzip import GZipMiddleware
 from starlette.responses import Response
+
+from miles_router.middlewares.bodies import giving
 
 STAMP = "x-miles-changed-tokens"
 CHUNKS = [b"data: 1\n\n", b"data: 2\n\n", b"data: [DONE]\n\n"]
@@ -152,12 +155,16 @@ def test_bytes_that_are_cut_differently_are_the_same_bytes(post):
     assert (STAMP in reply.headers, row["changed_bodies"]) == (False, 0)
 
 
-def test_an_answer_that_is_changed_after_it_began_is_cut_off(serve, routed):
+@pytest.mark.parametrize("swallowed", [(), Exception])
+def test_an_answer_that_is_changed_after_it_began_is_cut_off(serve, routed, swallowed):
     class Late(Passing):
         async def __call__(self, scope, receive, send):
             async def other(message):
                 body = message.get("body", b"").replace(b"2", b"3")
-                await send({**message, "body": body} if message["type"] == "http.response.body" else message)
+                with contextlib.suppress(swallowed):
+                    await send({**message, "body": body} if message["type"] == "http.response.body" else message)
+                if body:
+                    step.set()  # the engine waits until its piece was passed on, or was not
 
             await self.app(scope, receive, other)
 
@@ -168,6 +175,7 @@ def test_an_answer_that_is_changed_after_it_began_is_cut_off(serve, routed):
         for chunk in CHUNKS:
             await send({"type": "http.response.body", "body": chunk, "more_body": True})
             await step.wait()
+            step.clear()
         await send({"type": "http.response.body"})
 
     async def main():
@@ -177,9 +185,86 @@ def test_an_answer_that_is_changed_after_it_began_is_cut_off(serve, routed):
                 async with r.client.stream("POST", "/generate", content=b"x") as reply:
                     assert STAMP not in reply.headers
                     async for piece in reply.aiter_raw():
-                        got.append(piece)
-                        step.set()
+                        got.append(piece)  # noqa: PERF401  what came before the error counts
             assert got == CHUNKS[:1]
+            (row,) = (await r.client.get("/hooks")).json()["hooks"]
+            assert row["changed_bodies"] == 1
+
+    asyncio.run(main())
+
+
+class Again(Passing):
+    """Sends a refused request once more; `body` is what it sends first, None for what came."""
+
+    body = None
+
+    async def __call__(self, scope, receive, send):
+        request = await receive()
+        for body in (self.body or request["body"], request["body"]):
+            held = []
+
+            async def hold(message, held=held):
+                held.append(message)
+
+            await self.app(scope, giving(body, receive), hold)
+            if held[0]["status"] < 500:
+                break
+        for message in held:
+            await send(message)
+
+
+def test_who_asks_again_and_passes_on_what_was_answered_then_is_not_named(serve, routed):
+    class Twice(Again):
+        body = b"something else"
+
+    def flaky():
+        statuses = iter((500, 200))
+
+        async def answer(scope, receive, send):
+            got.append((await receive())["body"])
+            status = next(statuses)
+            await send({"type": "http.response.start", "status": status, "headers": []})
+            await send({"type": "http.response.body", "body": b"answer %d" % status})
+
+        return answer
+
+    async def main(kind):
+        async with serve(flaky()) as url, routed(url, middleware=[kind]) as r:
+            reply = await r.post(content=b"x")
+            (row,) = (await r.client.get("/hooks")).json()["hooks"]
+            assert (reply.content, STAMP in reply.headers, row["changed_bodies"]) == (b"answer 200", False, 0)
+
+    got = []
+    asyncio.run(main(Again))
+    asyncio.run(main(Twice))
+    assert got == [b"x", b"x", b"something else", b"x"]
+
+
+class Both(Passing):
+    """Sends the beginning of one answer and then another one."""
+
+    async def __call__(self, scope, receive, send):
+        request = await receive()
+
+        async def half(message):
+            if message["type"] == "http.response.start":
+                await send({**message, "headers": []})
+            elif message["body"]:
+                await send({**message, "body": message["body"][:5], "more_body": True})
+
+        async def whole(message):
+            if message["type"] != "http.response.start":
+                await send(message)
+
+        await self.app(scope, giving(request["body"], receive), half)
+        await self.app(scope, giving(request["body"], receive), whole)
+
+
+def test_half_of_one_answer_and_the_whole_of_another_are_a_change(serve, routed, engine):
+    async def main():
+        async with serve(engine()) as url, routed(url, middleware=[Both]) as r:
+            with pytest.raises(httpx.RemoteProtocolError):
+                await r.post(content=b"x")
             (row,) = (await r.client.get("/hooks")).json()["hooks"]
             assert row["changed_bodies"] == 1
 

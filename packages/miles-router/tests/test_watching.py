@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import re
 import shutil
@@ -40,7 +41,7 @@ def test_metrics_count_requests_by_status_and_show_each_worker(serve, routed, en
         assert samples["miles_router_request_seconds_bucket", 'le="+Inf"'] == 6
         assert 0 < samples["miles_router_request_seconds_sum", ""] < 60
         for url in (a, b):
-            labels = f'worker="{url}",weight_version=""'
+            labels = f'worker="{url}"'
             assert samples["miles_router_worker_requests_total", labels] == 3
             assert samples["miles_router_worker_healthy", labels] == 1
             assert samples["miles_router_worker_outstanding_requests", labels] == 0
@@ -63,13 +64,63 @@ def test_metrics_show_what_goes_wrong_and_what_is_under_way(serve, routed, engin
             text = (await r.client.get("/metrics")).text
             target.gate.set()
             await asyncio.gather(*held)
-        assert (
-            f'miles_router_worker_outstanding_requests{{worker="{url}",weight_version="seven \\"of\\" nine"}} 1' in text
-        )
-        labels = f'{{worker="{dead}",weight_version=""}}'
+        assert f'miles_router_worker_outstanding_requests{{worker="{url}"}} 1\n' in text
+        assert f'miles_router_worker_info{{worker="{url}",weight_version="seven \\"of\\" nine"}} 1\n' in text
+        labels = f'{{worker="{dead}"}}'
         for line in ("healthy%s 0", "quarantines_total%s 1", "failures_total%s 1", "requests_total%s 1"):
             assert f"miles_router_worker_{line % labels}\n" in text
         assert 'miles_router_requests_total{status="503"} 1\n' in text
+
+    asyncio.run(main())
+
+
+def test_the_seconds_of_a_request_that_is_refused_are_counted(serve, routed, engine):
+    async def main():
+        target = engine()
+        target.gate = asyncio.Event()
+        limits = {"router_max_worker_requests": 1, "router_queue_timeout": 0.2}
+        async with serve(target) as url, routed(url, **limits) as r:
+            held = asyncio.create_task(r.post())
+            await r.until(lambda row: row["outstanding"] == 1)
+            assert (await r.post()).status_code == 503
+            latency = (await r.client.get("/status")).json()["latency"]
+            target.gate.set()
+            await held
+        assert latency["seconds"] >= 0.2
+
+    asyncio.run(main())
+
+
+def test_an_engine_may_list_no_models_or_nonsense(serve, routed, engine):
+    async def main():
+        bodies = [b'{"data": null}', b'{"data": [3, {"id": ["m"]}]}', b'{"data": {}}', b'{"data": [{"id": "m"}]}']
+        async with contextlib.AsyncExitStack() as stack:
+            urls = [await stack.enter_async_context(serve(engine(body))) for body in bodies]
+            async with routed(*urls) as r:
+                answer = await r.client.get("/v1/models")
+        assert [model["id"] for model in answer.json()["data"]] == [["m"], "m"]
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize(("path", "key"), [("/v1/models", "data"), ("/server_info", "workers")])
+def test_engines_that_middleware_did_not_choose_are_not_asked(serve, routed, engine, path, key):
+    class Chooses:
+        def __init__(self, app, *, router):
+            self.app, self.router = app, router
+
+        async def __call__(self, scope, receive, send):
+            self.router.choose(scope, *(worker.url for worker in self.router.workers[:2]))
+            await self.app(scope, receive, send)
+
+    async def main():
+        engines = [engine(b'{"data": [{"id": "m%d"}]}' % n) for n in range(3)]
+        async with contextlib.AsyncExitStack() as stack:
+            urls = [await stack.enter_async_context(serve(one)) for one in engines]
+            async with routed(*urls, middleware=[Chooses]) as r:
+                answer = (await r.client.get(path)).json()
+        assert len(answer[key]) == 2
+        assert [len(one.requests) + one.questions for one in engines] == [1, 1, 0]
 
     asyncio.run(main())
 

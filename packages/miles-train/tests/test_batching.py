@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from miles_api.config import RunConfig
+from miles_train import batching
 from miles_train.batching import check_batching, make_micro_batches, pack_micro_batches, spread
 from miles_train.options import BatchingOptions
 
@@ -66,6 +67,13 @@ def test_no_more_micro_batches_than_half_full_ones_would_be(lengths, max_tokens)
 
 def test_a_sample_longer_than_the_limit_is_alone_and_others_still_share():
     assert pack_micro_batches([3, 20, 4, 3], 10) == [[1], [0, 2, 3]]
+
+
+def test_long_samples_that_hardly_share_are_spread_over_one_number_of_micro_batches_only(monkeypatch):
+    tried = []
+    monkeypatch.setattr(batching, "spread", lambda lengths, parts: tried.append(parts) or spread(lengths, parts))
+    assert len(pack_micro_batches([6] * 50 + [3] * 50, 10)) == 50
+    assert tried == [50]
 
 
 def test_short_samples_fill_the_gaps_that_long_ones_leave():

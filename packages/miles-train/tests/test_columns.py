@@ -51,7 +51,7 @@ def test_columns_of_equal_length_pass_and_unknown_ones_pass_through():
         ({"rewards": 1.0}, r"'rewards' is a float"),
         ({"tokens": None}, r"no column 'tokens'"),
         ({"log_probs": [[0.0]] * 3}, r"'log_probs' is computed by the trainer"),
-        ({"rollout_numbers": [0] * 3}, r"'rollout_numbers' is computed by the trainer"),
+        ({"rollout_mask_sums": [0] * 3}, r"'rollout_mask_sums' is computed by the trainer"),
     ],
 )
 def test_a_column_that_does_not_fit_is_refused_by_name_with_both_lengths(change, message):
@@ -89,9 +89,35 @@ def test_more_steps_than_rollouts_are_refused():
         split_steps([0] * 4, 3, [0, 0, 0, 1])
 
 
+def test_where_no_cut_is_possible_because_samples_of_a_rollout_are_apart_the_error_says_so():
+    with pytest.raises(SampleError, match="samples of a rollout must follow one another"):
+        split_steps([0] * 4, 2, [0, 1, 0, 1])
+    with pytest.raises(SampleError, match="cannot be split") as caught:
+        split_steps([0] * 4, 3, [0, 0, 1, 1])
+    assert "follow" not in str(caught.value)
+
+
+class Counted(list):
+    """Counts how often it is looked at."""
+
+    looks = 0
+
+    def __getitem__(self, position):
+        self.looks += 1
+        return super().__getitem__(position)
+
+
+def test_cutting_into_more_steps_looks_at_each_sample_a_few_times_only():
+    groups = Counted(i // 8 for i in range(4096))
+    steps = split_steps(groups, 64)
+    assert {len(step) for step in steps} == {64}
+    assert groups.looks < 16 * len(groups)
+
+
 def test_samples_of_one_rollout_reach_the_same_step_on_whatever_rank():
     batch = make_batch([3] * 8, group=8) | {"rollout_ids": [0, 0, 0, 0, 0, 1, 2, 2]}
-    shards = shard_columns(number_rollouts(batch), data_parallel_size=2, num_steps=2)
+    siblings = number_rollouts(batch)
+    shards = shard_columns(batch, data_parallel_size=2, num_steps=2, rollouts=siblings.numbers)
     steps = [sorted(i for rank in shards for i in rank[step]) for step in range(2)]
     assert steps == [[0, 1, 2, 3, 4], [5, 6, 7]]
 

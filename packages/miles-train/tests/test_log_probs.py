@@ -61,7 +61,7 @@ def test_values_and_gradients_do_not_depend_on_the_size_of_chunks(rows, chunk_si
     tokens, lengths = sequences()
     theirs = make_logits(22, torch.float64).requires_grad_()
     expected, expected_entropies = reference(theirs, tokens, lengths, temperature)
-    packed = response_rows(tokens, lengths)[0]
+    packed = response_rows(tokens, lengths)
     ours = theirs.detach().clone()
     ours = (ours if rows == "all" else ours[packed]).requires_grad_()
     log_probs, entropies = log_probs_and_entropy(
@@ -153,7 +153,7 @@ def test_logits_are_left_as_they_were_and_only_response_rows_get_a_gradient():
     assert entropies is None
     assert torch.equal(logits.detach(), before)
     touched = logits.grad.abs().sum(-1).nonzero().squeeze(-1).tolist()
-    assert touched == response_rows(tokens, lengths)[0].tolist() == [1, 2, 3, 6, 8, 9, 10, 11, 12, 13]
+    assert touched == response_rows(tokens, lengths).tolist() == [1, 2, 3, 6, 8, 9, 10, 11, 12, 13]
 
 
 def test_an_entropy_that_is_only_looked_at_changes_no_gradient_and_may_be_all_that_has_one():
@@ -209,7 +209,7 @@ def split_case(whole, name):
     tokens, lengths = sequences()
     # Possible ones, in the rows of which only the first rank's part is possible.
     tokens[0][2], tokens[2][1] = 3, 4
-    whole = whole if keywords["rows"] == "all" else whole[response_rows(tokens, lengths)[0]]
+    whole = whole if keywords["rows"] == "all" else whole[response_rows(tokens, lengths)]
     return whole, {"tokens": tokens, "response_lengths": lengths, "entropy": True} | keywords
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from miles_api.hook_options import HookOptions
 from miles_api.run_options import RunOptions
 from miles_train.driver.checkpoint import State
 from miles_train.driver.identity import identity_of, mismatches
@@ -74,6 +75,16 @@ def test_without_flags_the_models_are_those_of_the_policys_directory(model):
     assert list(check_models(config)) == []
     assert list(models_notes(config)) == [f"models beside the policy: critic {policy}, reference {policy}"]
     assert list(models_notes(make_config(policy, loss_type="sft_loss"))) == []
+
+
+def test_distillation_without_anything_that_could_bring_a_teacher_is_refused_before_a_start(model):
+    policy, wanted = model(), ObjectiveOptions(use_opd=True)
+    [problem] = check_models(make_config(policy, wanted))
+    assert "--opd-teacher-load" in problem
+    assert not list(check_models(make_config(policy, wanted, ModelsOptions(opd_teacher_load=policy))))
+    asks = HookOptions(custom_reward_post_process_path="teacher.py:ask")
+    assert not list(check_models(make_config(policy, wanted, asks)))
+    assert not list(check_models(make_config(policy, wanted, load_debug_rollout_data="rollouts.bin")))
 
 
 def test_value_loss_needs_an_estimator_with_a_critic(model):

@@ -10,7 +10,7 @@ from miles_train.metrics import Metrics
 from miles_train.objective import add_loss_metrics, plan_steps, samples_that_pull
 from miles_train.options import ObjectiveOptions
 from miles_train.reducers import reducer_of
-from miles_train.siblings import number_rollouts
+from miles_train.siblings import number_rollouts, sum_rollout_masks
 
 MEANS, TOKENS = ObjectiveOptions(), ObjectiveOptions(calculate_per_token_loss=True)
 
@@ -71,25 +71,43 @@ def test_a_rank_without_a_running_sample_joins_with_its_shortest_which_counts_in
     assert metrics.gather(contribute=True) == {"loss": 0.0}
 
 
+def one_rank(sums):
+    return sums
+
+
 def siblings_data():
     """Two rollouts of three and one samples; the first has 4 unmasked tokens in all."""
     data = make_data([[1, 1], [0, 0], [1, 1, 0, 0], [1]])
-    columns = {"rollout_ids": [7, 7, 7, 8], "group_indices": [0] * 4}
-    return data | number_rollouts(columns)
+    siblings = number_rollouts({"rollout_ids": [7, 7, 7, 8], "group_indices": [0] * 4})
+    sum_rollout_masks(data, siblings, one_rank)
+    return data, siblings
 
 
 def test_samples_of_one_rollout_count_once_and_share_its_tokens():
-    data = siblings_data()
-    [step] = plan_steps(data, [[0, 1, 2, 3]], [True] * 4, MEANS).steps
+    data, siblings = siblings_data()
+    [step] = plan_steps(data, [[0, 1, 2, 3]], [True] * 4, MEANS, siblings).steps
     assert data["rollout_mask_sums"] == [4, 4, 4, 1]
     assert (step.loss_denominator, step.metric_denominator) == (2, 2)
     values = torch.arange(9.0)
     assert reducer_of(data, MEANS)(values) == (0 + 1 + 4 + 5) / 4 + 8
 
 
+def test_ranks_sum_up_the_masks_of_rollouts_once_and_with_room_for_those_of_others():
+    siblings, asked = number_rollouts({"rollout_ids": [7, 7, 8, 9]}), []
+
+    def sum_over_ranks(sums):
+        asked.append(sums)
+        return [[total + 1.0 for total in row] for row in sums]
+
+    data = make_data([[1, 1], [1, 0]])
+    sum_rollout_masks(data, siblings.of([1, 3]), sum_over_ranks)
+    assert asked == [[[2, 0, 1]]]
+    assert data["rollout_mask_sums"] == [3, 2]
+
+
 def test_a_sample_that_is_left_out_still_counts_in_its_rollouts_tokens():
-    data = siblings_data()
-    [step] = plan_steps(data, [[0, 1, 2, 3]], [True, True, False, False], MEANS).steps
+    data, siblings = siblings_data()
+    [step] = plan_steps(data, [[0, 1, 2, 3]], [True, True, False, False], MEANS, siblings).steps
     assert data["rollout_mask_sums"] == [4, 4, 4, 1]
     assert step.loss_denominator == 2
     # Half of the first rollout runs: a metric that is 1 at every token is 1.
@@ -98,9 +116,9 @@ def test_a_sample_that_is_left_out_still_counts_in_its_rollouts_tokens():
 
 
 def test_a_constant_divides_sums_of_rollouts_and_metrics_stay_means_of_tokens():
-    data = siblings_data()
+    data, siblings = siblings_data()
     objective = ObjectiveOptions(loss_length_norm=10)
-    [step] = plan_steps(data, [[0, 1, 2, 3]], [True] * 4, objective).steps
+    [step] = plan_steps(data, [[0, 1, 2, 3]], [True] * 4, objective, siblings).steps
     reduce = reducer_of(data, objective)
     assert reduce(torch.arange(9.0)) == pytest.approx((0 + 1 + 4 + 5 + 8) / 10)
     assert step.loss_denominator == 2
@@ -109,9 +127,11 @@ def test_a_constant_divides_sums_of_rollouts_and_metrics_stay_means_of_tokens():
 
 def test_no_column_is_added_where_no_rollout_has_several_samples():
     columns = {"rollout_ids": [3, 4, 3, 4], "group_indices": [0, 0, 1, 1]}
-    assert number_rollouts(columns) is columns
-    data = make_data([[1], [1]])
-    plan_steps(data, [[0, 1]], [True] * 2, MEANS)
+    siblings = number_rollouts(columns)
+    assert siblings is None
+    data, asked = make_data([[1], [1]]), []
+    sum_rollout_masks(data, siblings, asked.append)
+    assert not asked
     assert data.keys() == make_data([[1], [1]]).keys()
 
 

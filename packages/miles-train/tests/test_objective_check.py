@@ -6,13 +6,15 @@ from importlib import import_module
 
 import pytest
 
+from miles_api.config import DERIVED
 from miles_api.errors import ConfigError
 from miles_api.hook_options import HookOptions
 from miles_api.options import Options
 from miles_api.parsing.parse import parse_run
-from miles_train.driver.check import derived, notes
+from miles_train.driver.check import check, derived, notes
+from miles_train.estimators import ESTIMATORS
 from miles_train.objective_check import check_objective
-from miles_train.options import BatchingOptions, ModelsOptions, ObjectiveOptions
+from miles_train.options import BatchingOptions, LoggingOptions, ModelsOptions, ObjectiveOptions
 
 tiny = import_module("packages.miles-train.tests.tiny_trainer")
 
@@ -37,7 +39,7 @@ def test_an_estimator_that_centres_rewards_itself_turns_their_normalisation_off(
     settled = config.replace(**derived(config))
     assert settled.flat()["rewards_normalization"] is False
     assert not list(check_objective(settled))
-    assert any(f"{name} centres rewards itself" in note for note in notes(settled))
+    assert any(f"{name} takes rewards as they are" in note for note in notes(settled))
     assert derived(settled) == {}
 
 
@@ -49,9 +51,8 @@ def test_grpo_and_gspo_leave_the_normalisation_of_rewards_to_the_rollout(name):
     assert not any("centres" in note for note in notes(config))
 
 
-@pytest.mark.parametrize("given", ["rewards_normalization", "grpo_std_normalization"])
-def test_a_normalisation_that_the_run_asks_for_is_not_taken_away_but_refused(given):
-    config = make(advantage_estimator="rloo", given=[given])
+def test_a_normalisation_that_the_run_asks_for_is_not_taken_away_but_refused():
+    config = make(advantage_estimator="rloo", given=["rewards_normalization"])
     assert derived(config) == {}
     [problem] = check_objective(config)
     assert "rloo needs rewards that are not divided by their group's spread: pass --no-rewards-normalization" in problem
@@ -140,13 +141,41 @@ def test_a_part_of_the_objective_without_what_it_belongs_to_is_refused(objective
         (ModelsOptions(critic_lr=0.0), {}, "--critic-lr 0.0 belongs to --advantage-estimator ppo"),
         (ModelsOptions(num_critic_only_steps=2), {}, "--num-critic-only-steps 2 belongs to --advantage-estimator ppo"),
         (ModelsOptions(num_critic_only_steps=20), PPO, "leaves none of the 20 rollouts of --num-rollout to the policy"),
-        (BatchingOptions(micro_batch_size=2), {}, "pass --no-use-dynamic-batch-size, or leave --micro-batch-size out"),
-        (BatchingOptions(balance_by_flops=True, balance_data=False), {}, "--no-balance-data does not: drop one"),
     ],
 )
 def test_options_of_other_tables_that_do_not_fit_the_objective_are_refused(group, objective, message):
     [problem] = check_objective(make(RewardOptions(rewards_normalization=False), group, **objective))
     assert message in problem
+
+
+@pytest.mark.parametrize(
+    ("group", "flag"),
+    [
+        (BatchingOptions(micro_batch_size=2), "--micro-batch-size"),
+        (BatchingOptions(balance_by_flops=True, balance_data=False), "--balance-by-flops"),
+    ],
+)
+def test_batching_that_would_not_be_done_is_said_once(group, flag):
+    config = make(RewardOptions(), group, LoggingOptions())
+    assert sum(problem.startswith(flag) for problem in check(config)) == 1
+
+
+@pytest.mark.parametrize(
+    ("objective", "models", "message"),
+    [
+        ({}, {"num_critic_only_steps": 2}, "--num-critic-only-steps 2 says how long the policy waits, and --loss-type"),
+        ({"eps_clip": 0.3}, {}, "--eps-clip 0.3 is about the policy loss, and --loss-type value_loss trains"),
+        ({"policy_loss_type": "cispo"}, {}, "--policy-loss-type cispo is about the policy loss, and"),
+        ({"report_entropy": True}, {}, "--report-entropy is about the policy loss, and"),
+        ({"skip_zero_advantage": True}, {}, "--skip-zero-advantage is about the policy loss, and"),
+    ],
+)
+def test_what_is_the_policys_is_refused_where_the_critic_is_trained_alone(objective, models, message):
+    plain = RewardOptions(rewards_normalization=False)
+    run = {"loss_type": "value_loss"}
+    [problem] = check_objective(make(plain, ModelsOptions(**models), run=run, **PPO, **objective))
+    assert message in problem
+    assert problem.endswith(": leave it out")
 
 
 @pytest.mark.parametrize("objective", [{"kl_coef": 0.1, "advantage_estimator": "rloo"}, {"use_opd": True}])
@@ -161,6 +190,44 @@ def test_what_changes_the_advantages_of_an_estimator_is_refused_beside_an_advant
 def test_a_run_file_that_repeats_the_defaults_is_not_held_against_the_run():
     config = make()
     assert not list(check_objective(config.replace("run.toml", **config.flat())))
+
+
+@pytest.mark.parametrize("name", list(ESTIMATORS))
+def test_the_run_file_of_an_interrupted_run_settles_and_checks_as_the_run_did(name, tmp_path):
+    first = parse_run(["--advantage-estimator", name, "--n-samples-per-prompt", "4"])
+    first = first.replace(DERIVED, **derived(first))
+    (tmp_path / "config.toml").write_text(first.to_toml())
+    again = parse_run([str(tmp_path / "config.toml")])
+    again = again.replace(DERIVED, **derived(again))
+    assert again.flat() == first.flat()
+    assert not list(check_objective(again))
+
+
+def test_a_critic_gets_rewards_as_they_are_also_beside_an_advantage_hook_which_may_read_gamma():
+    config = make(RewardOptions(), tiny.hooked(advantage="no_returns"), gamma=0.9, **PPO)
+    assert derived(config) == {"rewards_normalization": False}
+    assert not list(check_objective(config))
+    assert derived(make(RewardOptions(), tiny.hooked(advantage="no_returns"))) == {}
+
+
+def test_the_plan_says_when_a_kl_divergence_holds_little_or_nothing():
+    def found(text, **changed):
+        return any(text in note for note in notes(make(RewardOptions(rewards_normalization=False), **changed)))
+
+    reward = {"advantage_estimator": "reinforce_plus_plus", "kl_coef": 0.1}
+    assert found("k3 in the reward has next to no gradient", kl_loss_type="k3", **reward)
+    assert not found("in the reward", **reward)
+    assert found("only reported", use_kl_loss=True)
+    assert not found("only reported", use_kl_loss=True, kl_loss_coef=0.1)
+
+
+def test_the_plan_says_that_only_an_advantage_hook_may_read_lambda():
+    def found(*options):
+        return [text for text in notes(make(RewardOptions(), *options, lambd=0.9, **PPO)) if text.startswith("lambd")]
+
+    assert found() == []
+    [note] = found(tiny.hooked(advantage="no_returns"))
+    assert "an advantage hook makes the advantages, and nobody but it reads --lambd 0.9" in note
 
 
 def test_a_value_that_is_switched_off_is_off_in_the_run_file_that_continues_the_run(tmp_path):

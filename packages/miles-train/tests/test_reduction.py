@@ -24,7 +24,7 @@ from miles_train.metrics import Metrics
 from miles_train.objective import add_loss_metrics, plan_steps, samples_that_pull
 from miles_train.options import ObjectiveOptions
 from miles_train.reducers import reducer_of
-from miles_train.siblings import number_rollouts
+from miles_train.siblings import Siblings, number_rollouts, sum_rollout_masks
 
 FEATURES = 3
 LOSSES = {"clip": {}, "cispo": {"policy_loss_type": "cispo"}, "gspo": {"advantage_estimator": "gspo"}}
@@ -35,6 +35,7 @@ class Batch(NamedTuple):
     """A rollout, and where each of its samples is trained."""
 
     columns: dict
+    siblings: Siblings | None
     steps: list[int]
     ranks: list[int]
     micro_batches: list[int]
@@ -53,7 +54,7 @@ def make_columns(rollouts, seed):
             columns["log_probs"].append(torch.randn(len(mask), generator=generator, dtype=torch.float64) - 1)
             columns["features"].append(torch.randn((len(mask), FEATURES), generator=generator, dtype=torch.float64))
     lengths = [len(mask) for mask in columns["loss_masks"]]
-    return number_rollouts(columns | {"response_lengths": lengths, "total_lengths": [n + 2 for n in lengths]})
+    return columns | {"response_lengths": lengths, "total_lengths": [n + 2 for n in lengths]}
 
 
 MASKS = st.one_of(st.lists(st.integers(0, 1), max_size=5), st.integers(0, 4).map(lambda n: [0] * n))
@@ -68,8 +69,10 @@ def batches(draw):
     steps = [int(rollout >= half) for rollout, samples in enumerate(rollouts) for _ in samples]
     ranks = min(draw(st.integers(1, 3)), *(steps.count(step) for step in set(steps)))
     places = [steps[:position].count(step) for position, step in enumerate(steps)]
+    columns = make_columns(rollouts, draw(st.integers(0, 9)))
     return Batch(
-        make_columns(rollouts, draw(st.integers(0, 9))),
+        columns,
+        number_rollouts(columns),
         steps,
         [place if place < ranks else draw(st.integers(0, ranks - 1)) for place in places],
         [draw(st.integers(0, 2)) for _ in steps],
@@ -89,7 +92,7 @@ def plan_together(ranks, objective):
     history = []
     while True:
         asked, plans = [], []
-        for data, shares in ranks:
+        for data, shares, siblings in ranks:
             known = iter(history)
 
             def sum_over_ranks(counts, known=known, asked=asked):
@@ -100,7 +103,8 @@ def plan_together(ranks, objective):
 
             running = samples_that_pull(data) if objective.skip_zero_advantage else [True] * len(data["loss_masks"])
             with suppress(WaitingError):
-                plans.append(plan_steps(data, shares, running, objective, sum_over_ranks=sum_over_ranks))
+                sum_rollout_masks(data, siblings, sum_over_ranks)
+                plans.append(plan_steps(data, shares, running, objective, siblings, sum_over_ranks=sum_over_ranks))
         if not asked:
             return plans
         assert len(asked) == len(ranks)
@@ -126,10 +130,11 @@ def trained(batch, objective):
         shares = [
             [place for place, i in enumerate(mine) if batch.steps[i] == step] for step in sorted(set(batch.steps))
         ]
-        ranks.append((select(batch.columns, mine), shares))
+        siblings = batch.siblings and batch.siblings.of(mine)
+        ranks.append((select(batch.columns, mine), shares, siblings))
     metrics = Metrics()
     for rank, plan in enumerate(plan_together(ranks, objective)):
-        data, _ = ranks[rank]
+        data, *_ = ranks[rank]
         micro_batches = select({"micro": batch.micro_batches}, positions_of(batch.ranks, rank))["micro"]
         for step in plan.steps:
             packs = defaultdict(list)
@@ -208,7 +213,7 @@ def test_a_conversation_trains_the_same_as_one_sample_or_as_several(loss, reduct
     joined |= {
         name: [sum(columns[name][i] for i in own) for own in members] for name in ("response_lengths", "total_lengths")
     }
-    whole = Batch(joined, [batch.steps[own[0]] for own in members], [0] * len(members), [0] * len(members))
+    whole = Batch(joined, None, [batch.steps[own[0]] for own in members], [0] * len(members), [0] * len(members))
     (apart, measured), (together, same) = trained(batch, objective), trained(whole, objective)
     torch.testing.assert_close(apart, together, rtol=1e-6, atol=1e-7)
     assert measured == pytest.approx(same, rel=1e-5, abs=1e-7)

@@ -38,6 +38,7 @@ def run(hf_dir, hook, name):
         ("loss", "loss_alone", r"it must return \(loss, metrics\)"),
         ("loss", "loss_with_a_tensor_metric", r"the metric 'mine' must be a number or a scalar tensor, it is a tensor"),
         ("loss", "loss_with_our_metric", "the metric 'lr' has the name of one that the trainer reports"),
+        ("loss", "loss_with_a_reserved_metric", "the metric 'zero_step_0_rate_max' has the name of one that the"),
         ("pg_loss_reducer", "reducer_of_nothing", "must return a function from token losses to their sum"),
         ("pg_loss_reducer", "reducer_to_a_vector", "the reduced loss must be a scalar tensor"),
         (
@@ -60,6 +61,7 @@ def run(hf_dir, hook, name):
             "infinite_mask",
             r": 'loss_masks' of sample 100 in rollout 4 is -inf at position 1",
         ),
+        ("rollout_data_postprocess", "takes_our_column", "column 'rollout_mask_sums' is computed by the trainer"),
         ("rollout_data_postprocess", "short_column", "column 'mine' must be a list with one entry for each of 16"),
     ],
 )

@@ -65,6 +65,22 @@ def test_a_loss_hook_can_train_on_data_without_rewards(hf_dir):
     assert losses[-1] < losses[0]
 
 
+@pytest.mark.parametrize(
+    ("objective", "flag"),
+    [({"use_opd": True}, "--use-opd"), ({"kl_coef": 0.1, "advantage_estimator": "rloo"}, "--kl-coef")],
+)
+def test_what_is_a_part_of_advantages_is_refused_on_data_without_rewards(hf_dir, objective, flag):
+    batch = make_batch()
+    del batch["rewards"]
+    options = ObjectiveOptions(**objective), hooked(loss="loss_with_entropy")
+    config = make_config(hf_dir, *options, loss_type="custom_loss")
+    with (
+        tiny.Started(config) as trainer,
+        pytest.raises(SampleError, match=f"^{flag} is a part of advantages, which --loss-type custom_loss has only"),
+    ):
+        trainer.train(0, batch)
+
+
 def test_a_loss_hook_gets_samples_without_advantage_too(hf_dir, tmp_path):
     batch = make_batch(dead_groups=(0, 1, 2, 3))
     objective = ObjectiveOptions(skip_zero_advantage=True)
@@ -106,7 +122,7 @@ def test_a_reducer_hook_reduces_the_policy_loss_and_not_the_entropy(hf_dir, tmp_
 def test_truncated_importance_sampling_changes_nothing_where_trainer_and_engine_agree(hf_dir, tmp_path):
     batch = make_batch()
     with tiny.Started(make_config(hf_dir, hooked(advantage="advantage_from_log_probs"))) as trainer:
-        data, _ = trainer._learner._load_batch(batch)
+        data, *_ = trainer._learner._load_batch(batch)
         passes = trainer._learner._passes
         current = passes.old_log_probs(trainer._model, passes.pack(data, range(16)), Metrics())["log_probs"]
         batch["rollout_log_probs"] = [values.tolist() for values in current]
@@ -156,7 +172,7 @@ def test_masks_that_a_correction_returns_do_not_change_denominators(hf_dir, tmp_
     )
     found, metrics = train_once(config, tmp_path / "a", batch)
     with tiny.Started(make_config(hf_dir)) as trainer:
-        data, _ = trainer._learner._load_batch(batch)
+        data, *_ = trainer._learner._load_batch(batch)
         passes = trainer._learner._passes
         current = passes.old_log_probs(trainer._model, passes.pack(data, range(16)), Metrics())["log_probs"]
     kept = [values <= -3.5 for values in current]
@@ -270,6 +286,18 @@ def test_an_advantage_hook_sees_log_probs_and_its_advantages_are_trained_on(hf_d
     assert metrics["train/samples_skipped"] == 4
     assert "log_probs" in calls_of("advantage")[0]["columns"]
     assert calls_of("before_log_prob") == [{"prefix": "", "chunks": 1}]
+
+
+@pytest.mark.parametrize("advantage", [None, "advantage_and_nothing_unknown"])
+def test_a_hook_that_drops_columns_it_does_not_know_leaves_the_weight_of_siblings_as_it_is(hf_dir, tmp_path, advantage):
+    batch = make_batch(rollout_ids=[0, 0, 0, 1] * 4)
+    own = {"advantage": "advantage_from_log_probs"} if advantage else {}
+    tidy = {"advantage": advantage} if advantage else {"rollout_data_postprocess": "forget_the_unknown"}
+    expected, metrics = train_once(make_config(hf_dir, hooked(**own)), tmp_path / "a", batch)
+    found, tidied = train_once(make_config(hf_dir, hooked(**tidy)), tmp_path / "b", batch)
+    assert calls_of("rollout_data_postprocess")
+    assert_same_weights(expected, found)
+    assert tidied["train/loss"] == pytest.approx(metrics["train/loss"], abs=1e-6)
 
 
 def test_advantages_of_another_precision_become_fp32(hf_dir):

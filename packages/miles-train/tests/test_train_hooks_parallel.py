@@ -43,9 +43,9 @@ CASES = {
         {"advantage_estimator": "reinforce_plus_plus_baseline", "policy_loss_type": "cispo"},
         {},
     ),
-    # Samples of one rollout lie on both ranks, and a hook changes their masks there.
+    # Samples of one rollout lie on both ranks, and hooks change their masks there and drop columns.
     "siblings": (
-        {"rollout_data_postprocess": "mask_first_token"},
+        {"rollout_data_postprocess": ["mask_first_token", "forget_the_unknown"]},
         {"calculate_per_token_loss": False, "skip_zero_advantage": True},
         {},
     ),

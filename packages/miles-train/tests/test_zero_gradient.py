@@ -64,6 +64,28 @@ def test_a_step_that_changes_nothing_is_counted_under_its_cause(hf_dir, tmp_path
     assert cause in CAUSES
 
 
+CANCELLED = """
+def correct(args, *, pg_loss, loss_masks):
+    return pg_loss * 0.0, loss_masks, {}
+"""
+
+
+@pytest.mark.parametrize("loss_type", ["clip", "cispo"])
+def test_a_step_whose_tokens_were_cancelled_is_not_called_clipped_for_one_that_was(hf_dir, tmp_path, loss_type):
+    (tmp_path / "cancel.py").write_text(CANCELLED)
+    batch = make_batch() if loss_type == "clip" else all_clipped()
+    if loss_type == "clip":
+        # Of the rewarded samples one is far likelier to the trainer than it was to the engine.
+        batch["rollout_log_probs"][1] = [-30.0] * batch["response_lengths"][1]
+    options = ObjectiveOptions(use_tis=True, use_rollout_logprobs=True, policy_loss_type=loss_type)
+    hook = HookOptions(custom_tis_function_path=f"{tmp_path / 'cancel.py'}:correct")
+    config = make_config(hf_dir, options, hook, num_steps_per_rollout=1)
+    _, metrics = train_once(config, tmp_path / "weights", batch)
+    assert metrics["train/pg_clipfrac"] > 0
+    assert metrics["train/zero_gradient/no_gradient"] == 1
+    assert "train/zero_gradient/clipped" not in metrics
+
+
 def test_steps_that_train_are_not_counted_and_those_beside_them_are(hf_dir, tmp_path):
     _, training = train_once(make_config(hf_dir), tmp_path, make_batch())
     assert training["train/zero_gradient_steps"] == 0

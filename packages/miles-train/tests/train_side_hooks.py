@@ -108,6 +108,23 @@ def mask_first_token(args, rollout_id, rollout_data):
         mask[: len(mask) if index % 5 == 0 else 1] = 0
 
 
+KNOWN = {"tokens", "response_lengths", "total_lengths", "loss_masks", "rewards", "sample_indices", "rollout_log_probs"}
+KNOWN |= {"log_probs", "advantages", "returns"}
+
+
+def forget_the_unknown(args, rollout_id, rollout_data):
+    """Drop every column that this hook has never heard of."""
+    note("rollout_data_postprocess", columns=sorted(rollout_data))
+    for name in set(rollout_data) - KNOWN:
+        del rollout_data[name]
+
+
+def advantage_and_nothing_unknown(args, rollout_data):
+    """Weight rewards by how unlikely a token was, and drop every column that this hook has never heard of."""
+    advantage_from_log_probs(args, rollout_data)
+    forget_the_unknown(args, 0, rollout_data)
+
+
 # Moments
 
 
@@ -201,6 +218,10 @@ def loss_with_our_metric(args, batch, logits, sum_of_sample_mean):
     return logits.sum(), {"lr": 1.0}
 
 
+def loss_with_a_reserved_metric(args, batch, logits, sum_of_sample_mean):
+    return logits.sum(), {"zero_step_0_rate_max": 1.0}
+
+
 def reducer_of_nothing(total_lengths, response_lengths, loss_masks, calculate_per_token_loss=False):
     return None
 
@@ -260,6 +281,10 @@ def drops_a_mask(args, rollout_id, rollout_data):
 
 def infinite_mask(args, rollout_id, rollout_data):
     rollout_data["loss_masks"] = [mask.log() for mask in rollout_data["loss_masks"]]
+
+
+def takes_our_column(args, rollout_id, rollout_data):
+    rollout_data["rollout_mask_sums"] = [1] * len(rollout_data["tokens"])
 
 
 def short_column(args, rollout_id, rollout_data):

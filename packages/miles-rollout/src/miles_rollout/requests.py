@@ -24,10 +24,11 @@ if TYPE_CHECKING:
 __all__ = ["Requests"]
 
 _OK = 200
-_NOT_SERVED = frozenset({502, 503, 504})
-"""The router lost its engine, has none at the moment, or the engine stays silent. A 4xx or 500 is the answer."""
+_NOT_SERVED = frozenset({429, 502, 503, 504})
+"""The router's middleware wants fewer requests, or the router lost its engine, has none at the moment, or the engine
+stays silent. Any other 4xx and 500 is the answer."""
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.1, 2.0
-"""Seconds before a request is sent again, doubled each time."""
+"""Seconds before a request is sent again, doubled each time; longer where `Retry-After` says so."""
 _ERROR_BODY = 500
 _CHANGED = "x-miles-changed-tokens"
 """The response header that names router middleware which changed the tokens."""
@@ -37,7 +38,11 @@ _decode = msgspec.json.Decoder().decode
 
 
 class _NotServedError(Exception):
-    """Nobody answered, or somebody between us and the engine did."""
+    """Nobody answered, or somebody between us and the engine did: `after` so many seconds it may be asked again."""
+
+    def __init__(self, said: str, after: float = 0.0) -> None:
+        super().__init__(said)
+        self.after = after
 
 
 class Requests:
@@ -66,7 +71,7 @@ class Requests:
         """
         url, body = self._url + path, _encode(payload)
         deadline = time.monotonic() + self._timeout
-        tries, pause, problem = 0, _FIRST_PAUSE, ""
+        tries, pause, problem, after = 0, _FIRST_PAUSE, "", 0.0
         while (left := deadline - time.monotonic()) > 0:
             tries += 1
             self._repeated += tries > 1
@@ -75,8 +80,8 @@ class Requests:
             except TimeoutError:
                 break
             except _NotServedError as error:
-                problem = str(error)
-            await asyncio.sleep(min(pause, max(deadline - time.monotonic(), 0.0)))
+                problem, after = str(error), error.after
+            await asyncio.sleep(min(max(pause, after), max(deadline - time.monotonic(), 0.0)))
             pause = min(2 * pause, _LONGEST_PAUSE)
         tried = f", though it was sent {tries} times; last seen: {problem}" if problem else ""
         raise ServiceError(f"{url} did not answer within --generate-timeout {self._timeout:g} s{tried}")
@@ -95,7 +100,9 @@ class Requests:
         if reply.status == _OK:
             return answer, reply.headers.get(_CHANGED, "")
         said = f"answered {reply.status}: {answer[:_ERROR_BODY].decode(errors='replace')}"
-        raise _NotServedError(said) if reply.status in _NOT_SERVED else ServiceError(f"{url} {said}")
+        if reply.status in _NOT_SERVED:
+            raise _NotServedError(said, _seconds(reply.headers.get("Retry-After", "")))
+        raise ServiceError(f"{url} {said}")
 
     def take_repeated(self) -> int:
         """Return how many requests were sent again since the last call."""
@@ -106,6 +113,11 @@ class Requests:
         """Close the connections, if there are any."""
         if "session" in self.__dict__:
             await self.session.close()
+
+
+def _seconds(retry_after: str) -> float:
+    """Return the seconds that a `Retry-After` names; 0 where it names a date, or nothing."""
+    return float(retry_after) if retry_after.isdecimal() else 0.0
 
 
 def _stamped(body: bytes, changed: str) -> Any:

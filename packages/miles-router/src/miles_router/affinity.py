@@ -9,7 +9,7 @@ from __future__ import annotations
 import bisect
 import hashlib
 from collections import OrderedDict
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from .policies import LeastOutstanding
 
@@ -35,22 +35,31 @@ def _place(key: bytes) -> int:
     return int.from_bytes(hashlib.blake2b(key, digest_size=8).digest())
 
 
+class Members(Protocol):
+    """What these policies ask a `WorkerRegistry`."""
+
+    urls: frozenset[str]
+    healthy: list[Worker]
+
+
 class ConsistentHashing:
     """Hash keys onto a ring of workers (Karger et al. 1997): when one comes or goes, only its own keys move."""
 
-    def __init__(self) -> None:
+    def __init__(self, members: Members) -> None:
         self._fallback = LeastOutstanding()
+        self._members = members
+        self._on_ring: frozenset[str] = frozenset()
         self._places: list[int] = []
         self._urls: list[str] = []
-        self._known: set[str] = set()
 
     def choose(self, workers: Sequence[Worker], request: RouteRequest, /) -> Worker:
         """Return the worker whose point follows that of the request's key; one that may not get it is passed over."""
         key = request.header(ROUTING_KEY)
         if not key or len(workers) == 1:
             return self._fallback.choose(workers, request)
+        if self._members.urls is not self._on_ring:
+            self._build(self._members.urls)
         by_url = {worker.url: worker for worker in workers}
-        self._know(by_url)
         start = bisect.bisect(self._places, _place(key))
         for index in range(start, start + len(self._urls)):
             worker = by_url.get(self._urls[index % len(self._urls)])
@@ -58,13 +67,9 @@ class ConsistentHashing:
                 return worker
         raise AssertionError("every candidate is on the ring")
 
-    def _know(self, by_url: dict[str, Worker]) -> None:
-        """Put new workers on the ring; those that are gone stay until they are most of it, since they may be back."""
-        if by_url.keys() <= self._known and len(self._known) <= 2 * len(by_url) + 16:
-            return
-        keep = self._known if len(self._known) <= 2 * len(by_url) else set()
-        self._known = keep | by_url.keys()
-        points = sorted((_place(f"{url}#{n}".encode()), url) for url in self._known for n in range(_POINTS))
+    def _build(self, urls: frozenset[str]) -> None:
+        self._on_ring = urls
+        points = sorted((_place(f"{url}#{n}".encode()), url) for url in urls for n in range(_POINTS))
         self._places, self._urls = [place for place, _ in points], [url for _, url in points]
 
 
@@ -72,11 +77,13 @@ class Sticky:
     """Keep each session, named by `X-SMG-Routing-Key` or `X-Session-Id`, where its first request went.
 
     The first request goes to the engine with the fewest requests under way; so does the next one after that engine was
-    quarantined or removed, and there the session then stays.
+    quarantined or removed, and there the session then stays. Where its engine is healthy but may not get a request,
+    full or not among those chosen, that request alone goes elsewhere.
     """
 
-    def __init__(self, max_sessions: int = _MAX_SESSIONS) -> None:
+    def __init__(self, members: Members, max_sessions: int = _MAX_SESSIONS) -> None:
         self._fallback = LeastOutstanding()
+        self._members = members
         self._max_sessions = max_sessions
         self._url_of: OrderedDict[bytes, str] = OrderedDict()
 
@@ -85,14 +92,16 @@ class Sticky:
         key = request.header(ROUTING_KEY) or request.header(SESSION_ID)
         if not key:
             return self._fallback.choose(workers, request)
-        url = self._url_of.get(key)
+        session = hashlib.blake2b(key, digest_size=16).digest()  # keys may be long
+        url = self._url_of.get(session)
         if url is not None:
-            self._url_of.move_to_end(key)
+            self._url_of.move_to_end(session)
             for worker in workers:
                 if worker.url == url:
                     return worker
-        worker = self._fallback.choose(workers, request)
-        self._url_of[key] = worker.url
-        if len(self._url_of) > self._max_sessions:
-            self._url_of.popitem(last=False)
-        return worker
+        chosen = self._fallback.choose(workers, request)
+        if url is None or all(worker.url != url for worker in self._members.healthy):
+            self._url_of[session] = chosen.url
+            if len(self._url_of) > self._max_sessions:
+                self._url_of.popitem(last=False)
+        return chosen

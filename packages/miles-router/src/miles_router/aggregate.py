@@ -32,9 +32,13 @@ async def _models(workers: Sequence[Worker], path: str, headers: Headers) -> tup
     answers, problems = await _ask(workers, path, headers)
     models: dict[str, Any] = {}
     for _, answer in answers:
-        for model in answer.get("data", ()):
-            models.setdefault(model.get("id"), model)
+        for model in _listed(answer.get("data")):
+            models.setdefault(str(model.get("id")), model)
     return (200, {"object": "list", "data": list(models.values())}) if answers else _nobody(path, problems)
+
+
+def _listed(data: object) -> list[dict[str, Any]]:
+    return [model for model in data if isinstance(model, dict)] if isinstance(data, list) else []
 
 
 async def _servers(workers: Sequence[Worker], path: str, headers: Headers) -> tuple[int, object]:

@@ -7,7 +7,7 @@ launch scripts written for either keep working.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 from urllib.parse import parse_qs, unquote
 
@@ -24,6 +24,7 @@ from .messages import RETRY_AFTER, BodyTooLargeError, Receive, Scope, Send, read
 from .metrics import Metrics, describe, exposition
 from .page import PAGE_HEADERS, page
 from .proxy import Proxy
+from .routing import Route
 from .workers import WorkerRegistry
 
 if TYPE_CHECKING:
@@ -60,15 +61,15 @@ class RouterApp:
         self.registry = WorkerRegistry(self._on_quarantine, self._on_doubt)
         self.metrics = Metrics()
         self._token = None if options.router_token is None else options.router_token.encode()
+        self._timeout = options.router_request_timeout
         self._max_body = options.router_max_body_bytes
-        policy = make_policy(options.router_policy)
+        policy = make_policy(options.router_policy, self.registry)
         self._gate = make_gate(options, self.registry, policy)
         if self._gate is not None:
             self.registry.on_change = self._gate.pump
         self._proxy = Proxy(
             self.registry,
             policy,
-            options.router_request_timeout,
             gate=self._gate,
             metrics=self.metrics,
             max_body=self._max_body,
@@ -87,8 +88,11 @@ class RouterApp:
     async def start(self) -> None:
         """Start the background tasks."""
         loop = asyncio.get_running_loop()
-        silence = self._prober.watch_silence(self.registry, self._proxy.waits_for, self._proxy.abandon)
-        self._background = [loop.create_task(self._proxy.expire_silent()), loop.create_task(silence)]
+        silence = self._prober.watch_silence(self.registry, self._proxy.exchanges)
+        self._background = [
+            loop.create_task(self._proxy.exchanges.expire_silent(self._timeout)),
+            loop.create_task(silence),
+        ]
 
     async def close(self) -> None:
         """Stop the background tasks and close idle connections."""
@@ -130,8 +134,9 @@ class RouterApp:
     async def _admit(self, path: str, scope: Scope, receive: Receive, send: Send) -> None:
         allowed = allowed_methods(path)
         if scope["method"] in allowed:
-            if scope["method"] == "GET" and path in AGGREGATED and len(self.registry.healthy) > 1:
-                await self._aggregate(path, scope, send)
+            asked = Route(scope, b"").candidates(self.registry) if path in AGGREGATED else []
+            if scope["method"] == "GET" and len(asked) > 1:
+                await self._aggregate(path, asked, scope, send)
             else:
                 await self._proxy(scope, receive, send)
         elif allowed:
@@ -184,9 +189,9 @@ class RouterApp:
         else:
             await send_bytes(send, 200, page(), b"text/html; charset=utf-8", *PAGE_HEADERS)
 
-    async def _aggregate(self, path: str, scope: Scope, send: Send) -> None:
+    async def _aggregate(self, path: str, asked: Sequence[Worker], scope: Scope, send: Send) -> None:
         headers = [] if self._token else [pair for pair in scope["headers"] if pair[0] == b"authorization"]
-        status, value = await AGGREGATED[path](self.registry.healthy, path, headers)
+        status, value = await AGGREGATED[path](asked, path, headers)
         await send_json(send, status, value)
 
     def _on_quarantine(self, worker: Worker) -> None:

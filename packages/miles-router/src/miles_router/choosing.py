@@ -12,20 +12,21 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from .policies import Policy
+    from .workers import WorkerRegistry
 
 __all__ = ["make_policy"]
 
-_POLICIES: dict[str, Callable[[], Policy]] = {
-    "least_outstanding": LeastOutstanding,
-    "round_robin": RoundRobin,
-    "random": Random,
-    "power_of_two": PowerOfTwo,
+_POLICIES: dict[str, Callable[[WorkerRegistry], Policy]] = {
+    "least_outstanding": lambda _: LeastOutstanding(),
+    "round_robin": lambda _: RoundRobin(),
+    "random": lambda _: Random(),
+    "power_of_two": lambda _: PowerOfTwo(),
     "consistent_hashing": ConsistentHashing,
     "sticky": Sticky,
-    "prefix_aware": PrefixAware,
+    "prefix_aware": lambda _: PrefixAware(),
 }
 
 
-def make_policy(name: str) -> Policy:
-    """Return a fresh policy; `name` is a value of `--router-policy`."""
-    return _POLICIES[name]()
+def make_policy(name: str, registry: WorkerRegistry) -> Policy:
+    """Return a fresh policy for the workers of `registry`; `name` is a value of `--router-policy`."""
+    return _POLICIES[name](registry)

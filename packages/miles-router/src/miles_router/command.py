@@ -74,7 +74,8 @@ class RouterCommand:
         except msgspec.ValidationError as exc:
             raise ConfigError(f"miles router: {exc}") from exc
         references = _references(namespace)
-        brought = hook_values.from_environment()
+        # only whoever starts this process for a run sets them for it; what else stands there was left in a shell
+        brought = None if namespace.parent_pid is None else hook_values.from_environment()
         if brought is None:
             brought = hook_values.from_flags(hook_values.brought_by(references), vars(namespace))
         middleware = resolve_middleware(references, args_of(options, brought))

@@ -7,6 +7,7 @@ chunks until the proxy takes them, and reading pauses while the client is slower
 from __future__ import annotations
 
 import asyncio
+import errno
 
 import httptools
 
@@ -15,6 +16,7 @@ __all__ = [
     "ConnectError",
     "ConnectionPool",
     "HungError",
+    "LocalError",
     "LostError",
     "SilentError",
     "UpstreamConnection",
@@ -26,6 +28,7 @@ _PAUSE_ABOVE_BYTES = 1 << 20
 _JOIN_BELOW_BYTES = 1 << 16
 _FIRST_FINAL_STATUS = 200
 _LAST_STATUS = 599
+_LOCAL = frozenset((errno.EMFILE, errno.ENFILE, errno.EADDRNOTAVAIL, errno.ENOMEM, errno.ENOBUFS))
 
 
 class UpstreamError(Exception):
@@ -33,7 +36,15 @@ class UpstreamError(Exception):
 
 
 class ConnectError(UpstreamError):
-    """No connection could be made; nothing was sent."""
+    """No connection could be made; nothing was sent. `refused`: because nothing listens there."""
+
+    def __init__(self, message: str, *, refused: bool = False) -> None:
+        super().__init__(message)
+        self.refused = refused
+
+
+class LocalError(UpstreamError):
+    """This machine or process is short of what a connection takes, which is no engine's fault; nothing was sent."""
 
 
 class LostError(UpstreamError):
@@ -68,6 +79,8 @@ class UpstreamConnection(asyncio.Protocol):
         self.headers: list[tuple[bytes, bytes]] = []
         self.received = False
         """Whether any byte of an answer arrived."""
+        self.speaks = False
+        """Whether any byte of a body arrived: streams have their heads before there is anything to say."""
         self.answered = False
         """Whether status and headers are complete."""
         self.complete = False
@@ -163,7 +176,7 @@ class UpstreamConnection(asyncio.Protocol):
             self._transport.abort()
             return
         self.received = True
-        self.last_activity = self.pool.last_heard = self._loop.time()
+        self.last_activity = self._loop.time()
         try:
             self._parser.feed_data(data)  # type: ignore[union-attr]
         except (httptools.HttpParserError, httptools.HttpParserUpgrade) as exc:
@@ -212,6 +225,7 @@ class UpstreamConnection(asyncio.Protocol):
 
     def on_body(self, chunk: bytes) -> None:
         if not self.complete:
+            self.speaks = True
             self._chunks.append(chunk)
             self._buffered += len(chunk)
 
@@ -228,8 +242,6 @@ class ConnectionPool:
         self._host = host
         self._port = port
         self._closed = False
-        self.last_heard = 0.0
-        """When the engine sent something last, on the clock of the event loop."""
         self._idle: dict[UpstreamConnection, None] = {}  # ordered, and drops a closed one in constant time
 
     def take_idle(self) -> UpstreamConnection | None:
@@ -237,7 +249,7 @@ class ConnectionPool:
         return self._idle.popitem()[0] if self._idle else None
 
     async def connect(self) -> UpstreamConnection:
-        """Open a new connection. Raises `ConnectError`."""
+        """Open a new connection. Raises `ConnectError` or `LocalError`."""
         loop = asyncio.get_running_loop()
         try:
             async with asyncio.timeout(CONNECT_TIMEOUT_S):
@@ -245,7 +257,10 @@ class ConnectionPool:
         except TimeoutError:
             raise ConnectError(f"did not accept a connection within {CONNECT_TIMEOUT_S:g} s") from None
         except OSError as exc:
-            raise ConnectError(f"cannot be connected: {exc.strerror or exc}") from exc
+            if exc.errno in _LOCAL:
+                raise LocalError(f"the router cannot open a connection: {exc.strerror}") from exc
+            refused = exc.errno == errno.ECONNREFUSED
+            raise ConnectError(f"cannot be connected: {exc.strerror or exc}", refused=refused) from exc
         return connection
 
     def put(self, connection: UpstreamConnection) -> None:

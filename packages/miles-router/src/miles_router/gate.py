@@ -9,6 +9,7 @@ import asyncio
 from collections import OrderedDict
 from typing import TYPE_CHECKING
 
+from .messages import until_gone
 from .routing import Refusal
 
 if TYPE_CHECKING:
@@ -45,7 +46,7 @@ class Gate:
 
     def check(self) -> None:
         """Raise `Refusal` where a request that arrives now would have to wait and cannot."""
-        if self._waiting and len(self._waiting) >= self._size:
+        if self._waiting and len(self._waiting) >= self._size and self._is_full():
             raise self._full()
 
     async def enter(self, route: Route, receive: Receive) -> Worker | None:
@@ -63,9 +64,9 @@ class Gate:
         return await self._wait(route, receive)
 
     def leave(self) -> None:
-        """Count a request as over; its worker is given to the first in the queue that may have it."""
+        """Count a request as over and serve the queue: whoever is refused meanwhile leaves its turn to the next."""
         self._active -= 1
-        self._serve_one()
+        self.pump()
 
     def pump(self) -> None:
         """Serve the queue as far as it goes; called when a worker comes or goes."""
@@ -115,7 +116,7 @@ class Gate:
         self._waiting[turn] = route
         if route.failed:
             self._waiting.move_to_end(turn, last=False)
-        gone = loop.create_task(_until_gone(receive))
+        gone = loop.create_task(until_gone(receive))
         try:
             await asyncio.wait((turn, gone), timeout=self._timeout, return_when=asyncio.FIRST_COMPLETED)
         except asyncio.CancelledError:
@@ -137,11 +138,6 @@ class Gate:
 
     def _full(self) -> Refusal:
         return Refusal(503, "queue_full", f"{len(self._waiting)} requests wait already (--router-queue-size)")
-
-
-async def _until_gone(receive: Receive) -> None:
-    while (await receive())["type"] != "http.disconnect":
-        pass
 
 
 def make_gate(options: RouterOptions, registry: WorkerRegistry, policy: Policy) -> Gate | None:

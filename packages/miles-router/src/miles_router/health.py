@@ -1,26 +1,30 @@
 """Who is asked how it is: quarantined workers until they serve again, busy ones that fall silent, and doubtful ones.
 
 A quarantined worker is asked for `/health`, for which SGLang generates a token, and for its weights. One that is busy
-may take long for that, and minutes for what it is busy with; `/server_info` it answers between two steps, whatever the
-load, unless it hangs.
+may take long for that, and minutes for what it is busy with; `/server_info` its scheduler answers between two steps,
+whatever the load, unless it hangs.
 """
 
 from __future__ import annotations
 
 import asyncio
+import logging
 from typing import TYPE_CHECKING
 
 import msgspec
 
-from .connection import ConnectError, HungError, LostError, UpstreamError
+from .connection import ConnectError, HungError, LocalError, LostError, UpstreamError
 from .fetch import fetch
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Coroutine
+    from collections.abc import Coroutine, Iterable
 
+    from .exchanges import Exchanges
     from .workers import Worker, WorkerRegistry
 
 __all__ = ["HealthProber"]
+
+_log = logging.getLogger("miles_router")
 
 # an SGLang engine generates one token to answer /health, behind whatever it is busy with
 _PROBE_TIMEOUT_S = 30.0
@@ -53,25 +57,18 @@ class HealthProber:
             worker.questioned = True
             self._spawn(self._question(registry, worker))
 
-    async def watch_silence(
-        self,
-        registry: WorkerRegistry,
-        waits_for: Callable[[Worker], bool],
-        abandon: Callable[[Worker, UpstreamError], None],
-    ) -> None:
-        """Ask workers that requests wait for, and that have sent nothing for an interval, whether they hang, for ever.
+    async def watch_silence(self, registry: WorkerRegistry, exchanges: Exchanges) -> None:
+        """Ask workers that requests wait for, and that generated nothing for an interval, whether they hang, for ever.
 
-        One that does is quarantined and `abandon` is called with it.
+        One that does is quarantined, if it is not yet, and its requests are abandoned.
         """
         loop = asyncio.get_running_loop()
         while self._hang_timeout:
             await asyncio.sleep(self._interval)
-            before = loop.time() - self._interval
-            for worker in registry.healthy:
-                silent = worker.outstanding and not worker.questioned and worker.pool.last_heard < before
-                if silent and waits_for(worker):
+            for worker in exchanges.silent(loop.time() - self._interval):
+                if not worker.questioned:
                     worker.questioned = True
-                    self._spawn(self._ask_silent(registry, worker, abandon))
+                    self._spawn(self._ask_silent(registry, worker, exchanges))
 
     def first_wait(self, worker: Worker) -> float:
         """Return how many seconds after its quarantine a worker is probed first."""
@@ -94,7 +91,10 @@ class HealthProber:
             await asyncio.sleep(wait)
             if worker.healthy or worker not in registry:
                 return
-            problem = await probe(worker)
+            try:
+                problem = await probe(worker)
+            except LocalError as exc:
+                problem = str(exc)
             if worker.healthy or worker not in registry:
                 return
             if not problem:
@@ -106,45 +106,92 @@ class HealthProber:
     async def _question(self, registry: WorkerRegistry, worker: Worker) -> None:
         try:
             problem = await probe(worker, weights=False)
+        except LocalError:
+            return
         finally:
             worker.questioned = False
         if problem:
             registry.quarantine(worker, problem)
 
-    async def _ask_silent(
-        self, registry: WorkerRegistry, worker: Worker, abandon: Callable[[Worker, UpstreamError], None]
-    ) -> None:
-        # any status will do, and any end: it reacts
+    async def _ask_silent(self, registry: WorkerRegistry, worker: Worker, exchanges: Exchanges) -> None:
         asked = asyncio.get_running_loop().time()
         try:
-            async with asyncio.timeout(self._hang_timeout):
-                await fetch(worker, "/server_info")
-        except LostError:
-            return
-        except TimeoutError:
-            problem = f"does not answer /server_info within {self._hang_timeout:g} s"
-        except ConnectError as exc:
-            problem = str(exc)
-        else:
-            return
+            error = await self._no_reaction(worker)
+            if error is None or exchanges.heard(worker, asked):  # it went on with what it was busy with
+                return
+            # what keeps all of them from reacting is none's fault, and nobody would be the better for a second attempt
+            if not await _any_reacts(w for w in registry.healthy if w is not worker):
+                _log.warning("worker %s %s, and no other reacts: its requests wait", worker.url, error)
+                return
         finally:
             worker.questioned = False
-        if worker.pool.last_heard > asked:  # it went on with what it was busy with
-            return
-        registry.quarantine(worker, problem)
-        abandon(worker, HungError(f"hangs: it {problem}"))
+        refused = isinstance(error, ConnectError) and error.refused
+        worker.hung = not refused
+        registry.quarantine(worker, str(error))
+        if not refused:  # else its process ends, or ended: what it still works on shows by itself what becomes of it
+            exchanges.abandon(worker, HungError(f"hangs: it {error}"))
+
+    async def _no_reaction(self, worker: Worker) -> UpstreamError | None:
+        """Return what a worker does in place of reacting until the deadline; None if it reacts, or we cannot ask."""
+        silence = HungError(f"does not answer /server_info within {self._hang_timeout:g} s")
+        error: UpstreamError = silence
+        try:
+            async with asyncio.timeout(self._hang_timeout):
+                while True:
+                    try:
+                        await fetch(worker, "/server_info")
+                    except (ConnectError, LocalError) as exc:
+                        error = exc
+                    except LostError:
+                        return None
+                    else:  # any status will do
+                        return None
+                    await asyncio.sleep(self._interval)
+                    error = silence
+        except TimeoutError:
+            return None if isinstance(error, LocalError) else error
+
+
+async def _any_reacts(workers: Iterable[Worker]) -> bool:
+    asked = [asyncio.ensure_future(_reacts(worker)) for worker in workers]
+    try:
+        for answer in asyncio.as_completed(asked):
+            if await answer:
+                return True
+    finally:
+        for question in asked:
+            question.cancel()
+    return False
+
+
+async def _reacts(worker: Worker) -> bool:
+    try:
+        async with asyncio.timeout(_PROBE_TIMEOUT_S):
+            await fetch(worker, "/server_info")
+    except LostError:
+        return True
+    except (TimeoutError, UpstreamError):
+        return False
+    return True
 
 
 async def probe(worker: Worker, *, weights: bool = True) -> str:
-    """Ask a worker for its health, and for its weights if it has to have certain ones; return what is wrong, or ""."""
+    """Ask a worker for its health, and for its weights if it has to have certain ones; return what is wrong, or "".
+
+    One that hung has to answer what showed that too. Raises `LocalError` if it cannot be asked.
+    """
     try:
         async with asyncio.timeout(_PROBE_TIMEOUT_S):
             status, _ = await fetch(worker, "/health")
             if status != _OK:
                 return f"answers /health with {status}"
+            if worker.hung:
+                await fetch(worker, "/server_info")
             return await _weight_problem(worker) if weights and worker.weight_version else ""
     except TimeoutError:
         return f"does not answer a probe within {_PROBE_TIMEOUT_S:g} s"
+    except LocalError:
+        raise
     except UpstreamError as exc:
         return str(exc)
 

@@ -19,6 +19,7 @@ __all__ = [
     "read_body",
     "send_bytes",
     "send_json",
+    "until_gone",
 ]
 
 Scope = MutableMapping[str, Any]
@@ -65,3 +66,9 @@ async def send_bytes(send: Send, status: int, body: bytes, kind: bytes, *extra: 
 async def send_json(send: Send, status: int, value: object, *extra: tuple[bytes, bytes]) -> None:
     """Answer with a JSON value and extra headers."""
     await send_bytes(send, status, msgspec.json.encode(value), b"application/json", *extra)
+
+
+async def until_gone(receive: Receive) -> None:
+    """Return when the client has left; its body has to be read already."""
+    while (await receive())["type"] != "http.disconnect":
+        pass

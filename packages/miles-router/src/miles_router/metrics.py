@@ -85,8 +85,11 @@ def _of_workers(registry: WorkerRegistry) -> Iterator[str]:
     ):
         yield from _head(name, kind, text)
         for worker in workers:
-            labels = f'worker="{worker.url}",weight_version="{_escaped(worker.weight_version)}"'
-            yield f"miles_router_{name}{{{labels}}} {int(getattr(worker, field))}"
+            yield f'miles_router_{name}{{worker="{worker.url}"}} {int(getattr(worker, field))}'
+    yield from _head("worker_info", "gauge", "1; the weights that an engine is registered with.")
+    for worker in workers:
+        labels = f'worker="{worker.url}",weight_version="{_escaped(worker.weight_version)}"'
+        yield f"miles_router_worker_info{{{labels}}} 1"
 
 
 def _head(name: str, kind: str, text: str) -> tuple[str, str]:

@@ -39,9 +39,6 @@ __all__ = ["MiddlewareStack", "RouterHandle", "WorkerInfo", "args_of", "resolve_
 
 _log = logging.getLogger("miles_router")
 
-_OPEN = ("/health", "/")
-"""What answers without a token, and about this process."""
-
 
 def resolve_middleware(references: Iterable[str], args: Args | None = None) -> list[BoundHook]:
     """Import and check every middleware; `ConfigError` lists all that do not load or fit.
@@ -140,9 +137,19 @@ class _Guarded:
         self._stats.calls, self._stats.seconds = 0, 0.0
 
     def report(self) -> dict[str, Any]:
-        counts = self.instance.counts() if hasattr(self.instance, "counts") else {}
+        counts = self._counts()
         own = {"changes_tokens": bool(self._declares), "changed_bodies": self._changed, "counts": counts}
         return {**report_of(self._hook), **own}
+
+    def _counts(self) -> dict[str, Any]:
+        """Return what the middleware says of itself; nothing where that fails, which is its error like any other."""
+        if not hasattr(self.instance, "counts"):
+            return {}
+        try:
+            return msgspec.convert(msgspec.to_builtins(self.instance.counts()), dict[str, Any])
+        except Exception as error:
+            self._tell(f"cannot be asked for its counts(), {type(error).__name__}: {error}", error)
+            return {}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         passage = self._passage(scope)

@@ -46,11 +46,13 @@ class RouterOptions(Options, frozen=True, kw_only=True):
     router_health_interval: Annotated[float, msgspec.Meta(gt=0)] = 5.0
     """Longest wait, in seconds, between two probes of an unhealthy engine; the first comes after a tenth of it. A busy
     engine that sends nothing for this long is asked for `/server_info`."""
-    router_hang_timeout: Annotated[float, msgspec.Meta(ge=0)] = 60.0
-    """Seconds that question may stay unanswered until the engine counts as hung: its requests go to others, and it
-    gets no more until it is healthy. Longer than a weight update takes; 0 never asks."""
+    router_hang_timeout: Annotated[float, msgspec.Meta(ge=0)] = 300.0
+    """Seconds that question may stay unanswered until the engine counts as hung, if another one reacts: its requests
+    go to others, and it gets no more until it is healthy. Longer than a weight update or a compilation takes; 0 never
+    asks."""
     router_request_timeout: Annotated[float, msgspec.Meta(gt=0)] = 1800.0
-    """Seconds an engine may stay silent during one request before the client gets a 504."""
+    """Seconds an engine may stay silent during one request before the client gets a 504, and a client may read nothing
+    of its answer before it is hung up on."""
     router_max_body_bytes: Annotated[int, msgspec.Meta(ge=1)] = 64 << 20
     """Longest request body, in bytes, that the router accepts; it holds each one in memory until it is answered."""
     router_max_worker_requests: Annotated[int, msgspec.Meta(ge=0)] = 0

@@ -12,49 +12,31 @@ import asyncio
 import logging
 from typing import TYPE_CHECKING
 
-from .connection import ClientGoneError, LostError, SilentError, UpstreamConnection, UpstreamError
+from .connection import ClientGoneError, LocalError, LostError, UpstreamConnection, UpstreamError
+from .exchanges import Exchanges
 from .heads import not_forwarded, request_head, response_start
-from .messages import (
-    CHOSEN,
-    PREFERRED,
-    RETRY_AFTER,
-    BodyTooLargeError,
-    Message,
-    Receive,
-    Scope,
-    Send,
-    read_body,
-    send_json,
-)
+from .messages import RETRY_AFTER, read_body, send_json, until_gone
 from .routing import Refusal, Route
 
 if TYPE_CHECKING:
     from .gate import Gate
+    from .messages import Receive, Scope, Send
     from .metrics import Metrics
     from .policies import Policy
     from .workers import Worker, WorkerRegistry
 
-__all__ = [
-    "CHOSEN",
-    "PREFERRED",
-    "BodyTooLargeError",
-    "Message",
-    "Proxy",
-    "Receive",
-    "Scope",
-    "Send",
-    "read_body",
-    "send_json",
-]
+__all__ = ["Proxy"]
 
 _log = logging.getLogger("miles_router")
 
 _CLIENT_LEFT = 499
 _CUT_SHORT = 502
+_CHEAP = frozenset(("/tokenize", "/detokenize"))
+"""What an engine answers to a POST without its scheduler."""
 
 
 class Proxy:
-    """Forward requests to the healthy workers of `registry`; a silent engine is given up after `timeout` seconds.
+    """Forward requests to the healthy workers of `registry`.
 
     Bodies of more than `max_body` bytes are refused. `keep_authorization` is False where that header is our own token.
     Without a `gate` nothing is limited.
@@ -64,7 +46,6 @@ class Proxy:
         self,
         registry: WorkerRegistry,
         policy: Policy,
-        timeout: float,
         *,
         gate: Gate | None,
         metrics: Metrics,
@@ -73,16 +54,16 @@ class Proxy:
     ) -> None:
         self._registry = registry
         self._policy = policy
-        self._timeout = timeout
         self._gate = gate
         self._metrics = metrics
         self._max_body = max_body
         self._without = not_forwarded(keep_authorization=keep_authorization)
-        self._active: set[UpstreamConnection] = set()
+        self.exchanges = Exchanges()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Forward one HTTP request. Raises `BodyTooLargeError`."""
         now = asyncio.get_running_loop().time
+        started = now()
         try:
             if self._gate is not None:
                 self._gate.check()
@@ -92,15 +73,20 @@ class Proxy:
             started = now()
             status = await self._forward(Route(scope, body), scope, receive, send)
         except Refusal as refusal:
-            started, status = now(), refusal.status
+            status = refusal.status
             await send_json(send, status, {"error": refusal.detail}, RETRY_AFTER)
         self._metrics.observe(status, now() - started)
 
     async def _forward(self, route: Route, scope: Scope, receive: Receive, send: Send) -> int:
         """Return the status that the client got. Raises `Refusal`."""
-        while (worker := await self._next(route, receive)) is not None:
+        while True:
+            worker = self._next(route) if self._gate is None else await self._gate.enter(route, receive)
+            if worker is None:
+                return _CLIENT_LEFT
             try:
                 return await self._attempt(worker, scope, route.request.body, receive, send)
+            except LocalError as exc:
+                raise Refusal(503, "router_exhausted", str(exc)) from exc
             except UpstreamError as exc:
                 route.failed[worker] = exc
                 self._registry.failed(worker, exc)
@@ -108,37 +94,14 @@ class Proxy:
                 worker.outstanding -= 1
                 if self._gate is not None:
                     self._gate.leave()
-        return _CLIENT_LEFT
 
-    async def _next(self, route: Route, receive: Receive) -> Worker | None:
-        if self._gate is not None:
-            return await self._gate.enter(route, receive)
+    def _next(self, route: Route) -> Worker:
         workers = route.candidates(self._registry)
         if not workers:
             raise route.refusal(self._registry)
         worker = self._policy.choose(workers, route.request)
         worker.outstanding += 1
         return worker
-
-    def waits_for(self, worker: Worker) -> bool:
-        """Tell whether it is a worker's turn in any exchange, and not that of a client which reads slowly."""
-        return any(connection.pool is worker.pool and not connection.paused for connection in self._active)
-
-    def abandon(self, worker: Worker, error: UpstreamError) -> None:
-        """End every exchange with a worker."""
-        for connection in list(self._active):
-            if connection.pool is worker.pool:
-                connection.fail(error)
-
-    async def expire_silent(self) -> None:
-        """Fail exchanges whose engine has been silent for too long, for ever; one timer for all requests."""
-        loop = asyncio.get_running_loop()
-        while True:
-            await asyncio.sleep(min(1.0, self._timeout / 4))
-            before = loop.time() - self._timeout
-            for connection in list(self._active):
-                if connection.last_activity < before and not connection.paused:
-                    connection.fail(SilentError(f"sent nothing for {self._timeout:g} s"))
 
     async def _attempt(self, worker: Worker, scope: Scope, body: bytes, receive: Receive, send: Send) -> int:
         """Get one answer from `worker` to the client; return its status.
@@ -152,17 +115,20 @@ class Proxy:
         if connection is not None:
             try:
                 connection.begin(head, body, head_only=head_only)
-                return await self._relay(worker, connection, receive, send)
+                return await self._relay(worker, connection, scope, receive, send)
             except LostError:
                 # engines close idle connections when they like: one that dies unused says nothing about its engine
                 if connection.received:
                     raise
         connection = await worker.pool.connect()
         connection.begin(head, body, head_only=head_only)
-        return await self._relay(worker, connection, receive, send)
+        return await self._relay(worker, connection, scope, receive, send)
 
-    async def _relay(self, worker: Worker, connection: UpstreamConnection, receive: Receive, send: Send) -> int:
-        self._active.add(connection)
+    async def _relay(
+        self, worker: Worker, connection: UpstreamConnection, scope: Scope, receive: Receive, send: Send
+    ) -> int:
+        generates = scope["method"] == "POST" and scope["path"] not in _CHEAP
+        self.exchanges.begin(connection, worker, generates=generates)
         watcher = asyncio.get_running_loop().create_task(_fail_on_disconnect(receive, connection))
         try:
             await connection.wait_answer()
@@ -184,13 +150,12 @@ class Proxy:
             return _CUT_SHORT
         finally:
             watcher.cancel()
-            self._active.discard(connection)
+            self.exchanges.end(connection)
             connection.finish()
         self._registry.answered(worker, connection.status)
         return connection.status
 
 
 async def _fail_on_disconnect(receive: Receive, connection: UpstreamConnection) -> None:
-    while (await receive())["type"] != "http.disconnect":
-        pass
+    await until_gone(receive)
     connection.fail(ClientGoneError("the client left"))

@@ -7,6 +7,7 @@ as they were, and of headers only those of answers: a request's may be secret.
 from __future__ import annotations
 
 import errno
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
@@ -18,7 +19,9 @@ from miles_api.packing.frames import MAGIC, FrameReader, frame_head, looks_like
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-__all__ = ["Exchange", "RecordingWriter", "read_exchange", "read_recording"]
+    from .messages import Scope
+
+__all__ = ["Exchange", "RecordingWriter", "read_exchange", "read_recording", "target_of"]
 
 _KIND, _SCHEMA = "miles-router recording", 1
 
@@ -60,11 +63,12 @@ class RecordingWriter:
         self._path = Path(path)
         try:
             self._path.parent.mkdir(parents=True, exist_ok=True)
-            # A recording holds prompts and answers: for its owner alone.
             self._path.touch(mode=0o600)
             self._file: BinaryIO = self._path.open("r+b", buffering=0)  # type: ignore[assignment]
             self._size = self._end()
             self._file.truncate(self._file.seek(self._size))
+            # It holds prompts and answers: for its owner alone, whoever made the file.
+            os.fchmod(self._file.fileno(), 0o600)
             if not self._size:
                 header = _encode(_Header(_KIND, _SCHEMA))
                 self._put(MAGIC + frame_head(header) + header)
@@ -112,6 +116,12 @@ def _opened(file: BinaryIO, path: Path) -> FrameReader | None:
     if header.kind != _KIND or header.schema > _SCHEMA:
         raise DataError(f"{path} is no recording that this version reads: {header.kind}, schema {header.schema}")
     return frames
+
+
+def target_of(scope: Scope) -> bytes:
+    """Return a request's path and query, as they were sent."""
+    query = scope["query_string"]
+    return scope["raw_path"] + b"?" + query if query else scope["raw_path"]
 
 
 def read_recording(path: str) -> Iterator[tuple[int, int, Exchange]]:

@@ -7,14 +7,13 @@ never recorded is a 404 that names the nearest, one too many of a kind a 409: a 
 from __future__ import annotations
 
 import hashlib
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from .access import allowed_methods
 from .app import RouterApp
 from .messages import read_body, send_json
-from .recording import read_exchange, read_recording
+from .recording import read_exchange, read_recording, target_of
 
 if TYPE_CHECKING:
     from .messages import Receive, Scope, Send
@@ -25,8 +24,8 @@ __all__ = ["ReplayApp"]
 
 _SHOWN = 60
 """How many bytes of two bodies are shown from shortly before where they differ."""
-_COMPARED = 10_000
-"""With how many recorded bodies a missed one is compared."""
+_COMPARED = 100
+"""With how many recorded bodies a missed one is compared: other requests wait meanwhile."""
 
 
 class _Place(NamedTuple):
@@ -73,7 +72,7 @@ class ReplayApp(RouterApp):
         body = await read_body(receive, self._limit)
         if body is None:
             return
-        method, target = scope["method"], _target(scope)
+        method, target = scope["method"], target_of(scope)
         key = _key(method, target, body)
         places, turn = self._answers.get(key, []), self._given.get(key, 0)
         if turn < len(places):
@@ -93,23 +92,30 @@ class ReplayApp(RouterApp):
         if not alike:
             known = sorted({f"{method} {target.decode('latin-1')}" for method, target in self._alike})
             return f"{asked}, nor any other body there; recorded: {', '.join(known) or 'nothing'}"
-        bodies = [read_exchange(self._file, *place).request for place in alike[:_COMPARED]]
-        equal, number = max((_common(other, body), -i) for i, other in enumerate(bodies))
+        number, equal, nearest = 0, -1, b""
+        for i, place in enumerate(alike[:_COMPARED], 1):
+            other = read_exchange(self._file, *place).request
+            if (common := _common(other, body)) > equal:
+                number, equal, nearest = i, common, other
         start = max(equal - _SHOWN // 3, 0)
-        there, here = bodies[-number][start : start + _SHOWN], body[start : start + _SHOWN]
+        there, here = nearest[start : start + _SHOWN], body[start : start + _SHOWN]
+        first = f"the first {_COMPARED} of " if len(alike) > _COMPARED else ""
         return (
-            f"{asked}; nearest is the {1 - number}. of {len(alike)} there, equal up to byte {equal}: "
+            f"{asked}; nearest of {first}{len(alike)} there is the {number}., equal up to byte {equal}: "
             f"{there.decode(errors='replace')!r} was recorded, {here.decode(errors='replace')!r} was asked"
         )
 
 
 def _common(a: bytes, b: bytes) -> int:
-    return len(os.path.commonprefix([a, b]))
-
-
-def _target(scope: Scope) -> bytes:
-    query = scope["query_string"]
-    return scope["raw_path"] + b"?" + query if query else scope["raw_path"]
+    """Return how many bytes two bodies begin with alike, by halves that are compared whole."""
+    low, high = 0, min(len(a), len(b))
+    while low < high:
+        middle = (low + high + 1) // 2
+        if a[low:middle] == b[low:middle]:
+            low = middle
+        else:
+            high = middle - 1
+    return low
 
 
 def _key(method: str, target: bytes, body: bytes) -> bytes:

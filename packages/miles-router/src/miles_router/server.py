@@ -16,10 +16,10 @@ import uvloop
 
 from .app import RouterApp
 from .listening import bind
+from .messages import Receive, Scope, Send
 from .middleware import MiddlewareStack
 from .options import READY_PREFIX, RouterOptions, check_binding
 from .protocol import BoundedProtocol, expire_slow
-from .proxy import Receive, Scope, Send
 from .replay import ReplayApp
 
 if TYPE_CHECKING:
@@ -75,7 +75,7 @@ async def _serve(
     stack = MiddlewareStack(router, options, middleware) if middleware else None
     server = _Server(_uvicorn_config(stack or router, options), _url_of(sock))
     await router.start()
-    tasks = [asyncio.create_task(expire_slow(server.server_state.connections))]
+    tasks = [asyncio.create_task(expire_slow(server.server_state.connections, options.router_request_timeout))]
     if parent_pid:
         tasks.append(asyncio.create_task(_stop_without_parent(server, parent_pid)))
     # what exists now lives as long as the process: keep it out of every later collection

@@ -35,11 +35,13 @@ def stamp_of(reference: str) -> bytes:
 class _Bytes:
     """What arrived and has not left yet; `differs` once something else leaves."""
 
-    __slots__ = ("_waiting", "differs")
+    __slots__ = ("_waiting", "differs", "left")
 
-    def __init__(self) -> None:
-        self._waiting: deque[bytes] = deque()
+    def __init__(self, pieces: Iterable[bytes] = ()) -> None:
+        self._waiting: deque[bytes] = deque(pieces)
         self.differs = False
+        self.left = False
+        """Whether anything left."""
 
     def arrive(self, piece: bytes) -> None:
         if piece and not self.differs:
@@ -47,6 +49,7 @@ class _Bytes:
 
     def leave(self, piece: bytes, *, last: bool) -> None:
         waiting = self._waiting
+        self.left = self.left or bool(piece)
         if waiting and waiting[0] is piece:
             waiting.popleft()
         elif not self.differs:
@@ -70,18 +73,24 @@ class _Bytes:
 class Passage:
     """One inference request on its way through a middleware that declares True, or nothing.
 
-    The names that the answer bears already are kept, whatever the middleware makes of its headers.
+    The names that the answer bears already are kept, whatever the middleware makes of its headers. Each time that the
+    middleware passes the request on, it is compared anew, and so is the answer until some of it has left: what
+    counts is the request that was answered.
     """
 
-    __slots__ = ("_answer", "_declared", "_inner", "_name", "_refusal", "_request", "_start", "changed")
+    __slots__ = (
+        "_answer", "_arrived", "_declared", "_inner", "_name", "_refusal", "_request", "_start", "_told", "changed",
+    )  # fmt: skip
 
     def __init__(self, name: bytes, *, declared: bool) -> None:
         self._name = name
         self._declared = declared
         self._request, self._answer = _Bytes(), _Bytes()
+        self._arrived: list[bytes] = []
         self._inner: list[bytes] = []
         self._start: Message | None = None
         self._refusal = False
+        self._told = False
         self.changed = False
         """Whether an undeclared middleware was seen to change something."""
 
@@ -95,7 +104,8 @@ class Passage:
         async def noting() -> Message:
             message = await receive()
             if message["type"] == "http.request":
-                self._request.arrive(message.get("body", b""))
+                self._arrived.append(piece := message.get("body", b""))
+                self._request.arrive(piece)
             return message
 
         return noting
@@ -126,10 +136,11 @@ class Passage:
         if not self.changed and not self._refusal:
             self._answer.leave(message.get("body", b""), last=not message.get("more_body", False))
             self.changed = self._request.differs or self._answer.differs
-            if self.changed and start is None:
-                raise LateChangeError("changed the answer after its first piece had left and declares nothing")
         if start is not None:
+            self._told = self.changed
             await send(self._stamped(start, changed=self.changed))
+        elif self.changed and not self._told:
+            raise LateChangeError("changed the answer after its first piece had left and declares nothing")
 
     def _stamped(self, start: Message, *, changed: bool) -> Message:
         headers = list(start.get("headers", ()))
@@ -146,17 +157,20 @@ class Passage:
         """Return the `receive` of what the middleware wraps, which notes what the middleware passes on."""
         if self._declared:
             return receive
+        request = self._request = _Bytes(piece for piece in self._arrived if piece)
 
         async def noting() -> Message:
             message = await receive()
             if message["type"] == "http.request":
-                self._request.leave(message.get("body", b""), last=not message.get("more_body", False))
+                request.leave(message.get("body", b""), last=not message.get("more_body", False))
             return message
 
         return noting
 
     def returning(self, send: Send) -> Send:
         """Return the `send` of what the middleware wraps, which notes the engine's answer."""
+        if not self._answer.left:
+            self._answer = _Bytes()
 
         async def noting(message: Message) -> None:
             if message["type"] == "http.response.start":

@@ -41,8 +41,23 @@ class Worker:
     """One registered engine."""
 
     __slots__ = (
-        "bad_answers", "failed", "healthy", "host", "id", "lost", "outstanding", "pool", "quarantines", "questioned",
-        "reason", "sent", "strikes", "url", "weight_version",
+        "bad_answers",
+        "failed",
+        "healthy",
+        "heard",
+        "host",
+        "hung",
+        "id",
+        "lost",
+        "outstanding",
+        "pool",
+        "quarantines",
+        "questioned",
+        "reason",
+        "sent",
+        "strikes",
+        "url",
+        "weight_version",
     )  # fmt: skip
 
     def __init__(self, number: int, url: str, weight_version: str) -> None:
@@ -69,7 +84,11 @@ class Worker:
         self.strikes = 0
         """How often it was quarantined since it last answered well: the more often, the later it is probed."""
         self.questioned = False
-        """Whether a probe asks a healthy worker how it is."""
+        """Whether a probe asks it how it is."""
+        self.heard = 0.0
+        """When a generation that is over sent something last, on the clock of the event loop."""
+        self.hung = False
+        """Whether it was found to hang and was not re-admitted since."""
 
     def describe(self) -> dict[str, object]:
         """Return the row of `GET /workers`."""
@@ -96,11 +115,13 @@ class WorkerRegistry:
         self._on_quarantine = on_quarantine
         self._on_doubt = on_doubt
         self.on_change: Callable[[], None] | None = None
-        """Called when `healthy` changed."""
+        """Called when `healthy` changed, or the weights of one in it."""
         self._numbers = itertools.count()
         self._by_url: dict[str, Worker] = {}
         self.healthy: list[Worker] = []
         """The workers that may get requests; replaced, never changed in place."""
+        self.urls: frozenset[str] = frozenset()
+        """All workers, replaced when one comes or goes."""
 
     def __iter__(self) -> Iterator[Worker]:
         return iter(self._by_url.values())
@@ -117,9 +138,12 @@ class WorkerRegistry:
         worker = self._by_url.get(url)
         if worker is None:
             worker = self._by_url[url] = Worker(next(self._numbers), url, weight_version)
+            self.urls = frozenset(self._by_url)
             self._refresh()
         else:
-            worker.weight_version = weight_version
+            changed, worker.weight_version = worker.weight_version != weight_version, weight_version
+            if worker.healthy and changed and self.on_change is not None:
+                self.on_change()
             self.readmit(worker)
         return worker
 
@@ -128,6 +152,7 @@ class WorkerRegistry:
         worker = next((w for w in self if key.rstrip("/") in (w.url, w.id)), None)
         if worker is not None:
             del self._by_url[worker.url]
+            self.urls = frozenset(self._by_url)
             worker.pool.close()
             self._refresh()
         return worker
@@ -151,6 +176,7 @@ class WorkerRegistry:
             return
         worker.healthy = True
         worker.reason = ""
+        worker.hung = False
         worker.lost = worker.bad_answers = 0
         self._refresh()
         _log.warning("worker %s is healthy again", worker.url)

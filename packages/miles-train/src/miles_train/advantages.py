@@ -147,7 +147,7 @@ def _critic_advantages(
 
 def _divergences(rollout_data: dict[str, Any], tokens: _Tokens, objective: ObjectiveOptions) -> Tensor:
     """Return the KL divergence of the old policy from the reference model for each token, 0 for masked ones."""
-    return kl_divergence(tokens.log_ratios(rollout_data, "ref_log_probs"), objective.kl_loss_type)
+    return kl_divergence(tokens.log_ratios(rollout_data, "ref_log_probs"), objective.kl_loss_type or "k1")
 
 
 def _teacher_gaps(rollout_data: dict[str, Any], tokens: _Tokens) -> Tensor:

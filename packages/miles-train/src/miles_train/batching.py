@@ -45,7 +45,7 @@ def make_micro_batches(lengths: Sequence[int], options: BatchingOptions) -> list
 def pack_micro_batches(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
     """Return the positions of each micro-batch, ascending, at most `max_tokens` tokens in each.
 
-    They are as few as first-fit decreasing makes them, or fewer, and then filled evenly, where that can be done: the
+    They are as few as first-fit decreasing makes them, and filled evenly where that can be done with so many: the
     fullest decides over memory and over the bubbles of a pipeline. A sample of `max_tokens` or more gets a micro-batch
     of its own. The fullest come first, so that running out of memory shows at once.
     """
@@ -56,13 +56,10 @@ def pack_micro_batches(lengths: Sequence[int], max_tokens: int) -> list[list[int
 
 
 def _even(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
-    """Pack samples that all fit; evenly unless that takes more micro-batches than first-fit decreasing."""
+    """Pack samples that all fit, in as many micro-batches as first-fit decreasing needs; evenly where that fits too."""
     filled = _first_fit(lengths, max_tokens)
-    for count in range(-(-sum(lengths) // max_tokens), len(filled) + 1):
-        packs = spread(lengths, count)
-        if max((sum(lengths[i] for i in pack) for pack in packs), default=0) <= max_tokens:
-            return packs
-    return filled
+    packs = spread(lengths, len(filled))
+    return packs if all(sum(lengths[i] for i in pack) <= max_tokens for pack in packs) else filled
 
 
 def _first_fit(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:

@@ -6,6 +6,7 @@ tensors in place of lists of numbers, is called `rollout_data` (the whole rollou
 
 from __future__ import annotations
 
+from bisect import bisect_left, bisect_right
 from itertools import accumulate, chain, pairwise
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +16,7 @@ from torch import Tensor
 from miles_api.batch import PER_RESPONSE_TOKEN, check_columns
 from miles_api.errors import SampleError
 from miles_train.batching import spread
-from miles_train.siblings import FIRSTS, MASK_SUMS, NUMBERS
+from miles_train.siblings import MASK_SUMS
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -36,7 +37,7 @@ COMPUTED_COLUMNS = ("log_probs", "ref_log_probs", "values", "advantages", "retur
 """Columns with one number a response token that the trainer adds; like `PER_RESPONSE_TOKEN` fp32 tensors in
 `rollout_data`."""
 _DTYPES = {"tokens": torch.int64} | dict.fromkeys((*PER_RESPONSE_TOKEN, *COMPUTED_COLUMNS), torch.float32)
-_RESERVED = (*COMPUTED_COLUMNS, NUMBERS, FIRSTS, MASK_SUMS)
+_RESERVED = (*COMPUTED_COLUMNS, MASK_SUMS)
 
 
 def validate_columns(batch: dict[str, Any]) -> dict[str, Any]:
@@ -60,6 +61,7 @@ def shard_columns(
     *,
     data_parallel_size: int,
     num_steps: int,
+    rollouts: Sequence[int] | None = None,
     costs: Sequence[float] | None = None,
     idle: Sequence[bool] | None = None,
     balance: bool = True,
@@ -67,9 +69,9 @@ def shard_columns(
     """Return the sample positions of each rank and step: `shards[rank][step]`, ascending.
 
     Called by every rank with the same columns, so that all agree without talking. Steps are contiguous runs of the
-    rollout. Within a step, `spread` gives each rank about the same part of the `costs`, by default the samples' tokens.
-    Samples that are `idle` will be left out of the passes: they are spread on their own. Without `balance` the ranks
-    take samples in turn.
+    rollout, cut by `split_steps`; `rollouts` numbers each sample's. Within a step, `spread` gives each rank about the
+    same part of the `costs`, by default the samples' tokens. Samples that are `idle` will be left out of the passes:
+    they are spread on their own. Without `balance` the ranks take samples in turn.
 
     Raises:
         SampleError: the samples are too few to give each rank one in every step, or their rollouts to be told apart.
@@ -77,7 +79,7 @@ def shard_columns(
     lengths = [len(tokens) for tokens in batch["tokens"]]
     groups = batch.get("group_indices") or list(range(len(lengths)))
     shards: list[list[list[int]]] = [[] for _ in range(data_parallel_size)]
-    for step in split_steps(groups, num_steps, batch.get(NUMBERS), least=data_parallel_size):
+    for step in split_steps(groups, num_steps, rollouts, least=data_parallel_size):
         if balance:
             shares = _balance(step, costs or lengths, idle, data_parallel_size)
         else:
@@ -113,25 +115,37 @@ def split_steps(
     """
     count = len(groups)
     ends = _ends_of_rollouts(rollouts) if rollouts is not None else range(1, count)
+    # Cuts far from ideal ones matter only where there is no other way.
+    for reach in (2 * (count // num_steps + 1), count):
+        cuts = _cuts(groups, num_steps, ends, least, reach)
+        if cuts:
+            return [range(start, end) for start, end in pairwise(cuts)]
+    different = len(set(rollouts or ()))
+    parts = f" of {different} rollouts, which are never cut," if different else ""
+    each = f" of at least {least}, one for each data-parallel rank" if least > 1 else ""
+    apart = "; samples of a rollout must follow one another" if len(ends) < different - 1 else ""
+    raise SampleError(f"{count} samples{parts} cannot be split into {num_steps} optimizer steps{each}{apart}")
+
+
+def _cuts(groups: Sequence[Any], num_steps: int, ends: Sequence[int], least: int, reach: int) -> tuple[int, ...] | None:
+    """Return the borders of the steps, each at most `reach` from its ideal place and all together as near as can be."""
+    count = len(groups)
     # By the end of the steps so far: how far their cuts are from ideal ones, and the cuts.
     found: dict[int, tuple[float, tuple[int, ...]]] = {0: (0.0, (0,))}
     for step in range(1, num_steps + 1):
         before, found = found, {}
-        earlier, best = iter(sorted(before)), None
-        start = next(earlier, count)
-        for end in ends if step < num_steps else [count]:
+        earlier, best = iter(before), None
+        start, ideal = next(earlier, count), step * count // num_steps
+        near = ends[bisect_left(ends, ideal - reach) : bisect_right(ends, ideal + reach)]
+        for end in near if step < num_steps else [count]:
             while start <= end - least:
                 best = min(best, before[start]) if best else before[start]
                 start = next(earlier, count)
             if best:
                 inside = end < count and groups[end] == groups[end - 1]
-                off = abs(end - step * count // num_steps) + (count / num_steps if inside else 0)
+                off = abs(end - ideal) + (count / num_steps if inside else 0)
                 found[end] = (best[0] + off, (*best[1], end))
-    if count not in found:
-        parts = f" of {len(set(rollouts))} rollouts, which are never cut," if rollouts is not None else ""
-        each = f" of at least {least}, one for each data-parallel rank" if least > 1 else ""
-        raise SampleError(f"{count} samples{parts} cannot be split into {num_steps} optimizer steps{each}")
-    return [range(start, end) for start, end in pairwise(found[count][1])]
+    return found[count][1] if count in found else None
 
 
 def _ends_of_rollouts(rollouts: Sequence[Any]) -> list[int]:

@@ -14,6 +14,7 @@ from miles_train.columns import COMPUTED_COLUMNS, PER_RESPONSE_TOKEN
 from miles_train.guards import check_finite
 from miles_train.hook_results import OUR_METRICS, POLICY_METRICS, ResultCheck
 from miles_train.importance import truncated_importance_sampling
+from miles_train.siblings import MASK_SUMS
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -30,10 +31,12 @@ def call_advantage(hooks: HookCalls, hook: BoundHook, rollout_data: dict[str, An
     """Let the `advantage` hook set `advantages` and `returns`.
 
     Raises:
-        HookResultError: one is missing, of another length than the response, or not finite.
+        HookResultError: one is missing, of another length than the response, or not finite; or another column has the
+            name of one that the trainer computes.
     """
     check = ResultCheck(hooks, hook, rollout_data)
     hooks.call(hook, hooks.args, rollout_data)
+    check.column_names(rollout_data, MASK_SUMS)
     for field in ("advantages", "returns"):
         rollout_data[field] = check.per_sample(field, rollout_data.get(field))
 
@@ -43,7 +46,8 @@ def call_postprocess(hooks: HookCalls, rollout_id: int, rollout_data: dict[str, 
 
     Raises:
         HookResultError: tokens, lengths or sample indices changed, a token column is gone or no longer fits its
-            response, or another column no longer has one entry a sample.
+            response, another column has the name of one that the trainer computes, or no longer has one entry a
+            sample.
     """
     for hook in hooks.many("rollout_data_postprocess"):
         check = ResultCheck(hooks, hook, rollout_data)
@@ -59,6 +63,7 @@ def call_postprocess(hooks: HookCalls, rollout_id: int, rollout_data: dict[str, 
             raise check.wrong("'tokens' may not change here; rewrite samples in the convert_samples hook")
         for name in token_columns:
             rollout_data[name] = check.per_sample(name, rollout_data.get(name))
+        check.column_names(rollout_data, MASK_SUMS)
         for name, column in rollout_data.items():
             if not isinstance(column, list | tuple) or len(column) != len(lengths):
                 raise check.wrong(f"column {name!r} must be a list with one entry for each of {len(lengths)} samples")

@@ -15,6 +15,7 @@ from miles_train.advantages import ADVANTAGE_METRICS
 from miles_train.guards import check_finite
 from miles_train.mismatch import MISMATCH_METRICS
 from miles_train.work import WORK_METRICS
+from miles_train.zero_gradient import UNCUT, ZERO_GRADIENT_PREFIXES
 
 if TYPE_CHECKING:
     from miles_api.loading.bind import BoundHook
@@ -35,7 +36,7 @@ OUR_METRICS = frozenset(
     | CRITIC_METRICS
 )
 """Names of metrics that the trainer itself reports."""
-POLICY_METRICS = frozenset({"loss", "pg_loss", "pg_clipfrac", "ppo_kl", "ratio_max", "entropy", "kl_loss"})
+POLICY_METRICS = frozenset({"loss", "pg_loss", "pg_clipfrac", "ppo_kl", "ratio_max", "entropy", "kl_loss", UNCUT})
 """Names of metrics of the policy loss."""
 LOSSES = frozenset({"loss", "pg_loss", "value_loss"})
 """Names of metrics that are what is trained on, or an additive part of it: divided as the gradient is."""
@@ -92,11 +93,16 @@ class ResultCheck:
             raise self.wrong(f"{field} must be a scalar tensor, it is {_kind(value)}")
         return value.reshape(()).to(self._device)
 
+    def column_names(self, columns: dict[str, Any], taken: str) -> None:
+        """Raise if a column has the name of one that the trainer computes afterwards."""
+        if taken in columns:
+            raise self.wrong(f"column {taken!r} is computed by the trainer; your own needs another name")
+
     def names(self, found: Any, taken: frozenset[str] = OUR_METRICS) -> dict[str, Any]:
         """Return a dict of metrics after looking at their names."""
         if not isinstance(found, dict) or not all(isinstance(name, str) for name in found):
             raise self.wrong(f"the metrics must be a dict by name, they are {_kind(found)}")
-        clash = sorted(taken.intersection(found))
+        clash = sorted(name for name in found if name in taken or name.startswith(ZERO_GRADIENT_PREFIXES))
         if clash:
             raise self.wrong(f"the metric {clash[0]!r} has the name of one that the trainer reports")
         return found

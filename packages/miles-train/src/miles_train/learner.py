@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
+from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -22,6 +23,7 @@ from miles_train.metrics import Metrics, PhaseClock
 from miles_train.mismatch import mismatch
 from miles_train.model_columns import model_columns
 from miles_train.models_check import has_teacher
+from miles_train.needs import needs_old_log_probs_first
 from miles_train.objective import (
     Plan,
     Step,
@@ -35,7 +37,7 @@ from miles_train.objective import (
 from miles_train.options import BatchingOptions, ModelsOptions, ObjectiveOptions
 from miles_train.passes import Passes
 from miles_train.seen import check_seen
-from miles_train.siblings import number_rollouts
+from miles_train.siblings import number_rollouts, sum_rollout_masks
 from miles_train.train_hooks import origin_of_columns, reads_log_probs, recomputes_log_probs
 from miles_train.work import WorkMeter
 from miles_train.zero_gradient import note_skipped_steps, note_zero_gradient
@@ -43,6 +45,7 @@ from miles_train.zero_gradient import note_skipped_steps, note_zero_gradient
 if TYPE_CHECKING:
     from miles_api.config import RunConfig
     from miles_train.models import Models
+    from miles_train.siblings import Siblings
     from miles_train.train_hooks import TrainHooks
     from miles_train.train_record import TrainRecorder
 
@@ -85,15 +88,16 @@ class Learner:
         clock, metrics = PhaseClock(), Metrics()
         with self._hooks.during(f" in rollout {rollout_id}"):
             with clock.phase("data"):
-                data, shares = self._load_batch(batch)
+                data, shares, siblings = self._load_batch(batch)
             data |= self._model_columns(data, metrics, clock)
             with clock.phase("advantages"):
                 self._finish_columns(rollout_id, data, metrics)
-                plan, critic_plan = self._plans(rollout_id, data, shares)
-                if rollout_id >= self._critic_alone:
+                sum_rollout_masks(data, siblings, _sum_over_ranks)
+                plan, critic_plan = self._plans(rollout_id, data, shares, siblings)
+                critic_alone = rollout_id < self._critic_alone
+                if not critic_alone:
                     note_skipped_steps(metrics, plan.steps, data, shares)
             later = data | self._later_log_probs(data, plan, metrics, clock)
-            trained = self.num_steps - plan.steps_skipped
             for step in plan.steps:
                 with self._hooks.during(f", step {step.number}"):
                     self._train_step(rollout_id, step, plan, later if step.number else data, metrics, clock)
@@ -101,17 +105,23 @@ class Learner:
                         own = critic_plan.steps[step.number]
                         critic_step(self._passes, self._models.critic, own, critic_plan, data,
                                     metrics=metrics, clock=clock, where=self._hooks.where)  # fmt: skip
+                        if critic_alone:
+                            metrics.add("tokens", _tokens(data, own))
         with clock.phase("metrics"):
             numbers = metrics.gather(contribute=init.is_reporting_rank(), device=init.device())
             numbers = self._work.finish(finish_explained_variance(numbers))
             place = init.data_parallel_rank(), init.data_parallel_size()
-            numbers |= self._work.compare_ranks(data, plan.steps, *place, _sum_over_ranks)
-            numbers |= {"samples_skipped": plan.samples_skipped, "skipped_steps": plan.steps_skipped}
-        return TrainStepReport(metrics=report_metrics(numbers, trained), seconds=clock.seconds)
+            ran = critic_plan if critic_alone and critic_plan is not None else plan
+            numbers |= self._work.compare_ranks(data, ran.steps, *place, _sum_over_ranks)
+            if not critic_alone:
+                numbers |= {"samples_skipped": plan.samples_skipped, "skipped_steps": plan.steps_skipped}
+            reported = report_metrics(numbers, self.num_steps - ran.steps_skipped)
+        return TrainStepReport(metrics=reported, seconds=clock.seconds)
 
-    def _load_batch(self, batch: dict[str, Any]) -> tuple[dict[str, Any], list[list[int]]]:
-        """Return this rank's samples as tensors, and for each step their positions among them."""
-        columns = number_rollouts(validate_columns(batch))
+    def _load_batch(self, batch: dict[str, Any]) -> tuple[dict[str, Any], list[list[int]], Siblings | None]:
+        """Return this rank's samples as tensors, for each step their positions among them, and their siblings."""
+        columns = validate_columns(batch)
+        siblings = number_rollouts(columns)
         columns.setdefault("sample_indices", list(range(len(columns["tokens"]))))
         if self._teacher_here and "teacher_log_probs" in columns:
             raise SampleError(
@@ -122,17 +132,25 @@ class Learner:
         if self._has_advantages(columns):
             check_policy_columns(columns, self._objective, rewards=self._hooks.one("advantage") is None, origin=origin)
             columns = self._pieces.baselines(columns)
+        elif self._run.loss_type == "custom_loss" and needs_old_log_probs_first(self._objective):
+            flag = "--use-opd" if self._objective.use_opd else "--kl-coef"
+            raise SampleError(
+                f"{flag} is a part of advantages, which --loss-type custom_loss has only of rollouts with the column "
+                f"'rewards', and this one has none{origin}: leave {flag} out, or give samples a reward"
+            )
         shards = shard_columns(
             columns,
             data_parallel_size=init.data_parallel_size(),
             num_steps=self.num_steps,
+            rollouts=siblings.numbers if siblings is not None else None,
             costs=self._work.costs(columns),
             idle=self._pieces.idle(columns),
             balance=self._balance,
         )
-        data, shares = take_share(columns, shards[init.data_parallel_rank()], init.device())
+        own = shards[init.data_parallel_rank()]
+        data, shares = take_share(columns, own, init.device())
         check_columns(data, PER_RESPONSE_TOKEN, origin)
-        return data, shares
+        return data, shares, siblings.of(chain.from_iterable(own)) if siblings is not None else None
 
     def _has_advantages(self, columns: dict[str, Any]) -> bool:
         """Say whether this rollout gets advantages and old log-probs: a custom loss may train on data without rewards,
@@ -187,7 +205,9 @@ class Learner:
         if init.is_reporting_rank() and init.data_parallel_rank() == 0:
             self._recorder.write(rollout_id, data)
 
-    def _plans(self, rollout_id: int, data: dict[str, Any], shares: list[list[int]]) -> tuple[Plan, Plan | None]:
+    def _plans(
+        self, rollout_id: int, data: dict[str, Any], shares: list[list[int]], siblings: Siblings | None
+    ) -> tuple[Plan, Plan | None]:
         """Choose what runs of the policy's steps, and of the critic's, if there is one; all ranks come to the same."""
         everything = [True] * len(data["tokens"])
         running, critic_alone = everything, rollout_id < self._critic_alone
@@ -197,7 +217,9 @@ class Learner:
             knows = init.is_last_stage() or not self._pieces.late_columns
             running = samples_that_pull(data) if knows else everything
             running = init.from_last_stage(running) if self._pieces.late_columns else running
-        plan = partial(plan_steps, data, shares, objective=self._objective, sum_over_ranks=_sum_over_ranks)
+        plan = partial(
+            plan_steps, data, shares, objective=self._objective, siblings=siblings, sum_over_ranks=_sum_over_ranks
+        )
         policy = plan(running=running)
         if self._models.critic is None:
             return policy, None
@@ -235,9 +257,13 @@ class Learner:
         share = weight / init.data_parallel_size()
         metrics.add("grad_norm", grad_norm * share)
         metrics.add("lr", rate * share)
-        metrics.add("tokens", float(sum(data["total_lengths"][i] for i in step.positions)))
+        metrics.add("tokens", _tokens(data, step))
         metrics.add("micro_batches", float(micro_batches))
         metrics.add("attention_slots", float(sum(count_slots(one.batch["total_lengths"]) for one in seen)))
+
+
+def _tokens(data: dict[str, Any], step: Step) -> float:
+    return float(sum(data["total_lengths"][i] for i in step.positions))
 
 
 def _sum_over_ranks(counts: list[list[float]]) -> list[list[float]]:

@@ -76,26 +76,24 @@ def packed_log_probs_and_entropy(
     rows: Rows = "all",
 ) -> tuple[Tensor, Tensor | None]:
     """Return what `log_probs_and_entropy` returns with the samples concatenated, two tensors of shape (R,)."""
-    rows_R, targets_R = response_rows(tokens, response_lengths)
+    targets_R = torch.cat([sequence[len(sequence) - n :] for sequence, n in zip(tokens, response_lengths, strict=True)])
     group = tp_group if tp_group is not None and dist.get_world_size(tp_group) > 1 else None
-    selected_R = None if rows == "response" else rows_R
-    return _ResponseLogProbs.apply(logits_NV, selected_R, targets_R, temperature, entropy, group, chunk_size)
+    rows_R = None if rows == "response" else response_rows(tokens, response_lengths)
+    return _ResponseLogProbs.apply(logits_NV, rows_R, targets_R, temperature, entropy, group, chunk_size)
 
 
-def response_rows(tokens: Sequence[Tensor], response_lengths: Sequence[int]) -> tuple[Tensor, Tensor]:
-    """Return the packed rows that predict response tokens and the tokens they predict, both int64 of length R.
+def response_rows(tokens: Sequence[Tensor], response_lengths: Sequence[int]) -> Tensor:
+    """Return the packed rows that predict response tokens, int64 of length R.
 
     The token at packed position p is predicted by row p - 1; the first response token of a sample by the last row of
     its prompt.
     """
-    tokens_T = torch.cat(list(tokens))
     rows: list[int] = []
     end = 0
     for sequence, length in zip(tokens, response_lengths, strict=True):
         end += len(sequence)
         rows.extend(range(end - length - 1, end - 1))
-    rows_R = torch.tensor(rows, dtype=torch.int64, device=tokens_T.device)
-    return rows_R, tokens_T.index_select(0, rows_R + 1)
+    return torch.tensor(rows, dtype=torch.int64, device=tokens[0].device)
 
 
 class _ResponseLogProbs(torch.autograd.Function):

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from miles_api.errors import MilesError
+from miles_api.loading.hookset import configured_hooks
 from miles_api.run_options import RunOptions
 from miles_train.estimators import ESTIMATORS
 from miles_train.megatron.hf_config import check_sizes, read_hf_config
@@ -31,6 +32,20 @@ __all__ = [
     "model_directories",
     "models_notes",
 ]
+
+_MAY_ASK_A_TEACHER = frozenset(
+    {
+        "rollout",
+        "generate",
+        "agent",
+        "reward",
+        "group_reward",
+        "reward_post_process",
+        "sample_filter",
+        "convert_samples",
+    }
+)
+"""Hooks that may set `teacher_log_probs`."""
 
 
 def has_critic(config: RunConfig) -> bool:
@@ -88,12 +103,25 @@ def models_notes(config: RunConfig) -> Iterator[str]:
 
 def check_models(config: RunConfig) -> Iterator[str]:
     """Yield what is wrong with the directories of reference, teacher and critic, each with its flag."""
+    yield from _teacher(config)
     if config.group(RunOptions).hf_checkpoint is None:
         return
     directories = model_directories(config)
     for flag, directory in dict.fromkeys(directories.values()):
         if flag != "--hf-checkpoint":
             yield from _check_directory(config, flag, directory)
+
+
+def _teacher(config: RunConfig) -> Iterator[str]:
+    if not needs_teacher(config.group(ObjectiveOptions)) or has_teacher(config):
+        return
+    recorded = config.group(RunOptions).load_debug_rollout_data is not None
+    if not recorded and _MAY_ASK_A_TEACHER.isdisjoint(configured_hooks(config.args)):
+        yield (
+            "--use-opd needs a teacher's log-probs, and nothing here brings them: name its directory with "
+            "--opd-teacher-load, or a hook that sets `teacher_log_probs` of samples, such as "
+            "--custom-generate-function-path or --custom-reward-post-process-path"
+        )
 
 
 def _check_directory(config: RunConfig, flag: str, directory: str) -> Iterator[str]:

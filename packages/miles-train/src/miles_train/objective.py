@@ -24,7 +24,6 @@ from miles_train.mismatch import finish_mismatch
 from miles_train.needs import needs_old_log_probs_first, whitens
 from miles_train.options import ObjectiveOptions
 from miles_train.reducers import mask_weights, segment_sums
-from miles_train.siblings import FIRSTS, sum_rollout_masks
 from miles_train.train_hooks import check_train_hooks
 from miles_train.zero_gradient import count_zero_gradients
 
@@ -33,6 +32,7 @@ if TYPE_CHECKING:
 
     from miles_api.config import RunConfig
     from miles_train.metrics import Metrics
+    from miles_train.siblings import Siblings
     from miles_train.train_hooks import HookCalls
 
 __all__ = [
@@ -198,18 +198,18 @@ def plan_steps(
     shares: Sequence[Sequence[int]],
     running: Sequence[bool],
     objective: ObjectiveOptions,
+    siblings: Siblings | None = None,
     *,
     sum_over_ranks: _SumOverRanks = lambda counts: counts,
 ) -> Plan:
     """Choose the samples that run in each step and count its denominators.
 
-    Called once a rollout, after advantages, when loss masks are final. `shares` has this rank's positions for each
-    step; `sum_over_ranks` adds up a small matrix of counts over the data-parallel ranks. Where rollouts have several
-    samples, the rollout data gets the column that `reducer_of` divides by, in two more sums over ranks.
+    Called for each model that is trained on a rollout, after advantages and `sum_rollout_masks`, when loss masks are
+    final. `shares` has this rank's positions for each step, `siblings` its samples' rollouts where some have several;
+    `sum_over_ranks` adds up a small matrix of counts over the data-parallel ranks.
     """
-    sum_rollout_masks(rollout_data, sum_over_ranks)
     active = [[i for i in share if running[i]] for share in shares]
-    counts = sum_over_ranks(_counts(rollout_data, shares, active, objective))
+    counts = sum_over_ranks(_counts(rollout_data, shares, active, objective, siblings))
     steps = []
     for number, (_, some, everything, weight) in enumerate(counts):
         positions = active[number]
@@ -227,13 +227,14 @@ def _counts(
     shares: Sequence[Sequence[int]],
     active: Sequence[Sequence[int]],
     objective: ObjectiveOptions,
+    siblings: Siblings | None,
 ) -> list[list[float]]:
     """Return for each step this rank's samples, those that run, and what losses and metrics are divided by."""
     mask_sums = segment_sums(torch.cat(rollout_data["loss_masks"]), rollout_data["response_lengths"]).tolist()
     weights = mask_weights(rollout_data, mask_sums, objective)
     counted: Sequence[float] = mask_sums
     if not objective.calculate_per_token_loss:
-        counted = rollout_data.get(FIRSTS, [1] * len(mask_sums))
+        counted = siblings.firsts if siblings is not None else [1] * len(mask_sums)
     return [
         [len(share), len(runs), sum(counted[i] for i in share), sum(weights[i] for i in runs)]
         for share, runs in zip(shares, active, strict=True)

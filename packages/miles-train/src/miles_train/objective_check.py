@@ -26,20 +26,20 @@ _CENTRED, _SCALED = "rewards_normalization", "grpo_std_normalization"
 
 
 def derived_rewards(config: RunConfig) -> dict[str, bool]:
-    """Return `rewards_normalization` as off for an estimator that centres rewards itself; empty where the run says how
-    rewards are normalised, or has no such option."""
-    options, estimator = config.flat(), _estimator(config)
-    if estimator is None or not estimator.takes_plain_rewards or _CENTRED not in options:
+    """Return `rewards_normalization` as off for an estimator that takes rewards as they are; empty where the run says
+    whether they are normalised, or has no such option. A critic takes them so also beside an advantage hook."""
+    chosen = ESTIMATORS[config.group(ObjectiveOptions).advantage_estimator]
+    estimator = chosen if chosen.needs_values else _estimator(config)
+    if estimator is None or not estimator.takes_plain_rewards or _CENTRED not in config.flat():
         return {}
-    says = _CENTRED in config.sources or (_SCALED in config.sources and options[_SCALED])
-    return {} if says else {_CENTRED: False}
+    return {} if _CENTRED in config.sources else {_CENTRED: False}
 
 
 def objective_notes(config: RunConfig) -> Iterator[str]:
     """Yield what the estimator has changed of the rollout's options, and a default that means little to it."""
     if config.sources.get(_CENTRED) == DERIVED:
         name = config.group(ObjectiveOptions).advantage_estimator
-        yield f"advantage_estimator: {name} centres rewards itself, and gets them without --rewards-normalization"
+        yield f"advantage_estimator: {name} takes rewards as they are: --rewards-normalization is off"
     objective = config.group(ObjectiveOptions)
     if objective.advantage_estimator == "gspo" and "eps_clip" not in config.sources:
         yield (
@@ -51,6 +51,15 @@ def objective_notes(config: RunConfig) -> Iterator[str]:
             "kl_loss_type: k1 in the loss has a gradient of mean 0 on the policy's own tokens, and so holds nothing "
             "near the reference model: k2, k3 or --use-unbiased-kl do"
         )
+    if objective.kl_coef > 0 and objective.kl_loss_type not in (None, "k1"):
+        yield (
+            f"kl_loss_type: {objective.kl_loss_type} in the reward has next to no gradient near the reference model, "
+            "and so holds little there: k1 does"
+        )
+    if objective.lambd != 1.0 and _estimator(config) is None:
+        yield f"lambd: an advantage hook makes the advantages, and nobody but it reads --lambd {objective.lambd:g}"
+    if objective.use_kl_loss and not objective.kl_loss_coef:
+        yield "use_kl_loss: the KL divergence is only reported; --kl-loss-coef weighs it in the loss"
 
 
 def check_objective(config: RunConfig) -> Iterator[str]:
@@ -58,7 +67,9 @@ def check_objective(config: RunConfig) -> Iterator[str]:
     yield from contradictions(config)
     run, objective = config.group(RunOptions), config.group(ObjectiveOptions)
     name, estimator = objective.advantage_estimator, _estimator(config)
-    if objective.gamma != 1.0 and not (estimator is not None and estimator.discounts):
+    # A hook beside a critic may compute advantages of its own from values, gamma and lambda.
+    discounts = ESTIMATORS[name].discounts and (estimator is not None or name == "ppo")
+    if objective.gamma != 1.0 and not discounts:
         reason = f"--advantage-estimator {name} has none"
         if estimator is None:
             supervised = run.loss_type == "sft_loss"
@@ -71,7 +82,7 @@ def check_objective(config: RunConfig) -> Iterator[str]:
 
 
 def _cispo(run: RunOptions, objective: ObjectiveOptions) -> Iterator[str]:
-    if run.loss_type != "policy_loss":
+    if run.loss_type not in ("policy_loss", "value_loss"):  # the latter is about all parts of the policy loss
         yield f"--policy-loss-type cispo belongs to --loss-type policy_loss, not to {run.loss_type}: drop one"
     if objective.advantage_estimator == "gspo":
         yield (

@@ -15,7 +15,7 @@ from miles_api.options import flag_of
 from miles_api.run_options import RunOptions
 from miles_train.estimators import ESTIMATORS
 from miles_train.needs import needs_ref, needs_teacher
-from miles_train.options import BatchingOptions, ModelsOptions, ObjectiveOptions
+from miles_train.options import ModelsOptions, ObjectiveOptions
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -27,6 +27,10 @@ __all__ = ["contradictions"]
 _PPO_ALONE = (
     "lambd", "value_clip", "critic_load", "critic_lr", "critic_lr_warmup_iters", "num_critic_only_steps",
 )  # fmt: skip
+_OF_THE_POLICY_LOSS = (
+    "policy_loss_type", "eps_clip", "eps_clip_high", "eps_clip_c", "entropy_coef", "report_entropy", "tis_clip",
+    "tis_clip_low", "skip_zero_advantage",
+)  # fmt: skip
 _OF_THE_KL = ("ref_load", "kl_loss_type")
 _OF_THE_TEACHER = ("opd_teacher_load", "opd_kl_coef")
 
@@ -36,7 +40,6 @@ class _Facts(NamedTuple):
 
     run: RunOptions
     objective: ObjectiveOptions
-    batching: BatchingOptions
     options: dict[str, Any]
     """The options of the objective and of its models by name."""
     changed: frozenset[str]
@@ -111,6 +114,11 @@ _RULES = (
         "--calculate-per-token-loss averages over all tokens of a step: drop one",
     ),
     _Rule(
+        lambda f: f.objective.loss_length_norm is not None and "pg_loss_reducer" in f.hooks,
+        "--loss-length-norm {f.objective.loss_length_norm:g} is a reduction, and so is "
+        "--custom-pg-loss-reducer-function-path: drop one",
+    ),
+    _Rule(
         lambda f: f.objective.skip_zero_advantage and f.objective.entropy_coef > 0,
         "--skip-zero-advantage leaves samples out that --entropy-coef would train: set one of them",
     ),
@@ -118,15 +126,6 @@ _RULES = (
         lambda f: f.objective.skip_zero_advantage and f.objective.use_kl_loss and f.objective.kl_loss_coef > 0,
         "--skip-zero-advantage leaves samples out that --use-kl-loss --kl-loss-coef {f.objective.kl_loss_coef:g} would "
         "train: set one of them",
-    ),
-    _Rule(
-        lambda f: f.batching.micro_batch_size is not None and f.batching.use_dynamic_batch_size,
-        "--micro-batch-size {f.batching.micro_batch_size} counts samples, and --use-dynamic-batch-size packs up to "
-        "--max-tokens-per-gpu tokens: pass --no-use-dynamic-batch-size, or leave --micro-batch-size out",
-    ),
-    _Rule(
-        lambda f: f.batching.balance_by_flops and not f.batching.balance_data,
-        "--balance-by-flops says how to balance, and --no-balance-data does not: drop one",
     ),
 )  # fmt: skip
 
@@ -143,13 +142,18 @@ def contradictions(config: RunConfig) -> Iterator[str]:
         unread += [(_OF_THE_KL, "is about the KL divergence, and neither --use-kl-loss nor --kl-coef is set")]
     if not needs_teacher(facts.objective):
         unread += [(_OF_THE_TEACHER, "is about the teacher of --use-opd, which is not set")]
+    if facts.run.loss_type == "value_loss":
+        alone = "--loss-type value_loss trains the critic alone"
+        unread += [(_OF_THE_POLICY_LOSS, f"is about the policy loss, and {alone}")]
+        unread += [(("num_critic_only_steps",), f"says how long the policy waits, and {alone}, in every rollout")]
     for names, reason in unread:
         yield from (_unread(name, facts, reason) for name in names if name in facts.changed)
 
 
 def _unread(name: str, facts: _Facts, reason: str) -> str:
     value = facts.options[name]
-    return f"{flag_of(name)} {'null' if value is None else value} {reason}: leave it out"
+    shown = "" if value is True else f" {'null' if value is None else value}"
+    return f"{flag_of(name)}{shown} {reason}: leave it out"
 
 
 def _plain(objective: ObjectiveOptions) -> bool:
@@ -162,4 +166,4 @@ def _facts(config: RunConfig) -> _Facts:
     options = msgspec.structs.asdict(objective) | msgspec.structs.asdict(models)
     changed = frozenset(name for name, value in options.items() if value != defaults[name])
     hooks = frozenset(configured_hooks(config.args))
-    return _Facts(config.group(RunOptions), objective, config.group(BatchingOptions), options, changed, hooks)
+    return _Facts(config.group(RunOptions), objective, options, changed, hooks)

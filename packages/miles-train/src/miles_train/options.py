@@ -108,9 +108,10 @@ class ObjectiveOptions(Options, frozen=True, kw_only=True):
     """Add --kl-loss-coef times the KL divergence from the reference model to the loss; with 0, only report it."""
     kl_loss_coef: _NonNegative = 0.0
     """Weight of the KL divergence in the loss."""
-    kl_loss_type: Literal["k1", "k2", "k3", "low_var_kl"] = "k3"
-    """Estimate of the KL divergence of a token, in loss and reward: k1 = log-ratio, k2 = its square by two, k3 = ratio
-    - 1 - log-ratio (joschu.net/blog/kl-approx.html); low_var_kl is k3 kept within 10 nats."""
+    kl_loss_type: Literal["k1", "k2", "k3", "low_var_kl"] | None = None
+    """Estimate of the KL divergence of a token: k1 = log-ratio, k2 = its square by two, k3 = ratio - 1 - log-ratio
+    (joschu.net/blog/kl-approx.html); low_var_kl is k3 kept within 10 nats. Default: k3 in the loss and k1 in the
+    reward, where the others' gradient is not that of the divergence."""
     use_unbiased_kl: bool = False
     """Weight the KL divergence in the loss by the importance ratio, which makes its gradient unbiased on tokens of an
     older policy (arXiv 2512.02556)."""

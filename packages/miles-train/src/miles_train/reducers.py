@@ -43,7 +43,7 @@ def sum_of_sample_mean(
 ) -> Callable[[Tensor], Tensor]:
     """Return a function from the samples' concatenated token values (R,) to their sum of masked means.
 
-    Called once a micro-batch. The trainer divides the result by the number of samples of the whole optimizer step, so
+    Called once a micro-batch. The trainer divides the result by the number of rollouts of the whole optimizer step, so
     that the gradient does not depend on how the step is split into micro-batches and ranks. With
     `calculate_per_token_loss` it is the plain masked sum, which the trainer divides by the step's mask sum. Samples
     without an unmasked token add 0, whatever their values are.

@@ -19,9 +19,14 @@ if TYPE_CHECKING:
     from miles_train.objective import Step
     from miles_train.seen import Seen
 
-__all__ = ["count_zero_gradients", "note_skipped_steps", "note_zero_gradient"]
+__all__ = ["UNCUT", "ZERO_GRADIENT_PREFIXES", "count_zero_gradients", "note_skipped_steps", "note_zero_gradient"]
 
 TOTAL = "zero_gradient_steps"
+UNCUT = "uncut_advantage_max"
+"""What the policy loss reports of each micro-batch beside its metrics: the largest advantage, as a positive number, of
+an unmasked token that clipping leaves a gradient."""
+ZERO_GRADIENT_PREFIXES = ("zero_gradient/", "zero_step_")
+"""How names of metrics begin that are made here; no hook's metric may begin so."""
 _FACT = re.compile(r"zero_step_(\d+)_(\w+)")
 
 
@@ -50,7 +55,8 @@ def note_zero_gradient(
         for pull_R in one.pulls:
             metrics.add(_fact(number, "pull_max"), _largest(pull_R))
     for result in results:
-        metrics.add(_fact(number, "clipped_max"), result.get("pg_clipfrac", 0.0))
+        if UNCUT in result:
+            metrics.add(_fact(number, "uncut_max"), result[UNCUT])
 
 
 def note_skipped_steps(
@@ -74,7 +80,7 @@ def count_zero_gradients(numbers: Mapping[str, float]) -> dict[str, float]:
         match = _FACT.fullmatch(name)
         if match:
             steps.setdefault(match[1], {})[match[2]] = value
-        else:
+        elif name != UNCUT:
             named[name] = value
     causes = Counter(_cause(facts) for facts in steps.values())
     return (
@@ -91,7 +97,7 @@ def _cause(facts: Mapping[str, float]) -> str:
         "learning_rate": facts["rate_max"] == 0,
         "zero_advantages": facts.get("advantage_max") == 0,
         "lost": facts.get("pull_max", 0.0) > 0,
-        "clipped": facts.get("clipped_max", 0.0) > 0,
+        "clipped": facts.get("uncut_max") == 0,
     }
     return next((cause for cause, holds in tests.items() if holds), "no_gradient")
 

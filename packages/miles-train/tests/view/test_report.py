@@ -149,6 +149,14 @@ def test_a_failed_run_shows_its_traceback(make_run):
     assert error in page.text
 
 
+def test_an_interrupted_run_is_not_said_to_have_failed(make_run):
+    page = page_of(make_run([line(0)], summary={"status": "interrupted", "error": "stopped by SIGTERM"}))
+    assert "stopped by SIGTERM" in page.text
+    assert "The run was interrupted" in page.text
+    assert ("class", "box error") not in page.attributes
+    assert "The run failed" not in page.text
+
+
 @pytest.mark.parametrize("missing", ["config.toml", "metrics.jsonl", "samples.jsonl", "hooks.json", "summary.json"])
 def test_any_file_may_be_missing(make_run, missing):
     hook = {"process": "p", "hook": "reward", "reference": "r", "calls": 1, "seconds": 1, "errors": 0}
@@ -380,3 +388,26 @@ def test_every_number_of_the_run_is_listed_with_what_it_says(make_run):
     assert "eval/sort/reward0.25Mean reward of the evaluation's responses." in text
     assert "train/mismatch_ess0.97Effective sample size" in text
     assert "mine3Reported by a hook." in text
+
+
+def test_what_clips_and_how_far_the_policy_moved_stand_with_training_and_are_explained(make_run):
+    metrics = ("pg_clipfrac", "kl_loss", "kl_reward", "opd_kl", "padding_share", "mismatch_k1")
+    page = page_of(make_run([line(0, **{f"train__{name}": 0.1 for name in metrics})]))
+    training = page.charts("train")
+    assert all(training[title]["text"] for title in ("Clip fraction", "KL divergence", "Micro-batches and ranks"))
+    assert list(page.charts("gap")) == ["KL divergence, trainer against rollout"]
+
+
+def test_a_group_with_equal_rewards_is_not_said_to_teach_nothing_whatever_the_objective(make_run):
+    page = page_of(make_run([line(0, rollout__equal_groups=0.25)]))
+    for said in (page.charts("rollout")["Groups with equal rewards"]["text"], page.text):
+        assert re.search(r"unless.* critic.* whitening.* KL .*teacher", said)
+
+
+def test_the_axis_of_a_share_ends_at_100_percent_unless_the_run_is_above_it(make_run):
+    shares = {"train__mismatch_ess": 1.0, "train__pg_clipfrac": 0.02}
+    page = page_of(make_run([line(i, train__micro_batch_fill=0.4 + i, train__loss=0.5, **shares) for i in range(2)]))
+    assert page.charts("gap")["Effective sample size"]["most"] == 1
+    assert {title: chart["most"] for title, chart in page.charts("train").items()} == {
+        "Loss": None, "Clip fraction": 1, "Micro-batches and ranks": None,
+    }  # fmt: skip

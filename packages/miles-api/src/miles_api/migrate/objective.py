@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import PurePosixPath
+
 from miles_api.migrate.verdicts import Drop, Flag, Flags, Lack, Rule, Take
 
 __all__ = ["OBJECTIVE", "estimator_of", "reads_kl", "whitens_only_here"]
+
+_OF_A_FORM = re.compile(r"([-_.](torch|dist|megatron|mcore|hf|ckpt|checkpoint|release|iter|[tpec]p\d*|\d+))*", re.I)
+"""What a converted checkpoint's name has behind its model's."""
 
 
 def estimator_of(flags: Flags) -> str:
@@ -55,22 +61,33 @@ def _kl_coef(flag: Flag, flags: Flags) -> Take | Drop:
     return Take("kl_coef", flag.values, doubt=doubt)
 
 
-def _ref_load(flag: Flag, flags: Flags) -> Take | Drop:
+def _ref_load(flag: Flag, flags: Flags) -> Take | Drop | Lack:
+    """Judge the reference model, whose weights the policy begins with there."""
+    same, bridge = _is_hf_checkpoint(flag, flags), _is_bridged(flag, flags)
+    if not same:
+        first = "also the first weights there: "
+        if not bridge:
+            return Lack(f"{first}convert it to a Hugging Face directory and name it as hf_checkpoint")
+        doubt = f"{first}name it as hf_checkpoint"
+        return Take("ref_load", flag.values, doubt=doubt) if reads_kl(flags) else Lack(doubt)
     if not reads_kl(flags):
         return Drop("the first weights come from hf_checkpoint, and nothing here needs a reference model")
-    return _directory("ref_load", "the reference model", flag, flags)
+    return Take("ref_load", flag.values) if bridge else Drop("the reference model is that of hf_checkpoint")
 
 
-def _directory(key: str, model: str, flag: Flag, flags: Flags) -> Take | Drop:
-    """Judge a Megatron checkpoint of a model that is read from a Hugging Face directory here."""
+def _is_hf_checkpoint(flag: Flag, flags: Flags) -> bool:
+    """Say whether a directory holds, by its name, the model of --hf-checkpoint, perhaps converted."""
+    hf = flags.get("--hf-checkpoint")
+    if hf is None or len(hf.values) != 1 or len(flag.values) != 1:
+        return False
+    model, name = PurePosixPath(hf.values[0]).name, PurePosixPath(flag.values[0]).name
+    return name.startswith(model) and _OF_A_FORM.fullmatch(name[len(model) :]) is not None
+
+
+def _is_bridged(flag: Flag, flags: Flags) -> bool:
+    """Say whether a directory is one of Hugging Face."""
     bridge = "--megatron-to-hf-mode" in flags and flags["--megatron-to-hf-mode"].values == ["bridge"]
-    same = "--hf-checkpoint" in flags and flags["--hf-checkpoint"].values == flag.values
-    if bridge or same:
-        return Take(key, flag.values)
-    return Drop(
-        f"a Megatron checkpoint is not read here: {model} is that of hf_checkpoint; convert another one to a Hugging "
-        f"Face directory and name it as {key}"
-    )
+    return bridge or ("--hf-checkpoint" in flags and flags["--hf-checkpoint"].values == flag.values)
 
 
 def _micro_batch(flag: Flag, flags: Flags) -> Take | Drop:
@@ -79,12 +96,10 @@ def _micro_batch(flag: Flag, flags: Flags) -> Take | Drop:
     return Take("micro_batch_size", flag.values)
 
 
-def _chunk(flag: Flag, _flags: Flags) -> Take | Drop:
-    return (
-        Drop("-1 is no chunks there; 1024 rows here")
-        if flag.number == -1
-        else Take("log_probs_chunk_size", flag.values)
-    )
+def _chunk(flag: Flag, _flags: Flags) -> Take:
+    if flag.number == -1:
+        return Take("log_probs_chunk_size", None, "-1 there is no chunks")
+    return Take("log_probs_chunk_size", flag.values)
 
 
 def _of_ppo(flag: Flag, flags: Flags) -> Take | Drop:
@@ -93,10 +108,14 @@ def _of_ppo(flag: Flag, flags: Flags) -> Take | Drop:
     return Drop("the --advantage-estimator does not read it")
 
 
-def _critic_load(flag: Flag, flags: Flags) -> Take | Drop:
+def _critic_load(flag: Flag, flags: Flags) -> Take | Drop | Lack:
     if estimator_of(flags) != "ppo":
         return _of_ppo(flag, flags)
-    return _directory("critic_load", "the critic's first body", flag, flags)
+    if _is_bridged(flag, flags):
+        return Take("critic_load", flag.values)
+    if _is_hf_checkpoint(flag, flags):
+        return Drop("the critic's first body is that of hf_checkpoint")
+    return Lack("the critic's first weights there: convert it to a Hugging Face directory and name it as critic_load")
 
 
 def _gamma(flag: Flag, flags: Flags) -> Take | Drop:

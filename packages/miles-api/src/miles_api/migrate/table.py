@@ -8,6 +8,7 @@ from __future__ import annotations
 from pathlib import PurePosixPath
 
 from miles_api.migrate.objective import OBJECTIVE
+from miles_api.migrate.router import ROUTER, ROUTER_PREFIXES
 from miles_api.migrate.verdicts import Drop, Flag, Flags, Lack, Rule, Take, drop, lack, only, renamed, with_value
 
 __all__ = ["OURS", "PREFIXES", "THEIRS", "program_rule"]
@@ -127,6 +128,7 @@ OURS: dict[str, Rule] = {
     "--save-debug-train-data": _dump("save_debug_train_data"),
     **lack("a file of another stack: record one here with save_debug_rollout_data", "--load-debug-rollout-data"),
     **OBJECTIVE,
+    **ROUTER,
 }
 """Flags that have our name for something and write it in another way."""
 
@@ -213,7 +215,6 @@ THEIRS: dict[str, Rule] = {
     **drop("miles-router always routes", "--use-slime-router", "--use-miles-router"),
     **renamed("engine_max_total_len", "of each engine", "--sglang-context-length"),
     **renamed("engine_max_running_requests", "of each engine", "--sglang-max-running-requests"),
-    **renamed("router_request_timeout", "seconds", "--sglang-router-request-timeout-secs"),
     # Logging
     **lack("set WANDB_API_KEY in the environment: keys do not belong in files", "--wandb-key"),
     **lack("set WANDB_RUN_GROUP in the environment", "--wandb-group"),
@@ -232,10 +233,10 @@ THEIRS: dict[str, Rule] = {
 """Flags that are no option of ours, or not yet: an option of the same name comes first."""
 
 PREFIXES: dict[str, Rule] = {
+    **ROUTER_PREFIXES,
     **drop(_CONFIG, "--moe-", "--rope-", "--linear-"),
     **lack("the engine here is `local`, which has no such setting", "--sglang-", "--eval-sglang-", "--vllm-"),
     **lack("adapters (LoRA) are not trained in this version", "--lora-", "--target-modules"),
-    **lack("miles-router has no such setting", "--router-"),
     **lack("FSDP is no backend here", "--fsdp-"),
 }
 """By how a flag begins; asked last."""

@@ -60,6 +60,8 @@ def _toml(value: Any) -> str:
         return "{" + ", ".join(f"{json.dumps(str(key))} = {_toml(part)}" for key, part in value.items()) + "}"
     if isinstance(value, list):
         return "[" + ", ".join(_toml(part) for part in value) + "]"
+    if value is None:
+        return '"null"'
     if isinstance(value, float):
         return _EXPONENT.sub(r"e\1", repr(value))
     # JSON's strings, numbers and booleans are TOML's, but for one control character.

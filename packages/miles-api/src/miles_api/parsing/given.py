@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,8 @@ from miles_api.options import OptionKind, flag_of, option_kind
 __all__ = ["COMMAND_LINE", "Given", "convert", "explain", "locate", "references"]
 
 COMMAND_LINE = "command line"
+
+_UNSET = "null"
 
 
 class Given(msgspec.Struct):
@@ -41,7 +44,9 @@ def convert(kind: type[msgspec.Struct], given: dict[str, Given], problems: list[
             if info.name in hook_fields:
                 values[info.name] = _hook_value(item, hook_fields[info.name][0].many)
             else:
-                values[info.name] = _path(msgspec.convert(_raw(item, shape), info.type, strict=False), shape, item)
+                value = _option_value(item, shape, info.type)
+                _refuse_non_finite(value, info.default)
+                values[info.name] = value
         except (msgspec.ValidationError, ValueError) as error:
             problems.append(explain(info.name, item, error, shape.base if isinstance(shape.base, tuple) else ()))
     return values
@@ -84,12 +89,24 @@ def _hook_value(item: Given, many: bool) -> Any:
     return located[0] if len(located) == 1 else located or None
 
 
+def _option_value(item: Given, shape: OptionKind, annotation: Any) -> Any:
+    # TOML has no word for a value that is not set; a file of that name is `./null`.
+    if item.value == _UNSET and shape.optional:
+        return None
+    return _path(msgspec.convert(_raw(item, shape), annotation, strict=False), shape, item)
+
+
+def _refuse_non_finite(value: Any, default: Any) -> None:
+    # Bounds let infinity pass, and nan compares with none. A default of a hook's own reads back from `config.toml`.
+    if isinstance(value, float) and not math.isfinite(value) and value != default:
+        raise ValueError("Expected a finite number")
+
+
 def _raw(item: Given, shape: OptionKind) -> Any:
     if item.source == COMMAND_LINE and shape.base is dict:
         return json.loads(item.value)
-    # Numbers and booleans in a TOML file are typed already: a quoted one is a mistake worth naming. TOML has no word
-    # for a number that is switched off.
-    quoted = item.source != COMMAND_LINE and isinstance(item.value, str) and item.value != "null"
+    # Numbers and booleans in a TOML file are typed already: a quoted one is a mistake worth naming.
+    quoted = item.source != COMMAND_LINE and isinstance(item.value, str)
     if quoted and shape.base in (int, float, bool):
         raise ValueError(f"Expected `{shape.base.__name__}`, got a quoted string")
     if shape.base is bool and not isinstance(item.value, bool):
@@ -100,6 +117,8 @@ def _raw(item: Given, shape: OptionKind) -> Any:
 def _path(value: Any, shape: OptionKind, item: Given) -> Any:
     if not shape.path or not isinstance(value, str):
         return value
+    if not value.strip():
+        raise ValueError("Expected a path, not an empty one")
     located = (item.folder or Path.cwd()) / Path(value).expanduser()
     # A name that is no file here may be a name on a model hub.
     return str(located.resolve()) if shape.path == "output" or located.exists() else value

@@ -13,71 +13,115 @@ that said the same with other tokens are taken for each other.
 from __future__ import annotations
 
 import hashlib
-from collections import OrderedDict
+from array import array
+from collections import Counter, OrderedDict
 from typing import TYPE_CHECKING, Annotated, Any
 
 import msgspec
 
 from miles_api.errors import HookError
 from miles_api.options import Options, options_from
-from miles_router.middlewares.bodies import giving, whole_body
+from miles_router.messages import CHOSEN
+from miles_router.middlewares.bodies import WholeAnswer, giving, question, whole_body, with_own_body
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from miles_router.handle import RouterHandle
-    from miles_router.messages import Message, Receive, Scope, Send
+    from miles_router.messages import Receive, Scope, Send
     from miles_router.middleware import App
 
-__all__ = ["PrefixTokens", "PrefixTokensOptions", "Texts"]
+__all__ = ["TEXT_COST", "Known", "PrefixTokens", "PrefixTokensOptions", "Texts"]
 
 _BLOCK = 64
 """Characters that are hashed at once to find the longest known beginning of a text."""
-_OK = 200
-_ABOUT_BODY = (b"content-length", b"content-encoding", b"transfer-encoding")
+TEXT_COST = 64
+"""What a remembered text counts beside its tokens, each of which takes four bytes."""
+_START, _END = "a", "\na"
+"""A text in two parts that no tokenizer joins, to try one with: a letter and the end of its line have no token."""
+_MOST_CHOICES = 256
+_OK, _NOT_FOUND = 200, 404
+_OTHER_INPUT = ("input_ids", "input_embeds")
+_Token = Annotated[int, msgspec.Meta(ge=0, lt=1 << 31)]
 
 
 class PrefixTokensOptions(Options, frozen=True, kw_only=True):
     """How much is remembered of conversations."""
 
     prefix_tokens_kept: Annotated[int, msgspec.Meta(ge=1)] = 16 << 20
-    """Tokens that are remembered; beyond, the text unused for longest is forgotten, and tokenised anew."""
+    """Tokens that are remembered, of four bytes, and 64 for each text beside; beyond, the text unused for longest is
+    forgotten, and tokenised anew."""
 
 
-class _Known(msgspec.Struct):
+class _Tokenised(msgspec.Struct):
+    tokens: list[_Token]
+
+
+class _Reply(msgspec.Struct):
     text: str
-    tokens: list[int]
+    output_ids: list[_Token]
+    meta_info: dict[str, Any]
+
+
+class _NotToldError(Exception):
+    """No engine was there to ask, or the one that was asked died: `answer` is what the client gets."""
+
+    def __init__(self, answer: WholeAnswer) -> None:
+        super().__init__(f"/tokenize answered {answer.status}")
+        self.answer = answer
+
+
+class Known(msgspec.Struct):
+    """A text that is remembered: how many characters and which tokens."""
+
+    length: int
+    tokens: array[int]
 
 
 class Texts:
-    """Texts with their tokens; finds the longest that another text begins with."""
+    """Texts with their tokens; finds the longest that another text begins with.
 
-    def __init__(self, most_tokens: int) -> None:
-        self._most, self.tokens = most_tokens, 0
-        # By the hash of a text's whole blocks: those that differ in the rest alone.
-        self._known: OrderedDict[bytes, dict[str, _Known]] = OrderedDict()
+    A text is known by the hash of its whole blocks and what is left of it, so that finding one looks up a few keys,
+    however many there are.
+    """
 
-    def add(self, session: str, known: _Known) -> None:
+    def __init__(self, most: int) -> None:
+        self._most = most
+        self.size = 0
+        """Tokens that are remembered, and `TEXT_COST` for each text."""
+        self._known: OrderedDict[tuple[bytes, str], Known] = OrderedDict()
+        self._blocks: Counter[bytes] = Counter()
+
+    def add(self, session: str, text: str, tokens: array[int]) -> None:
         """Remember a text; one that is known already gets other tokens."""
-        *_, (key, end) = _beginnings(session, known.text)
-        alike = self._known.setdefault(key, {})
-        rest = known.text[end:]
-        self.tokens += len(known.tokens) - (len(alike[rest].tokens) if rest in alike else 0)
-        alike[rest] = known
-        self._known.move_to_end(key)
-        while self.tokens > self._most:
-            _, gone = self._known.popitem(last=False)
-            self.tokens -= sum(len(each.tokens) for each in gone.values())
+        *_, (blocks, end) = _beginnings(session, text)
+        key = blocks, text[end:]
+        if key in self._known:
+            self._forget(key)
+        self._known[key] = Known(len(text), tokens)
+        self._blocks[blocks] += 1
+        self.size += len(tokens) + TEXT_COST
+        while self.size > self._most:
+            self._forget(next(iter(self._known)))
 
-    def find(self, session: str, text: str) -> _Known | None:
+    def find(self, session: str, text: str) -> Known | None:
         """Return the longest text that this one begins with."""
-        for key, end in reversed(list(_beginnings(session, text))):
-            rest = text[end : end + _BLOCK]
-            found = [known for tail, known in self._known.get(key, {}).items() if rest.startswith(tail)]
-            if found:
-                self._known.move_to_end(key)
-                return max(found, key=lambda known: len(known.text))
+        for blocks, end in reversed(list(_beginnings(session, text))):
+            if blocks not in self._blocks:
+                continue
+            rest = text[end : end + _BLOCK - 1]
+            for size in range(len(rest), -1, -1):
+                key = blocks, rest[:size]
+                if (known := self._known.get(key)) is not None:
+                    self._known.move_to_end(key)
+                    return known
         return None
+
+    def _forget(self, key: tuple[bytes, str]) -> None:
+        self.size -= len(self._known.pop(key).tokens) + TEXT_COST
+        self._blocks[key[0]] -= 1
+        if not self._blocks[key[0]]:
+            del self._blocks[key[0]]
 
 
 def _beginnings(session: str, text: str) -> Iterator[tuple[bytes, int]]:
@@ -90,7 +134,11 @@ def _beginnings(session: str, text: str) -> Iterator[tuple[bytes, int]]:
 
 
 class PrefixTokens:
-    """Sends `input_ids` in the place of a `text`; what has no text, several, or asks for a stream passes through."""
+    """Sends `input_ids` in the place of a `text`.
+
+    What has no text, several, images or the like beside it, or asks for a stream passes through; so does everything
+    where a text's end has other tokens than alone, as with SentencePiece.
+    """
 
     options = PrefixTokensOptions
     changes_tokens = True
@@ -100,7 +148,8 @@ class PrefixTokens:
         self._app = app
         self._max_body = router.options.router_max_body_bytes
         self._texts = Texts(mine.prefix_tokens_kept)
-        self._continued = self._begun = 0
+        self._divisible: dict[frozenset[str] | None, bool] = {}
+        self._continued = self._begun = self._passed = 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Replace the text of a request, and remember what is answered."""
@@ -111,81 +160,77 @@ class PrefixTokens:
         if body is None:
             return
         payload = _payload(body)
-        if payload is None:
-            await self._app(scope, giving(body, receive), send)
+        try:
+            divisible = payload is not None and await self._divides(scope)
+            if payload is None or not divisible:
+                self._passed += 1
+                await self._app(scope, giving(body, receive), send)
+                return
+            session, text = _session(scope, payload), payload.pop("text")
+            tokens = await self._tokens(scope, session, text)
+        except _NotToldError as error:
+            await error.answer.give(send)
             return
-        session, text = _session(scope, payload), payload.pop("text")
-        tokens = await self._tokens(scope, session, text)
-        answer = _Whole()
-        sent = msgspec.json.encode({**payload, "input_ids": tokens})
-        await self._app(_without_lengths(scope), giving(sent, receive), answer.take)
-        await answer.give(send, self._noted(answer, session, text, tokens))
+        answer = WholeAnswer()
+        sent = msgspec.json.encode({**payload, "input_ids": tokens.tolist()})
+        await self._app(with_own_body(scope), giving(sent, receive), answer.take)
+        self._note(answer, session, text, tokens)
+        await answer.give(send)
 
     def counts(self) -> dict[str, int]:
-        """Say how many texts went on from a known one, how many began anew, and how many tokens are remembered."""
-        return {"continued": self._continued, "begun": self._begun, "tokens": self._texts.tokens}
+        """Say how many texts went on from a known one, began anew and passed as they are, and what is remembered."""
+        asked = {"continued": self._continued, "begun": self._begun, "passed": self._passed}
+        return {**asked, "tokens": self._texts.size}
 
-    async def _tokens(self, scope: Scope, session: str, text: str) -> list[int]:
+    async def _divides(self, scope: Scope) -> bool:
+        """Tell whether the end of a text has the tokens that it has alone; SentencePiece puts a space before each."""
+        chosen = scope.get(CHOSEN)
+        if chosen not in self._divisible:
+            alone = await self._tokenise(scope, _END, special=False)
+            whole = await self._tokenise(scope, _START + _END, special=False)
+            if len(self._divisible) >= _MOST_CHOICES:
+                self._divisible.clear()
+            self._divisible[chosen] = whole[-len(alone) :] == alone
+        return self._divisible[chosen]
+
+    async def _tokens(self, scope: Scope, session: str, text: str) -> array[int]:
         known = self._texts.find(session, text)
         if known is None:
             self._begun += 1
             return await self._tokenise(scope, text, special=True)
         self._continued += 1
-        rest = text[len(known.text) :]
-        new = await self._tokenise(scope, rest, special=False) if rest else []
-        return known.tokens + new
+        rest = text[known.length :]
+        return known.tokens + await self._tokenise(scope, rest, special=False) if rest else known.tokens
 
-    async def _tokenise(self, scope: Scope, text: str, *, special: bool) -> list[int]:
-        """Ask an engine. Raises `HookError` if it does not say."""
+    async def _tokenise(self, scope: Scope, text: str, *, special: bool) -> array[int]:
+        """Ask an engine. Raises `HookError` if it cannot say, `_NotToldError` if it was not to be had."""
         body = msgspec.json.encode({"model": "default", "prompt": text, "add_special_tokens": special})
-        path = {"path": "/tokenize", "raw_path": b"/tokenize", "query_string": b""}
-        answer = _Whole()
-        await self._app({**_without_lengths(scope), **path}, giving(body), answer.take)
+        answer = WholeAnswer()
+        await self._app(question(scope, "POST", "/tokenize"), giving(body), answer.take)
+        if not answer.complete or answer.status not in (_OK, _NOT_FOUND):
+            raise _NotToldError(answer)
         try:
-            said = msgspec.json.decode(answer.body)["tokens"] if answer.status == _OK else None
-            return msgspec.convert(said, list[int])
-        except (msgspec.MsgspecError, KeyError, TypeError) as error:
+            said = msgspec.json.decode(answer.body, type=_Tokenised).tokens if answer.status == _OK else None
+            return array("i", msgspec.convert(said, list[_Token]))
+        except msgspec.MsgspecError as error:
             raise HookError(
                 f"prefix_tokens needs the engines' /tokenize, which answered {answer.status}: {answer.body[:200]!r}"
             ) from error
 
-    def _noted(self, answer: _Whole, session: str, text: str, tokens: list[int]) -> bytes:
-        """Remember the tokens of text and answer; return the answer's body with those of the prompt."""
+    def _note(self, answer: WholeAnswer, session: str, text: str, tokens: array[int]) -> None:
+        """Remember the tokens of text and answer, and say in the answer those of the prompt."""
+        if answer.status != _OK or not answer.complete:
+            return
         try:
-            reply: Any = msgspec.json.decode(answer.body) if answer.status == _OK else {}
-            said, generated, meta = reply["text"], reply["output_ids"], reply["meta_info"]
-        except (msgspec.DecodeError, TypeError, KeyError):
-            return answer.body
-        kept = _said(generated, meta.get("finish_reason") or {})
+            reply: Any = msgspec.json.decode(answer.body)
+            said = msgspec.convert(reply, _Reply)
+        except msgspec.MsgspecError:
+            return
+        kept = _said(said.output_ids, said.meta_info.get("finish_reason") or {})
         if kept is not None:
-            self._texts.add(session, _Known(text + said, tokens + kept))
-        meta["prompt_token_ids"] = tokens
-        return msgspec.json.encode(reply)
-
-
-class _Whole:
-    """An answer that is held until it is complete."""
-
-    def __init__(self) -> None:
-        self._parts: list[bytes] = []
-        self._headers: list[tuple[bytes, bytes]] = []
-        self.status = 0
-
-    @property
-    def body(self) -> bytes:
-        return b"".join(self._parts)
-
-    async def take(self, message: Message) -> None:
-        if message["type"] == "http.response.start":
-            self.status, self._headers = message["status"], list(message.get("headers", ()))
-        else:
-            self._parts.append(message.get("body", b""))
-
-    async def give(self, send: Send, body: bytes) -> None:
-        kept = [pair for pair in self._headers if pair[0].lower() != b"content-length"]
-        headers = [*kept, (b"content-length", str(len(body)).encode())]
-        await send({"type": "http.response.start", "status": self.status, "headers": headers})
-        await send({"type": "http.response.body", "body": body, "more_body": False})
+            self._texts.add(session, text + said.text, tokens + array("i", kept))
+        reply["meta_info"]["prompt_token_ids"] = tokens.tolist()
+        answer.replace(msgspec.json.encode(reply))
 
 
 def _said(generated: list[int], finish: dict[str, Any]) -> list[int] | None:
@@ -207,15 +252,15 @@ def _payload(body: bytes) -> dict[str, Any] | None:
         return None
     if not isinstance(payload, dict) or not isinstance(payload.get("text"), str) or payload.get("stream"):
         return None
+    if any(value is not None and (key in _OTHER_INPUT or key.endswith("_data")) for key, value in payload.items()):
+        return None
     params = payload.get("sampling_params") or {}
     plain = isinstance(params, dict) and params.get("n", 1) == 1 and not params.get("no_stop_trim")
     return payload if plain else None
 
 
 def _session(scope: Scope, payload: dict[str, Any]) -> str:
-    given = next((value for name, value in scope["headers"] if name == b"x-session-id"), None)
-    return given.decode("latin-1") if given is not None else str(payload.get("session_id") or "")
-
-
-def _without_lengths(scope: Scope) -> Scope:
-    return {**scope, "headers": [pair for pair in scope["headers"] if pair[0] not in _ABOUT_BODY]}
+    """Return what tells texts apart: the session, and the engines that middleware chose, which have their own model."""
+    given = next((value.decode("latin-1") for name, value in scope["headers"] if name == b"x-session-id"), None)
+    session = str(payload.get("session_id") or "") if given is None else given
+    return session if scope.get(CHOSEN) is None else "\0".join((session, *sorted(scope[CHOSEN])))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 import time
 from collections import OrderedDict
@@ -37,7 +38,7 @@ class RateLimitOptions(Options, frozen=True, kw_only=True):
 
 
 class Buckets:
-    """One token bucket a key, at most `keys` of them."""
+    """One token bucket a key, at most `keys` of them; keys are kept as hashes, so that long ones take no room."""
 
     def __init__(self, rate: float, burst: int, keys: int) -> None:
         self._rate, self._burst, self._keys = rate, float(burst), keys
@@ -48,6 +49,7 @@ class Buckets:
 
     def wait(self, key: bytes, now: float) -> float:
         """Take a token and return 0, or return the seconds until there is one."""
+        key = hashlib.blake2b(key, digest_size=16).digest()
         left, since = self._left.get(key, (self._burst, now))
         left = min(self._burst, left + (now - since) * self._rate)
         allowed = left >= 1.0

@@ -17,7 +17,7 @@ import msgspec
 
 from miles_api.options import Options, OutputPath, options_from
 from miles_router.access import allowed_methods
-from miles_router.recording import Exchange, RecordingWriter
+from miles_router.recording import Exchange, RecordingWriter, target_of
 
 if TYPE_CHECKING:
     from miles_router.handle import RouterHandle
@@ -92,13 +92,11 @@ class Recorder:
         return True
 
     def _hand_over(self, taken: _Taken, scope: Scope) -> None:
-        query = scope["query_string"]
-        target = scope["raw_path"] + b"?" + query if query else scope["raw_path"]
         exchange = Exchange(
             at=taken.at,
             seconds=time.perf_counter() - taken.started,
             method=scope["method"],
-            target=target,
+            target=target_of(scope),
             request=b"".join(taken.request),
             status=taken.status,
             headers=[(name, value) for name, value in taken.headers if name.lower() != b"set-cookie"],

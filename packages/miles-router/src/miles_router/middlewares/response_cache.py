@@ -2,8 +2,9 @@
 
 Deterministic is a `/generate` request without streaming whose every sampling is at temperature 0 or brings its own
 `sampling_seed`; that the engines then repeat themselves is theirs to keep (SGLang's --enable-deterministic-inference).
-An answer is kept under the weight version that it states itself, and given only after an engine has said, on
-`/model_info`, that it serves that version now: nothing is stale after weights were updated.
+Before each of these, an engine that the request could go to says on `/model_info` which model and weight version it
+serves. An answer is kept if it states that version itself, and given again while model and version are the same. A
+version that nobody sets ("default") stays what it is when weights are updated: nothing is kept under it.
 """
 
 from __future__ import annotations
@@ -15,7 +16,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import msgspec
 
 from miles_api.options import Options, options_from
-from miles_router.middlewares.bodies import giving, whole_body
+from miles_router.messages import CHOSEN, PREFERRED
+from miles_router.middlewares.bodies import giving, question, whole_body
+from miles_router.routing import WEIGHT_VERSION
 
 if TYPE_CHECKING:
     from miles_router.handle import RouterHandle
@@ -28,6 +31,8 @@ _HEADER = b"x-miles-cache"
 _OK = 200
 _NOT_FOUND = 404
 _INFO = ("/model_info", "/get_model_info")
+_UNSET = ("", "default")
+"""Weight versions that say nothing: SGLang's own, where nobody gave one."""
 _OVERHEAD = 512
 """Bytes that an entry takes beside its body."""
 
@@ -74,16 +79,20 @@ class _Reply(msgspec.Struct):
     meta_info: _Meta
 
 
-class _Info(msgspec.Struct):
+class _Info(msgspec.Struct, frozen=True):
+    """What an engine serves."""
+
     weight_version: str | int | None = None
+    model_path: str | None = None
 
 
 _request = msgspec.json.Decoder(_Request)
+_info = msgspec.json.Decoder(_Info)
 _replies = msgspec.json.Decoder(_Reply | list[_Reply])
 
 
 class _Entry(msgspec.Struct):
-    version: str
+    served: _Info
     headers: list[tuple[bytes, bytes]]
     body: bytes
 
@@ -119,8 +128,10 @@ class ResponseCache:
         if not _repeats(body):
             await self._app(scope, receive, send)
             return
-        key = _key(scope, body)
-        if (entry := await self._fresh(key, scope)) is not None:
+        key, served = _key(scope, body), await self._served(scope)
+        entry = self._entries.get(key)
+        if entry is not None and entry.served == served:
+            self._entries.move_to_end(key)
             self._hits += 1
             await send({"type": "http.response.start", "status": _OK, "headers": [*entry.headers, (_HEADER, b"hit")]})
             await send({"type": "http.response.body", "body": entry.body, "more_body": False})
@@ -128,47 +139,43 @@ class ResponseCache:
         self._misses += 1
         answer = _Answer(self._limit)
         await self._app(scope, receive, answer.sending(send))
-        self._keep(key, answer)
+        if served is not None and served.weight_version == _version_of(answer):
+            self._keep(key, served, answer)
 
     def counts(self) -> dict[str, int]:
         """Say how often it answered, how often it could have, and what it holds."""
         return {"hits": self._hits, "misses": self._misses, "entries": len(self._entries), "bytes": self._size}
 
-    async def _fresh(self, key: bytes, scope: Scope) -> _Entry | None:
-        """Return the entry if an engine that could answer now serves the weights it came from."""
-        if key not in self._entries:
-            return None
-        version = await self._version(scope)
-        entry = self._entries.get(key)
-        if entry is None or version is None or entry.version != version:
-            return None
-        self._entries.move_to_end(key)
-        return entry
+    def _could_answer(self, scope: Scope) -> list[str]:
+        """Return the engines that this request could go to now, as the router decides it."""
+        chosen, loads, versions = scope.get(CHOSEN), self._router.loads, self._router.versions
+        wanted = next((value.decode("latin-1") for name, value in scope["headers"] if name == WEIGHT_VERSION), None)
+        urls = [url for url in loads if (chosen is None or url in chosen) and wanted in (None, versions.get(url))]
+        preferred = scope.get(PREFERRED)
+        return [preferred] if preferred in urls else sorted(urls, key=lambda url: loads[url])
 
-    async def _version(self, scope: Scope) -> str | None:
-        loads = self._router.loads
-        if not loads:
+    async def _served(self, scope: Scope) -> _Info | None:
+        """Ask what is served; None where nobody says, or nobody could know from it."""
+        urls = self._could_answer(scope)
+        if not urls:
             return None
-        url = min(loads, key=lambda url: loads[url])
         for path in _INFO:
-            asked = _question(scope, path)
-            self._router.choose(asked, url)
+            asked = question(scope, "GET", path)
+            self._router.choose(asked, urls[0])
             answer = _Answer(self._limit)
             await self._app(asked, giving(b""), answer.sending(None))
             if answer.status != _NOT_FOUND:
                 break
         try:
-            version = msgspec.json.decode(answer.body, type=_Info).weight_version if answer.status == _OK else None
+            said = _info.decode(answer.body) if answer.status == _OK and answer.whole else _Info()
         except msgspec.DecodeError:
             return None
-        return None if version is None else str(version)
+        version = "" if said.weight_version is None else str(said.weight_version)
+        return None if version in _UNSET else _Info(version, said.model_path)
 
-    def _keep(self, key: bytes, answer: _Answer) -> None:
-        version = _version_of(answer)
-        if version is None:
-            return
+    def _keep(self, key: bytes, served: _Info, answer: _Answer) -> None:
         headers = [pair for pair in answer.headers if pair[0].lower() not in (b"set-cookie", b"date", _HEADER)]
-        entry = _Entry(version, headers, answer.body)
+        entry = _Entry(served, headers, answer.body)
         old = self._entries.pop(key, None)
         self._size += entry.size - (0 if old is None else old.size)
         self._entries[key] = entry
@@ -246,16 +253,11 @@ def _version_of(answer: _Answer) -> str | None:
 
 def _key(scope: Scope, body: bytes) -> bytes:
     """Hash what an answer may depend on; who may not ask an engine must not be given its answer."""
-    token = next((value for name, value in scope["headers"] if name == b"authorization"), b"")
+    chosen, preferred = scope.get(CHOSEN), scope.get(PREFERRED)
+    where = (None if chosen is None else sorted(chosen), preferred)
+    said = [pair for pair in scope["headers"] if pair[0] in (b"authorization", WEIGHT_VERSION)]
     digest = hashlib.blake2b(digest_size=16)
-    for part in (scope["raw_path"], scope["query_string"], token, body):
+    for part in (scope["raw_path"], scope["query_string"], msgspec.json.encode(where), repr(said).encode(), body):
         digest.update(len(part).to_bytes(8, "little"))
         digest.update(part)
     return digest.digest()
-
-
-def _question(scope: Scope, path: str) -> Scope:
-    about_body = (b"content-length", b"content-type", b"content-encoding", b"transfer-encoding", b"expect")
-    headers = [pair for pair in scope["headers"] if pair[0] not in about_body]
-    target = {"path": path, "raw_path": path.encode(), "query_string": b""}
-    return {**scope, **target, "method": "GET", "headers": headers}

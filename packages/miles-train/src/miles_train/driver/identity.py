@@ -12,9 +12,11 @@ import msgspec
 
 from miles_api.abi import ABI
 from miles_api.loading.hookset import configured_hooks
+from miles_api.options import flag_of
 from miles_api.run_options import RunOptions
+from miles_train.driver.fingerprint import weights_fingerprint
 from miles_train.megatron.hf_config import read_raw_config
-from miles_train.models_check import has_critic, model_directories
+from miles_train.models_check import has_critic, has_reference, has_teacher, model_directories
 from miles_train.options import ModelsOptions, OptimizerOptions, ParallelOptions
 
 if TYPE_CHECKING:
@@ -34,7 +36,7 @@ _ONLY_WHERE = frozenset({
     "run_dir", "overwrite", "save", "load", "resume", "load_optim", "load_rng", "reset_data_source", "save_interval",
     "save_total_limit", "save_hf", "save_debug_rollout_data", "save_debug_train_data", "report_samples", "ray_address",
     "hf_checkpoint", "prompt_data", "num_rollout", "sglang_router_ip", "sglang_router_port", "use_tensorboard",
-    "use_wandb", "wandb_project",
+    "use_wandb", "wandb_project", "ref_load", "opd_teacher_load",
 })  # fmt: skip
 """Options that change where things lie, or whose content is compared."""
 
@@ -63,13 +65,19 @@ _PARTS = (
     _DATA,
     _Part(("critic",), "this run has a critic to continue, of this model", None, True,
           "begin without it, with the checkpoint's own hf directory as --hf-checkpoint, to train a new critic"),
+    _Part(("reference",), "the KL divergence would be from another model than before", None, True,
+          "pass --ref-load with the directory that the run began from"),
+    _Part(("teacher",), "this run would learn from another model than before", None, True,
+          "pass --opd-teacher-load with the directory that the run began with"),
     _Part(("optimizer",), "its optimizer state does not fit", "load_optim", False,
           "--no-load-optim begins with a fresh optimizer and schedule"),
     _Part(("layout",), "its random states belong to its ranks", "load_rng", False,
           "--no-load-rng continues with fresh ones"),
 )  # fmt: skip
 
-_OPTIONAL = tuple(part for part in _PARTS if part is _DATA or part.keys == ("critic",))
+_FROZEN = {"reference": "ref_load", "teacher": "opd_teacher_load"}
+"""Models that are never trained, of which a checkpoint has the fingerprint alone, and the option that names each."""
+_OPTIONAL = (*_DATA.keys, "critic", *_FROZEN)
 """Parts that not every run has."""
 
 
@@ -89,6 +97,7 @@ def identity_of(config: RunConfig) -> dict[str, Any]:
     }
     if has_critic(config):
         found["critic"] = _model(model_directories(config)["critic"][1])
+    found |= {role: weights_fingerprint(model_directories(config)[role][1]) for role in _frozen(config)}
     # Recorded rollouts bring their prompts along: there is no position in any data.
     return found if run.load_debug_rollout_data is not None else found | _data(config)
 
@@ -115,11 +124,16 @@ def mismatches(state: State, config: RunConfig, folder: Path) -> Iterator[str]:
     for part in _PARTS:
         if part.accepts is not None and getattr(run, part.accepts) is part.value:
             continue
-        # A run without a data source leaves the position where it is, one without a critic leaves that unread.
-        keys = [k for k in part.keys if (k in now or part not in _OPTIONAL) and state.identity.get(k) != now.get(k)]
+        keys = [key for key in part.keys if _compared(key, state, now) and state.identity.get(key) != now.get(key)]
         if keys:
             before, here = _shown(state.identity, state.options, keys), _shown(now, config.flat(), keys)
             yield f"checkpoint {folder} was saved with {before}; this run has {here}: {part.means}; {part.way_out}"
+
+
+def _compared(key: str, state: State, now: dict[str, Any]) -> bool:
+    """Say whether a part counts: a run without a data source leaves the position where it is, one without a critic
+    leaves that unread; and a frozen model may be new to the run, or the checkpoint older than its fingerprint."""
+    return (key in now or key not in _OPTIONAL) and (key in state.identity or key not in _FROZEN)
 
 
 def changes(state: State, config: RunConfig) -> list[str]:
@@ -131,7 +145,22 @@ def changes(state: State, config: RunConfig) -> list[str]:
     pairs += [f"{key} {state.versions[key]} → {ours.get(key, 'not installed')}"
               for key in state.versions if state.versions[key] != ours.get(key)]  # fmt: skip
     found = [f"since the checkpoint: {', '.join(pairs)}"] if pairs else []
-    return found + _schedule(before, config)
+    return found + _untold(state, config) + _schedule(before, config)
+
+
+def _frozen(config: RunConfig) -> list[str]:
+    return [role for role, has in (("reference", has_reference), ("teacher", has_teacher)) if has(config)]
+
+
+def _untold(state: State, config: RunConfig) -> list[str]:
+    """Say of which models it is not known that they are those of before."""
+    return [
+        f"the checkpoint does not say which {role} its run had, if any: this run has {path} ({flag}); where it began "
+        f"with another, pass {flag_of(_FROZEN[role])} with that"
+        for role in _frozen(config)
+        if role not in state.identity
+        for flag, path in [model_directories(config)[role]]
+    ]
 
 
 def _schedule(before: dict[str, Any], config: RunConfig) -> list[str]:
@@ -185,6 +214,8 @@ def _prompts(path: Path) -> dict[str, Any] | None:
 def _shown(identity: dict[str, Any], options: dict[str, Any], keys: list[str]) -> str:
     """Name the values of `keys`, and with a file's content the path that it had."""
     shown = {**identity, **({"prompts": _prompts_shown(identity, options)} if "prompts" in keys else {})}
+    for role in set(keys) & set(_FROZEN):
+        shown[role] = f"{options.get(_FROZEN[role]) or options.get('hf_checkpoint')} (weights {identity.get(role)})"
     return ", ".join(f"{key} {shown.get(key)}" for key in keys)
 
 

@@ -14,6 +14,7 @@ from torch import Tensor
 from miles_train.loss.kl import kl_divergence
 from miles_train.loss.surrogates import clipped, clipped_weights, sequence_log_ratios
 from miles_train.metrics import is_max
+from miles_train.zero_gradient import UNCUT
 
 if TYPE_CHECKING:
     from miles_train.options import ObjectiveOptions
@@ -42,7 +43,7 @@ def policy_loss(
     `log_probs`: the old ones, 1-D a sample. Without them the current ones serve, detached. With --use-kl-loss it has
     `ref_log_probs` too. `ppo_kl` is the mean of old minus current log-probs; a token counts in `pg_clipfrac` where
     clipping decides its loss; `ratio_max` is of the ratios that the surrogate gets: of whole responses with
-    --advantage-estimator gspo, else of tokens.
+    --advantage-estimator gspo, else of tokens. Beside them there is `zero_gradient.UNCUT`.
 
     `correct(batch, pg_loss, train_log_probs)` returns another loss of each token and metrics of each token;
     `train_log_probs` are the recomputed old log-probs, else the current ones, detached. With --get-mismatch-metrics
@@ -79,6 +80,7 @@ def policy_loss(
         metrics = _reduced(measured, kept_R, reduce) | {
             "pg_clipfrac": reduce(cut_R.float()),
             "ppo_kl": reduce(-log_ratio_R),
+            UNCUT: _uncut(objective, advantages_R, kept_R, cut_R),
             "ratio_max": torch.where(kept_R, ratio_R, 0.0).amax() if len(ratio_R) else ratio_R.new_zeros(()),
         }
     for name, (weight, value) in _weighted(objective, batch, entropies, log_probs_R, log_ratio_R, reduce).items():
@@ -118,7 +120,13 @@ def _divergence(objective: ObjectiveOptions, batch: dict[str, Any], log_probs_R:
     # Masked tokens may hold any reference log-prob: exp of it could overflow and turn the gradient into NaN.
     gap_R = torch.where(kept_R, log_probs_R - ref_R, 0.0)
     weights_R = log_ratio_R.exp() if objective.use_unbiased_kl else None
-    return kl_divergence(gap_R, objective.kl_loss_type, weights_R)
+    return kl_divergence(gap_R, objective.kl_loss_type or "k3", weights_R)
+
+
+def _uncut(objective: ObjectiveOptions, advantages_R: Tensor, kept_R: Tensor, cut_R: Tensor) -> Tensor:
+    """Return the largest size of an advantage whose token has a gradient; clipped weights leave every token one."""
+    pulls_R = kept_R if objective.policy_loss_type == "cispo" else kept_R & ~cut_R
+    return torch.where(pulls_R, advantages_R, 0.0).abs().amax() if len(kept_R) else advantages_R.new_zeros(())
 
 
 def _reduced(measured: dict[str, Tensor], kept_R: Tensor, reduce: _Reduce) -> dict[str, Tensor]:

@@ -127,7 +127,7 @@ def _logits(chunk: Any, micro_batch: MicroBatch, rows: Rows) -> Tensor:
     if not parallel_state.is_pipeline_last_stage():
         return stage()
     if rows == "response":
-        rows_R = response_rows(micro_batch["tokens"], micro_batch["response_lengths"])[0].to(device())
+        rows_R = response_rows(micro_batch["tokens"], micro_batch["response_lengths"]).to(device())
         with _only(unwrap([chunk]).output_layer, rows_R):
             logits_NV = stage().squeeze(0)
         # what stands in the place of Megatron's layer, a critic's head for instance, has computed all rows

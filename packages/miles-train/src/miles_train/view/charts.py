@@ -6,6 +6,7 @@ import re
 from typing import TYPE_CHECKING, Any
 
 from miles_train.view.metric_words import CAUSE, explain
+from miles_train.view.one_chart import one_chart
 from miles_train.view.series import (
     Columns,
     eval_datasets,
@@ -17,8 +18,6 @@ from miles_train.view.series import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
-
     from miles_train.view.run_directory import RunDirectory
 
 __all__ = ["chart_data"]
@@ -52,7 +51,7 @@ class _Charts:
             "reward": [self.reward()],
             "rollout": self.rollout(),
             "train": self.train(),
-            "gap": [self.gap(), *self.mismatch(), self.clipping(), self.kl()],
+            "gap": [self.gap(), *self.mismatch()],
             "time": [self.time(), self.speed()],
         }
         sections["more"] = self.more()
@@ -99,7 +98,7 @@ class _Charts:
             ]
             train[0]["style"] = "faint"
         series = [*train, *smooth, *self.held_out("reward", "held-out reward")]
-        return _chart("Reward", series, tall=True, unit="")
+        return one_chart("Reward", series, tall=True, unit="")
 
     def rollout(self) -> list[dict[str, Any]]:
         lengths = [
@@ -114,16 +113,16 @@ class _Charts:
             self.counted(name, name.removeprefix("rollout/dropped/"), 1 + i % _COLORS) for i, name in enumerate(dropped)
         ]
         return [
-            _chart("Response length", lengths, "tokens", zero=True),
-            _chart("Truncated responses", truncated, "share", zero=True),
-            _chart(
+            one_chart("Response length", lengths, "tokens", zero=True),
+            one_chart("Truncated responses", truncated, "share", zero=True),
+            one_chart(
                 "Groups with equal rewards",
                 equal,
                 "share",
                 zero=True,
-                text="All rewards of the group are the same: its advantages are 0, so it teaches nothing.",
+                text=explain("rollout/equal_groups"),
             ),
-            _chart("Dropped, by reason", reasons, zero=True),
+            one_chart("Dropped, by reason", reasons, zero=True),
         ]
 
     def train(self) -> list[dict[str, Any]]:
@@ -139,15 +138,24 @@ class _Charts:
             *self.line("train/dp_imbalance", "imbalance of ranks", 2),
         ]
         return [
-            _chart("Loss", self.line("train/loss", "loss")),
-            _chart("Gradient norm", norms, zero=True),
-            _chart("Learning rate", rates, zero=True),
-            _chart("Entropy", self.line("train/entropy", "entropy"), "nats"),
-            _chart("Value loss of the critic", values, zero=True),
+            one_chart("Loss", self.line("train/loss", "loss")),
+            one_chart("Gradient norm", norms, zero=True),
+            one_chart("Learning rate", rates, zero=True),
+            one_chart("Entropy", self.line("train/entropy", "entropy"), "nats"),
+            one_chart("Value loss of the critic", values, zero=True),
             self.explained("Explained variance of the critic", "train/explained_variance", 3),
-            _chart("Samples left out", self.happened("train/samples_skipped", "samples left out", 1), zero=True),
+            one_chart("Samples left out", self.happened("train/samples_skipped", "samples left out", 1), zero=True),
             self.without_effect(),
-            _chart("Micro-batches and ranks", packing, "share", zero=True),
+            self.clipping(),
+            self.kl(),
+            one_chart(
+                "Micro-batches and ranks",
+                packing,
+                "share",
+                zero=True,
+                text="How full micro-batches are (above 100 % where one sample is longer), what attention computes for "
+                "no token, and how much longer the busiest rank works than the mean.",
+            ),
         ]
 
     def without_effect(self) -> dict[str, Any]:
@@ -159,7 +167,7 @@ class _Charts:
             *self.happened("train/skipped_steps", "of them skipped", 5),
         ]
         text = " ".join(explain(name) for name in causes)
-        return _chart("Steps that changed nothing", [*steps, *(by_cause if steps else [])], zero=True, text=text)
+        return one_chart("Steps that changed nothing", [*steps, *(by_cause if steps else [])], zero=True, text=text)
 
     def happened(self, metric: str, label: str, color: int) -> list[dict[str, Any]]:
         """Return one series, or none where it is 0 in the whole run."""
@@ -168,7 +176,7 @@ class _Charts:
 
     def explained(self, title: str, metric: str, color: int) -> dict[str, Any]:
         """Show one metric, with what it says."""
-        return _chart(title, self.line(metric, title.partition(" of ")[0].lower(), color), text=explain(metric))
+        return one_chart(title, self.line(metric, title.partition(" of ")[0].lower(), color), text=explain(metric))
 
     def gap(self) -> dict[str, Any]:
         series = [
@@ -176,7 +184,7 @@ class _Charts:
             *self.line("train/logprob_gap_mean", "mean", 1),
         ]
         line = {"y": ALARMING_GAP, "label": "1e-4"}
-        return _chart("Log-prob gap, trainer against rollout", series, "nats", log=True, lines=[line], wide=True)
+        return one_chart("Log-prob gap, trainer against rollout", series, "nats", log=True, lines=[line], wide=True)
 
     def mismatch(self) -> list[dict[str, Any]]:
         divergences = [
@@ -188,8 +196,8 @@ class _Charts:
             *self.line("train/mismatch_ess_samples", "of responses", 2),
         ]
         return [
-            _chart("KL divergence, trainer against rollout", divergences, "nats", text=explain("train/mismatch_k1")),
-            _chart("Effective sample size", shares, "share", text=explain("train/mismatch_ess")),
+            one_chart("KL divergence, trainer against rollout", divergences, "nats", text=explain("train/mismatch_k1")),
+            one_chart("Effective sample size", shares, "share", text=explain("train/mismatch_ess")),
         ]
 
     def clipping(self) -> dict[str, Any]:
@@ -198,7 +206,8 @@ class _Charts:
             *self.line("train/tis_clipfrac", "weights of the correction", 2),
             *self.line("train/value_clipfrac", "values", 3),
         ]
-        return _chart("Clip fraction", series, "share", zero=True)
+        text = "Share of tokens that a clip decides: near 0 it does nothing, far up most of the data loses its effect."
+        return one_chart("Clip fraction", series, "share", zero=True, text=text)
 
     def kl(self) -> dict[str, Any]:
         series = [
@@ -207,7 +216,11 @@ class _Charts:
             *self.line("train/kl_reward", "from the reference, in rewards", 3),
             *self.line("train/opd_kl", "from the teacher", 4),
         ]
-        return _chart("KL divergence", series, "nats")
+        text = (
+            "How far the policy is, at the tokens it sampled, from the one before the rollout's steps, from the "
+            "reference model and from the teacher."
+        )
+        return one_chart("KL divergence", series, "nats", text=text)
 
     def time(self) -> dict[str, Any]:
         series = []
@@ -224,7 +237,7 @@ class _Charts:
                     "y": column["y"],
                 }
             )
-        return _chart("Seconds of each rollout, by phase", series, "s", zero=True, wide=True)
+        return one_chart("Seconds of each rollout, by phase", series, "s", zero=True, wide=True)
 
     def speed(self) -> dict[str, Any]:
         records = self.run.rollouts
@@ -236,18 +249,18 @@ class _Charts:
             for name, color, values in (("generation alone", 2, generation), ("whole loop", 1, loop))
             if any(value is not None for value in values)
         ]
-        return _chart("Tokens per second", series, "tok/s", zero=True, wide=True)
+        return one_chart("Tokens per second", series, "tok/s", zero=True, wide=True)
 
     def more(self) -> list[dict[str, Any]]:
         """Return a chart for every number that no other chart shows, such as those a hook reports."""
         shown = re.compile(r"eval/.+/(reward|truncated|response_length)")
         rollout = [
-            _chart(name, self.line(name, name.rpartition("/")[2]), text=explain(name))
+            one_chart(name, self.line(name, name.rpartition("/")[2]), text=explain(name))
             for name in sorted(set(self.names) - self.drawn)
         ]
         evaluated = sorted({name for record in self.run.evals for name in record.metrics if not shown.fullmatch(name)})
         held_out = [
-            _chart(
+            one_chart(
                 name,
                 [
                     {
@@ -262,32 +275,6 @@ class _Charts:
             for name in evaluated
         ]
         return [*rollout, *held_out][:MOST_OTHER_CHARTS]
-
-
-def _chart(
-    title: str,
-    series: list[dict[str, Any]],
-    unit: str = "",
-    *,
-    text: str = "",
-    zero: bool = False,
-    log: bool = False,
-    tall: bool = False,
-    wide: bool = False,
-    lines: Iterable[dict[str, Any]] = (),
-) -> dict[str, Any]:
-    """Describe one chart: `zero` starts its axis at 0, `log` makes it logarithmic, `lines` are drawn across."""
-    return {
-        "title": title,
-        "unit": unit,
-        "text": text,
-        "series": series,
-        "zero": zero,
-        "log": log,
-        "tall": tall,
-        "wide": wide,
-        "lines": list(lines),
-    }
 
 
 def _per(amount: float | None, seconds: float | None) -> float | None:

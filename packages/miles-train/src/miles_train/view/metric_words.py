@@ -30,10 +30,12 @@ _ROLLOUT = {
     "samples": "Samples that the rollout brought.",
     "truncated": "Share of responses that were cut off at their longest allowed length.",
     "removed": "Share of samples that stay in the batch and are not trained on.",
-    "equal_groups": "Share of groups whose rewards are all the same: their advantages are 0, they teach nothing.",
+    "equal_groups": "Share of groups whose rewards are all the same. Where rewards are compared within groups, their "
+    "advantages are 0 and they teach nothing, unless a critic, whitening over the rollout, a KL penalty, an entropy "
+    "bonus or a teacher adds something.",
 }
 _TRAIN = {
-    "loss": "What the gradient is of: mean over the step's samples or tokens, all parts added.",
+    "loss": "What the policy's gradient is of: mean over the step's samples or tokens, all parts added.",
     "pg_loss": "The policy-gradient part of the loss.",
     "pg_clipfrac": "Share of tokens whose loss clipping decides. Near 0 the clip does nothing, far up most of the data "
     "is without effect.",
@@ -52,7 +54,8 @@ _TRAIN = {
     "critic_lr": "Learning rate of the critic, mean over steps.",
     "grad_norm": "Norm of the gradient before clipping, mean over the steps that ran.",
     "lr": "Learning rate, mean over the steps that ran.",
-    "tokens": "Tokens that went through forward and backward, prompts included.",
+    "tokens": "Tokens that went through forward and backward, prompts included: of the policy, or of the critic in "
+    "rollouts that train it alone.",
     "micro_batches": "Micro-batches of all steps and ranks.",
     "padding_share": "Share of what attention computed that held no token.",
     "micro_batch_fill": "How full micro-batches were in the mean, as a share of --max-tokens-per-gpu; above 1 where "
@@ -63,7 +66,8 @@ _TRAIN = {
     "skipped_steps": "Optimizer steps that were not taken because every sample was left out.",
     "zero_gradient_steps": "Optimizer steps that could not change the weights: skipped, gradient norm 0, or learning "
     "rate 0.",
-    "logprob_gap_mean": "Mean distance, in nats, between trainer's and engine's log-prob of a sampled token.",
+    "logprob_gap_mean": "Mean distance, in nats, between trainer's and engine's log-prob of a sampled token, in "
+    "every rollout that runs the policy.",
     "logprob_gap_max": "Largest distance, in nats, between trainer's and engine's log-prob of a sampled token.",
     "mismatch_k1": "KL divergence of the trainer's policy from the engine's: mean of engine less trainer log-prob. "
     "Noisy, may be negative.",

@@ -47,12 +47,13 @@ function niceStep(span, most) {
   return power * [1, 2, 5, 10].find((factor) => factor * power >= raw * 0.999);
 }
 
-function linearScale(lowest, highest, zero, pixels) {
+/* The scale ends at `most` where it is given: the largest value there can be. */
+function linearScale(lowest, highest, zero, pixels, most) {
   let low = zero ? Math.min(0, lowest) : lowest, high = highest;
   if (low === high) { const room = Math.abs(low) * 0.1; high += room || 1; low -= zero ? 0 : room; }
   const step = niceStep(high - low, Math.max(2, pixels / 44));
   low = Math.floor(low / step + 1e-6) * step;
-  high = Math.ceil(high / step - 1e-6) * step;
+  high = Math.min(Math.ceil(high / step - 1e-6) * step, most ?? Infinity);
   const ticks = [];
   for (let tick = low; tick <= high + step / 2; tick += step) ticks.push(Math.abs(tick) < step / 1e6 ? 0 : tick);
   return { at: (value) => (value - low) / (high - low), ticks };
@@ -125,7 +126,7 @@ class Chart {
     if (!width) return;
     const { chart, height } = this;
     const inner = height - PAD.top - PAD.bottom;
-    const scale = chart.log ? logScale(...this.range()) : linearScale(...this.range(), chart.zero, inner);
+    const scale = chart.log ? logScale(...this.range()) : linearScale(...this.range(), chart.zero, inner, chart.most);
     const label = (tick) => (chart.log ? tick.toExponential(0).replace("e+", "e") : inUnit(tick, chart.unit));
     const left = 12 + 6.8 * Math.max(...scale.ticks.map((tick) => label(tick).length));
     const [first, last] = this.span();
