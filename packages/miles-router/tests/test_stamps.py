@@ -18,6 +18,21 @@ STAMP = "x-miles-changed-tokens"
 CHUNKS = [b"data: 1\n\n", b"data: 2\n\n", b"data: [DONE]\n\n"]
 
 
+def in_steps(step):
+    """Return an engine that answers in `CHUNKS` and waits for `step` after each."""
+
+    async def streaming(scope, receive, send):
+        await receive()
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        for chunk in CHUNKS:
+            await send({"type": "http.response.body", "body": chunk, "more_body": True})
+            await step.wait()
+            step.clear()
+        await send({"type": "http.response.body"})
+
+    return streaming
+
+
 class Passing:
     def __init__(self, app):
         self.app = app
@@ -170,16 +185,8 @@ def test_an_answer_that_is_changed_after_it_began_is_cut_off(serve, routed, swal
 
     step = asyncio.Event()
 
-    async def streaming(scope, receive, send):
-        await send({"type": "http.response.start", "status": 200, "headers": []})
-        for chunk in CHUNKS:
-            await send({"type": "http.response.body", "body": chunk, "more_body": True})
-            await step.wait()
-            step.clear()
-        await send({"type": "http.response.body"})
-
     async def main():
-        async with serve(streaming) as url, routed(url, middleware=[Late]) as r:
+        async with serve(in_steps(step)) as url, routed(url, middleware=[Late]) as r:
             got = []
             with pytest.raises(httpx.RemoteProtocolError):  # noqa: PT012
                 async with r.client.stream("POST", "/generate", content=b"x") as reply:
@@ -301,17 +308,8 @@ def test_a_starlette_middleware_reads_rejects_and_adds_headers(serve, routed, en
 def test_a_stream_comes_through_a_starlette_middleware_as_it_is_sent(serve, routed):
     step = asyncio.Event()
 
-    async def streaming(scope, receive, send):
-        await receive()
-        await send({"type": "http.response.start", "status": 200, "headers": []})
-        for chunk in CHUNKS:
-            await send({"type": "http.response.body", "body": chunk, "more_body": True})
-            await step.wait()
-            step.clear()
-        await send({"type": "http.response.body"})
-
     async def main():
-        async with serve(streaming) as url, routed(url, middleware=[Noting]) as r:
+        async with serve(in_steps(step)) as url, routed(url, middleware=[Noting]) as r:
             got = []
             async with r.client.stream("POST", "/generate", content=b"x") as reply:
                 async for piece in reply.aiter_raw():

@@ -21,7 +21,6 @@ if TYPE_CHECKING:
 
 __all__ = ["UNCUT", "ZERO_GRADIENT_PREFIXES", "count_zero_gradients", "note_skipped_steps", "note_zero_gradient"]
 
-TOTAL = "zero_gradient_steps"
 UNCUT = "uncut_advantage_max"
 """What the policy loss reports of each micro-batch beside its metrics: the largest advantage, as a positive number, of
 an unmasked token that clipping leaves a gradient."""

@@ -11,17 +11,21 @@ if TYPE_CHECKING:
     from miles_router.messages import Message, Receive, Scope, Send
     from miles_router.middleware import App
 
-__all__ = ["WholeAnswer", "giving", "question", "whole_body", "with_own_body"]
+__all__ = ["WholeAnswer", "generate_body", "giving", "question", "with_own_body"]
 
 _TOO_LONG = 413
 _ABOUT_BODY = frozenset((b"content-length", b"content-encoding", b"transfer-encoding", b"expect", b"accept-encoding"))
 
 
-async def whole_body(app: App, scope: Scope, receive: Receive, send: Send, limit: int) -> bytes | None:
-    """Return a request's body; None where nothing is left to do.
+async def generate_body(app: App, scope: Scope, receive: Receive, send: Send, limit: int) -> bytes | None:
+    """Return the body of a POST to `/generate`; None where nothing is left to do.
 
-    That is where it is too long, which was answered, or where the client has left, which `app` was told.
+    That is with any other request, which `app` has served, where the body is too long, which was answered, or where the
+    client has left, which `app` was told.
     """
+    if scope["type"] != "http" or scope["method"] != "POST" or scope["path"] != "/generate":
+        await app(scope, receive, send)
+        return None
     try:
         body = await read_body(receive, limit)
     except BodyTooLargeError:

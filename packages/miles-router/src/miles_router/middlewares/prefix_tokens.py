@@ -22,7 +22,7 @@ import msgspec
 from miles_api.errors import HookError
 from miles_api.options import Options, options_from
 from miles_router.messages import CHOSEN
-from miles_router.middlewares.bodies import WholeAnswer, giving, question, whole_body, with_own_body
+from miles_router.middlewares.bodies import WholeAnswer, generate_body, giving, question, with_own_body
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -153,10 +153,7 @@ class PrefixTokens:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Replace the text of a request, and remember what is answered."""
-        if scope["type"] != "http" or scope["method"] != "POST" or scope["path"] != "/generate":
-            await self._app(scope, receive, send)
-            return
-        body = await whole_body(self._app, scope, receive, send, self._max_body)
+        body = await generate_body(self._app, scope, receive, send, self._max_body)
         if body is None:
             return
         payload = _payload(body)

@@ -17,7 +17,7 @@ import msgspec
 
 from miles_api.options import Options, options_from
 from miles_router.messages import CHOSEN, PREFERRED
-from miles_router.middlewares.bodies import giving, question, whole_body
+from miles_router.middlewares.bodies import generate_body, giving, question
 from miles_router.routing import WEIGHT_VERSION
 
 if TYPE_CHECKING:
@@ -118,10 +118,7 @@ class ResponseCache:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer from the cache, or pass on and keep the answer; what cannot repeat passes through."""
-        if scope["type"] != "http" or scope["method"] != "POST" or scope["path"] != "/generate":
-            await self._app(scope, receive, send)
-            return
-        body = await whole_body(self._app, scope, receive, send, self._max_body)
+        body = await generate_body(self._app, scope, receive, send, self._max_body)
         if body is None:
             return
         receive = giving(body, receive)
