@@ -44,10 +44,10 @@ def config(quickstart_data, tmp_path_factory):
 @pytest.fixture(scope="module")
 def trainer(config):
     """One trainer rank whose weights are not those that the engines started with."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    trainer = Trainer(config, rank=0, world_size=1, master_addr="127.0.0.1", master_port=port)
+    # It listens from here on: a port that was only looked up is taken by another process now and then.
+    listener = socket.create_server(("127.0.0.1", 0))
+    place = {"master_addr": "127.0.0.1", "master_port": listener.getsockname()[1], "listen_fd": listener.detach()}
+    trainer = Trainer(config, rank=0, world_size=1, **place)
     trainer.start()
     trainer.train(0, BATCH)
     yield trainer

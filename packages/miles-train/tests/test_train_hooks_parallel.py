@@ -87,13 +87,8 @@ def train(trainer, case, out):
 
 def run_rank(rank, hf_dir, out, ports):
     for layout, case in PAIRS:
-        # Chosen at the last moment: earlier process groups take ports too.
-        port = ports.get() if rank else tiny.free_port()
-        if rank == 0:
-            ports.put(port)
-        place = {"rank": rank, "world_size": 2, "master_addr": "127.0.0.1", "master_port": port}
         directory = f"{out}/{layout}-{case}"
-        trainer = tiny.Trainer(config_of(hf_dir, case, LAYOUTS[layout], directory, 40), **place)
+        trainer = tiny.Trainer(config_of(hf_dir, case, LAYOUTS[layout], directory, 40), **tiny.meeting(rank, ports))
         trainer.start()
         torch.save(train(trainer, case, directory), f"{out}/{layout}-{case}-{rank}.pt")
         trainer.stop()

@@ -82,7 +82,7 @@ def test_a_provider_that_changes_the_model_trains_saves_loads_and_exports(hf_dir
 
 def test_a_provider_that_adds_a_parameter_is_refused_by_its_name(hf_dir):
     config = make_config(hf_dir, hooked(model_provider="extra_parameter"))
-    trainer = tiny.Trainer(config, rank=0, world_size=1, master_addr="127.0.0.1", master_port=tiny.free_port())
+    trainer = tiny.Trainer(config, **tiny.meeting())
     with pytest.raises(ConfigError, match="a parameter gate, for which a Hugging Face checkpoint has no place"):
         trainer.start()
     trainer.stop()

@@ -57,8 +57,7 @@ def _learned(metrics):
 def _layout_rank(rank, dirs, out, ports, batch):
     for layout, objective in CASES:
         config = _layout_config(dirs[0], objective, dirs[1], LAYOUTS[layout], BatchingOptions(max_tokens_per_gpu=40))
-        port = ports[f"{layout}-{objective}"]
-        trainer = Trainer(config, rank=rank, world_size=2, master_addr="127.0.0.1", master_port=port)
+        trainer = Trainer(config, **tiny.meeting(rank, ports))
         trainer.start()
         rows = _train_thrice(trainer, batch, f"{out}/{layout}-{objective}")
         trainer.stop()
@@ -75,7 +74,7 @@ def layouts(hf_dir, tmp_path_factory):
     for objective in OBJECTIVES:
         with Started(_layout_config(hf_dir, objective, dirs[1])) as trainer:
             torch.save(_train_thrice(trainer, batch, directory / objective), directory / f"{objective}.pt")
-    ports = {f"{layout}-{objective}": tiny.free_port() for layout, objective in CASES}
+    ports = mp.get_context("spawn").SimpleQueue()
     mp.spawn(_layout_rank, args=(dirs, str(directory), ports, batch), nprocs=2)
     return directory
 

@@ -67,17 +67,24 @@ def make_config(hf_dir, *options, **run):
     return RunConfig({kind.__name__: group for kind, group in groups.items()}, {})
 
 
-def free_port():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+def meeting(rank=0, ports=None):
+    """Return where the ranks of one trainer meet: one rank alone, or two to whom the queue `ports` tells the port."""
+    place = {"rank": rank, "world_size": 2 if ports else 1, "master_addr": "127.0.0.1"}
+    if rank:
+        return {**place, "master_port": ports.get()}
+    # It listens from here on: a port that was only looked up is taken by another process now and then.
+    listener = socket.create_server((place["master_addr"], 0))
+    port = listener.getsockname()[1]
+    if ports:
+        ports.put(port)
+    return {**place, "master_port": port, "listen_fd": listener.detach()}
 
 
 class Started:
     """A started single-rank trainer that is stopped at the end of the block."""
 
     def __init__(self, config):
-        self.trainer = Trainer(config, rank=0, world_size=1, master_addr="127.0.0.1", master_port=free_port())
+        self.trainer = Trainer(config, **meeting())
 
     def __enter__(self):
         self.trainer.start()

@@ -1,6 +1,6 @@
 """Tiny random models in Hugging Face format, and one Megatron process group per test module."""
 
-import socket
+from importlib import import_module
 
 import pytest
 import torch
@@ -8,18 +8,6 @@ import torch
 SMALL = {"vocab_size": 32, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
          "num_key_value_heads": 2, "max_position_embeddings": 128}  # fmt: skip
 LLAMA_ROPE = {"rope_type": "default", "rope_theta": 5e5}
-
-
-@pytest.fixture(scope="session")
-def free_port():
-    """Return a function that finds a free TCP port."""
-
-    def find() -> int:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            return probe.getsockname()[1]
-
-    return find
 
 
 def save_model(kind: str, directory: str) -> None:
@@ -56,12 +44,13 @@ def hf_dir(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def megatron(free_port):
+def megatron():
     """Start Megatron in this process, alone."""
     from miles_train.megatron import init
     from miles_train.options import ParallelOptions
 
-    init.initialize(ParallelOptions(), rank=0, world_size=1, master_addr="127.0.0.1", master_port=free_port(), seed=1)
+    tiny = import_module("packages.miles-train.tests.tiny_trainer")
+    init.initialize(ParallelOptions(), **tiny.meeting(), seed=1)
     yield
     init.shutdown()
 

@@ -31,7 +31,7 @@ TOKENS = probe_tokens(tiny.VOCAB)
 
 def note_weights(parallel, place, hf_dir, out):
     """Start a trainer, export; train once, export again and score; note what this rank said of both."""
-    trainer = Trainer(tiny.make_config(hf_dir, parallel), master_addr="127.0.0.1", **place)
+    trainer = Trainer(tiny.make_config(hf_dir, parallel), **place)
     trainer.start()
     loaded = trainer.export(f"{out}/loaded", True, True)
     silent = trainer.export(f"{out}/silent", True)
@@ -45,11 +45,8 @@ def note_weights(parallel, place, hf_dir, out):
 
 def run_rank(rank, cases, ports):
     for layout, hf_dir, out in cases:
-        port = ports.get() if rank else tiny.free_port()
-        if rank == 0:
-            ports.put(port)
         parallel = ParallelOptions(actor_num_gpus_per_node=2, **LAYOUTS[layout])
-        note_weights(parallel, {"rank": rank, "world_size": 2, "master_port": port}, hf_dir, out)
+        note_weights(parallel, tiny.meeting(rank, ports), hf_dir, out)
 
 
 def written(directory):
@@ -72,8 +69,7 @@ def noted(sources, tmp_path_factory):
     """Run every case, two ranks in one pair of processes and one rank here; return the directories."""
     out = {(layout, kind): tmp_path_factory.mktemp(layout) for layout in [*LAYOUTS, "alone"] for kind in KINDS}
     for kind in KINDS:
-        place = {"rank": 0, "world_size": 1, "master_port": tiny.free_port()}
-        note_weights(ParallelOptions(), place, sources[kind], str(out["alone", kind]))
+        note_weights(ParallelOptions(), tiny.meeting(), sources[kind], str(out["alone", kind]))
     cases = [(layout, sources[kind], str(out[layout, kind])) for layout in LAYOUTS for kind in KINDS]
     mp.spawn(run_rank, args=(cases, mp.get_context("spawn").SimpleQueue()), nprocs=2)
     return out

@@ -1,7 +1,7 @@
 """Two ranks train as one does: tensor, sequence, pipeline and data parallel, in processes of their own."""
 
 import json
-import socket
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -11,6 +11,8 @@ import torch.multiprocessing as mp
 from safetensors.torch import load_file
 
 from miles_train.options import OptimizerOptions, ParallelOptions
+
+tiny = import_module("packages.miles-train.tests.tiny_trainer")
 
 LAYOUTS = {
     "tensor": {"tensor_model_parallel_size": 2},
@@ -48,7 +50,7 @@ def train_and_export(parallel, place, hf_dir, sequences, out, resume_from=None):
     from miles_train.megatron.model import build_model
     from miles_train.megatron.optimizer import build_optimizer
 
-    init.initialize(parallel, master_addr="127.0.0.1", seed=1, **place)
+    init.initialize(parallel, seed=1, **place)
     options = OptimizerOptions(lr=1e-2, clip_grad=0.5, adam_eps=1e-2)
 
     def build():
@@ -82,20 +84,10 @@ def train_and_export(parallel, place, hf_dir, sequences, out, resume_from=None):
     init.shutdown()
 
 
-def find_free_port():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
 def run_rank(rank, cases, ports):
     for layout, hf_dir, sequences, out in cases:
-        # chosen at the last moment: earlier process groups take ports too
-        port = ports.get() if rank else find_free_port()
-        if rank == 0:
-            ports.put(port)
         parallel = ParallelOptions(actor_num_gpus_per_node=2, **layout)
-        train_and_export(parallel, {"rank": rank, "world_size": 2, "master_port": port}, hf_dir, sequences, out)
+        train_and_export(parallel, tiny.meeting(rank, ports), hf_dir, sequences, out)
 
 
 def outcome(out):
@@ -112,8 +104,7 @@ def outcomes(hf_dir, sequences, tmp_path_factory):
     alone = [("alone", kind) for kind in KINDS]
     directories = {(name, kind): tmp_path_factory.mktemp(name) for name, kind in CASES + alone}
     for kind in KINDS:
-        place = {"rank": 0, "world_size": 1, "master_port": find_free_port()}
-        train_and_export(ParallelOptions(), place, hf_dir(kind), packed, str(directories["alone", kind]))
+        train_and_export(ParallelOptions(), tiny.meeting(), hf_dir(kind), packed, str(directories["alone", kind]))
     cases = [
         (LAYOUTS[name], hf_dir(kind), packed, str(out))
         for (name, kind), out in directories.items() if name != "alone"
@@ -136,7 +127,6 @@ def test_two_ranks_train_as_one_does(outcomes, layout, kind):
 def test_one_rank_continues_from_what_two_ranks_saved(outcomes, layout, hf_dir, sequences, tmp_path):
     saved, expected_norms, _ = outcomes[layout, "qwen3-tied"]
     parallel = ParallelOptions(use_distributed_optimizer=layout == "sharded")
-    place = {"rank": 0, "world_size": 1, "master_port": find_free_port()}
     packed = sequences(5, 9, 3, 7, 2, 6)
-    train_and_export(parallel, place, hf_dir("qwen3-tied"), packed, str(tmp_path), str(saved / "checkpoint"))
+    train_and_export(parallel, tiny.meeting(), hf_dir("qwen3-tied"), packed, str(tmp_path), str(saved / "checkpoint"))
     assert json.loads((tmp_path / "norms.json").read_text()) == pytest.approx(expected_norms, rel=1e-4)

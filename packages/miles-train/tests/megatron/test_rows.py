@@ -1,6 +1,6 @@
 """Logits of response rows alone train as logits of all rows do, on one rank and on two."""
 
-import socket
+from importlib import import_module
 
 import pytest
 import torch
@@ -11,6 +11,8 @@ from miles_train.megatron import forward, init
 from miles_train.megatron.core import parallel_state, unwrap
 from miles_train.megatron.model import build_model
 from miles_train.options import ParallelOptions
+
+tiny = import_module("packages.miles-train.tests.tiny_trainer")
 
 LAYOUTS = {
     "tensor": {"tensor_model_parallel_size": 2},
@@ -117,20 +119,10 @@ def test_another_module_in_the_place_of_the_output_layer_gives_its_response_rows
         assert torch.equal(some["out"], every["out"][chosen])
 
 
-def find_free_port():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
 def run_rank(rank, hf_dirs, batches, out, ports):
     for name, layout in LAYOUTS.items():
-        # chosen at the last moment: earlier process groups take ports too
-        port = ports.get() if rank else find_free_port()
-        if rank == 0:
-            ports.put(port)
         parallel = ParallelOptions(actor_num_gpus_per_node=2, **layout)
-        init.initialize(parallel, rank=rank, world_size=2, master_addr="127.0.0.1", master_port=port, seed=1)
+        init.initialize(parallel, **tiny.meeting(rank, ports), seed=1)
         for kind, directory in hf_dirs.items():
             model = build_model(directory, parallel)
             try:
