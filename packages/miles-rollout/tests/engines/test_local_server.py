@@ -373,8 +373,8 @@ def test_an_engine_that_dies_says_why_and_one_that_is_stopped_or_replaced_says_n
 
 def test_a_port_that_was_taken_since_an_engine_died_is_said_so_and_the_engine_stays_dead(stand_in):
     pids = stand_in(HEALTHY)
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        port = probe.getsockname()[1]
+    # Below the ports that the kernel gives to connections: none takes it while no engine has it.
+    port = 20000 + os.getpid() % 10000
     fleet = LocalFleet(LocalEngineOptions(rollout_engine_base_port=port), "model", seed=0)
     fleet.start([Placement()])
     try:
