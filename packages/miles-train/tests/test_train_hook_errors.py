@@ -53,6 +53,8 @@ def run(hf_dir, hook, name):
         ("advantage", "no_returns", "'returns' must be a list of 16 tensors, it is None"),
         ("advantage", "infinite_advantage", r": 'advantages' of sample 101 in rollout 4 is inf at position 0 of 3"),
         ("advantage", "long_advantage", r"'advantages' of sample 102 .* of 4 response tokens, it is .*\(99,\)"),
+        ("advantage", "advantages_without_masks", "'loss_masks' must be a list of 16 tensors, it is None"),
+        ("advantage", "advantages_and_other_tokens", "'tokens' may not change here"),
         ("rollout_data_postprocess", "changes_tokens", "'tokens' may not change here"),
         ("rollout_data_postprocess", "changes_lengths", "'response_lengths' may not change here"),
         ("rollout_data_postprocess", "drops_a_mask", "'loss_masks' must be a list of 16 tensors, it is 15 entries"),

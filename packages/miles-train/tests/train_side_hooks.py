@@ -262,6 +262,18 @@ def infinite_advantage(args, rollout_data):
     rollout_data["advantages"][1] = rollout_data["advantages"][1] / 0
 
 
+def advantages_without_masks(args, rollout_data):
+    no_returns(args, rollout_data)
+    rollout_data["returns"] = list(rollout_data["advantages"])
+    del rollout_data["loss_masks"]
+
+
+def advantages_and_other_tokens(args, rollout_data):
+    no_returns(args, rollout_data)
+    rollout_data["returns"] = list(rollout_data["advantages"])
+    rollout_data["tokens"][0][0] += 1
+
+
 def long_advantage(args, rollout_data):
     no_returns(args, rollout_data)
     rollout_data["advantages"][2] = torch.ones(99)

@@ -27,18 +27,46 @@ __all__ = ["call_advantage", "call_importance_weights", "call_loss", "call_pg_lo
 _FIXED = ("response_lengths", "total_lengths", "sample_indices")
 
 
+class _Before:
+    """The columns as they were before a hook that may change them in place."""
+
+    def __init__(self, check: ResultCheck, rollout_data: dict[str, Any]) -> None:
+        self._check = check
+        self._data = rollout_data
+        self._fixed = {name: list(rollout_data[name]) for name in _FIXED}
+        self._tokens_T = torch.cat(rollout_data["tokens"])
+        self._token_columns = [name for name in (*PER_RESPONSE_TOKEN, *COMPUTED_COLUMNS) if name in rollout_data]
+
+    def require_whole(self) -> None:
+        """Raise `HookResultError` for a column that is gone, may not change, or no longer fits its samples."""
+        check, data = self._check, self._data
+        for name, before in self._fixed.items():
+            if data.get(name) != before:
+                raise check.wrong(f"{name!r} may not change here; rewrite samples in the convert_samples hook")
+        lengths = [len(tokens) for tokens in data.get("tokens", ())]
+        if lengths != self._fixed["total_lengths"] or not torch.equal(torch.cat(data["tokens"]), self._tokens_T):
+            raise check.wrong("'tokens' may not change here; rewrite samples in the convert_samples hook")
+        for name in self._token_columns:
+            data[name] = check.per_sample(name, data.get(name))
+        check.column_names(data, MASK_SUMS)
+        for name, column in data.items():
+            if not isinstance(column, list | tuple) or len(column) != len(lengths):
+                raise check.wrong(f"column {name!r} must be a list with one entry for each of {len(lengths)} samples")
+
+
 def call_advantage(hooks: HookCalls, hook: BoundHook, rollout_data: dict[str, Any]) -> None:
     """Let the `advantage` hook set `advantages` and `returns`.
 
     Raises:
-        HookResultError: one is missing, of another length than the response, or not finite; or another column has the
-            name of one that the trainer computes.
+        HookResultError: one is missing, of another length than the response, or not finite; or what was there before
+            is not whole any more, as in `call_postprocess`.
     """
     check = ResultCheck(hooks, hook, rollout_data)
+    before = _Before(check, rollout_data)
     hooks.call(hook, hooks.args, rollout_data)
-    check.column_names(rollout_data, MASK_SUMS)
     for field in ("advantages", "returns"):
         rollout_data[field] = check.per_sample(field, rollout_data.get(field))
+    before.require_whole()
 
 
 def call_postprocess(hooks: HookCalls, rollout_id: int, rollout_data: dict[str, Any]) -> None:
@@ -50,23 +78,9 @@ def call_postprocess(hooks: HookCalls, rollout_id: int, rollout_data: dict[str, 
             sample.
     """
     for hook in hooks.many("rollout_data_postprocess"):
-        check = ResultCheck(hooks, hook, rollout_data)
-        fixed = {name: list(rollout_data[name]) for name in _FIXED}
-        tokens_T = torch.cat(rollout_data["tokens"])
-        token_columns = [name for name in (*PER_RESPONSE_TOKEN, *COMPUTED_COLUMNS) if name in rollout_data]
+        before = _Before(ResultCheck(hooks, hook, rollout_data), rollout_data)
         hooks.call(hook, hooks.args, rollout_id, rollout_data)
-        for name, before in fixed.items():
-            if rollout_data.get(name) != before:
-                raise check.wrong(f"{name!r} may not change here; rewrite samples in the convert_samples hook")
-        lengths = [len(tokens) for tokens in rollout_data.get("tokens", ())]
-        if lengths != fixed["total_lengths"] or not torch.equal(torch.cat(rollout_data["tokens"]), tokens_T):
-            raise check.wrong("'tokens' may not change here; rewrite samples in the convert_samples hook")
-        for name in token_columns:
-            rollout_data[name] = check.per_sample(name, rollout_data.get(name))
-        check.column_names(rollout_data, MASK_SUMS)
-        for name, column in rollout_data.items():
-            if not isinstance(column, list | tuple) or len(column) != len(lengths):
-                raise check.wrong(f"column {name!r} must be a list with one entry for each of {len(lengths)} samples")
+        before.require_whole()
 
 
 def call_importance_weights(

@@ -27,6 +27,8 @@ class World:
         self.events, self.notes = [], []
         self.words, self.router_words = {}, ""
         self.known = []
+        self.told = []
+        """What the router was told of weights since it started: versions it has to require, endpoints with theirs."""
         self.started = dict.fromkeys(range(engines), 0)
         self.endpoints = [self.endpoint(index) for index in range(engines)]
         self.known += [endpoint.url for endpoint in self.endpoints]
@@ -89,17 +91,23 @@ class Router:
     def restart(self):
         self.world.event("restart router")
         self.world.on_router_restart()
-        self.world.router_words, self.world.known = "", []
+        self.world.router_words, self.world.known, self.world.told = "", [], []
 
     def register(self, endpoint):
         self._refuse_if_dead()
         self.world.known.append(endpoint.url)
+        self.world.told.append((endpoint.url, endpoint.weight_version))
         self.world.event("register", endpoint.url)
 
     def unregister(self, endpoint):
         self._refuse_if_dead()
         self.world.known.remove(endpoint.url)
         self.world.event("unregister", endpoint.url)
+
+    def require_weights(self, version):
+        self._refuse_if_dead()
+        self.world.told.append(version)
+        self.world.event("require", version)
 
     def report(self):
         self._refuse_if_dead()
@@ -259,6 +267,34 @@ def test_an_engine_that_is_ready_while_the_router_is_dead_is_registered_when_tha
     router_may_start.set()
     world.until(lambda: {"engine0.1", "engine1.0"} <= set(world.known))
     assert len(world.known) == 2
+    assert supervisor.problem() is None
+
+
+def test_the_router_learns_which_weights_were_pushed_and_that_a_new_engine_has_them(supervised):
+    world, supervisor = supervised()
+    supervisor.require_weights("7")
+    world.kill(0)
+    world.until(lambda: ("register", "engine0.1") in world.events)
+    assert world.told == ["7", ("engine0.1", "7")]
+
+
+def test_a_new_router_requires_the_weights_before_it_knows_an_engine(supervised):
+    world, supervisor = supervised()
+    supervisor.require_weights("7")
+    router_may_start = threading.Event()
+    world.on_router_restart = lambda: router_may_start.wait(TIMEOUT)
+    world.router_words = "the router died"
+    world.until(lambda: ("restart router",) in world.events)
+    router_may_start.set()
+    world.until(lambda: ("register", "engine1.0") in world.events)
+    assert world.told == ["7", ("engine0.0", "7"), ("engine1.0", "7")]
+
+
+def test_a_push_that_ends_while_the_router_is_dead_is_told_to_the_next_one(supervised):
+    world, supervisor = supervised()
+    world.router_words = "the router died"
+    supervisor.require_weights("8")
+    world.until(lambda: "8" in world.told)
     assert supervisor.problem() is None
 
 

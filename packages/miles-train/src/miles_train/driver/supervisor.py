@@ -9,6 +9,8 @@ from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any, Protocol
 
+import msgspec
+
 from miles_api.errors import MilesError, ServiceError
 
 if TYPE_CHECKING:
@@ -68,6 +70,7 @@ class Supervisor:
         # Held for each call to the router, so that it knows the engines that are in `_serving`, whoever is replaced.
         self._lock = threading.Lock()
         self._serving = dict(enumerate(endpoints))
+        self._version = ""  # of the weights that the router requires; empty before the first push
         self._replacing: set[int] = set()
         self._restarts: Counter[str] = Counter()
         self._told: Counter[str] = Counter()
@@ -84,6 +87,15 @@ class Supervisor:
     def problem(self) -> MilesError | None:
         """Return why the run cannot go on; None while it can. Made to be asked again and again during a long wait."""
         return self._problem
+
+    def require_weights(self, version: str) -> None:
+        """Let only engines that serve the weights of a push get requests, now that it is over.
+
+        A router that replaces a dead one is told too. Raises `ServiceError`.
+        """
+        with self._lock:
+            self._version = version
+            self._tell(lambda: self._router.require_weights(version))
 
     def restarts(self) -> dict[str, float]:
         """Count the replacements since the last call: `engines/restarts` and `router/restarts`, where there are any."""
@@ -151,8 +163,10 @@ class Supervisor:
             try:
                 with self._lock:
                     self._router.restart()
+                    if self._version:
+                        self._router.require_weights(self._version)
                     for endpoint in self._serving.values():
-                        self._router.register(endpoint)
+                        self._router.register(self._with_weights(endpoint))
             except ServiceError as error:
                 why = str(error)
             else:
@@ -194,19 +208,22 @@ class Supervisor:
 
     def _take_off(self, index: int) -> None:
         with self._lock:
-            self._tell(self._router.unregister, self._serving.pop(index))
+            endpoint = self._serving.pop(index)
+            self._tell(lambda: self._router.unregister(endpoint))
 
     def _put_on(self, index: int, endpoint: Endpoint) -> None:
-        # Without a weight version: the engine has proved its weights, and after the next push the router would keep
-        # one that it had quarantined for not serving those of this moment.
         with self._lock:
             self._serving[index] = endpoint
-            self._tell(self._router.register, endpoint)
+            self._tell(lambda: self._router.register(self._with_weights(endpoint)))
 
-    def _tell(self, call: Callable[[Endpoint], None], endpoint: Endpoint) -> None:
-        """Tell the router, unless it is dead: the next one learns of all engines that serve."""
+    def _with_weights(self, endpoint: Endpoint) -> Endpoint:
+        # It has proved them; a push that it took since, and that is not over yet, is told of when it is.
+        return msgspec.structs.replace(endpoint, weight_version=self._version)
+
+    def _tell(self, call: Callable[[], None]) -> None:
+        """Tell the router, unless it is dead: the next one learns of all engines that serve, and of their weights."""
         try:
-            call(endpoint)
+            call()
         except ServiceError:
             if not self._soon(self._router.dead):
                 raise

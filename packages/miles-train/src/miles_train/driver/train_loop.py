@@ -115,6 +115,8 @@ class TrainLoop:
     def _push_weights(self) -> None:
         if self._services.sync:
             self._synced |= self._services.sync.push(self._version)
+        if self._services.supervisor:
+            self._services.supervisor.require_weights(self._weights)
 
     def _evaluate(self, rollout_id: int) -> None:
         self._progress.phase("evaluate", rollout_id)
