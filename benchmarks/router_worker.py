@@ -1,6 +1,7 @@
 """The engine of benchmarks/router.py: reads a request, answers, decodes nothing; one uvloop process on a free port.
 
 A POST to `/generate` is answered with as many bytes as it has; with `"stream": true` near its beginning, in 16 events.
+The argument, if any, is how many seconds an answer that is no stream takes.
 """
 
 from __future__ import annotations
@@ -36,6 +37,7 @@ class Worker(asyncio.Protocol):
     """One connection; a request at a time, as HTTP/1.1 clients send them."""
 
     answers: dict[int, bytes] = {}
+    seconds = 0.0
 
     def connection_made(self, transport: Any) -> None:
         self._transport = transport
@@ -56,13 +58,18 @@ class Worker(asyncio.Protocol):
         if streaming:
             self._stream()
         elif posted:
-            self._transport.write(self.answers.get(size) or self.answers.setdefault(size, _answer_of(size)))
+            answer = self.answers.get(size) or self.answers.setdefault(size, _answer_of(size))
+            if self.seconds:
+                asyncio.get_running_loop().call_later(self.seconds, self._transport.write, answer)
+            else:
+                self._transport.write(answer)
         else:
             self._transport.write(_json(_INFO))
 
     def _stream(self) -> None:
         self._transport.write(
-            b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\ntransfer-encoding: chunked\r\n\r\n"
+            b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\nx-accel-buffering: no\r\n"  # nginx passes events on
+            b"transfer-encoding: chunked\r\n\r\n"
         )
         asyncio.get_running_loop().call_soon(self._event, EVENTS)
 
@@ -89,4 +96,5 @@ async def _main() -> None:
 
 if __name__ == "__main__":
     uvloop.install()
+    Worker.seconds = float(sys.argv[1]) if sys.argv[1:] else 0.0
     sys.exit(asyncio.run(_main()))

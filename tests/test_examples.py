@@ -1,7 +1,6 @@
 """The examples with a real model: their rewards, their model conversion, and that their runs are ready to start."""
 
 import contextlib
-import importlib.util
 import json
 import re
 import shutil
@@ -18,18 +17,11 @@ from hypothesis import strategies as st
 from miles_api import Status
 from miles_api.checks.check import check_words
 from miles_api.testing import make_sample
+from tests.examples_of import load
 
 ROOT = Path(__file__).parent.parent
 EXAMPLES = ROOT / "examples"
 TEMPLATE = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
-
-
-def load(path):
-    """Import a file of an example under a name of its own: two of them are called reward.py."""
-    spec = importlib.util.spec_from_file_location(f"example_{path.parent.name}_{path.stem}", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 smollm2 = load(EXAMPLES / "smollm2" / "reward.py")
@@ -178,16 +170,27 @@ def problems(run_file, model, folder):
     return [p.message for p in check_words([str(run_file), *map(str, words)], prog="miles check").problems]
 
 
-@pytest.mark.parametrize("name", ["smollm2", "reasoning_gym"])
+NAMES = ["smollm2", "reasoning_gym", "multi_agent", "custom_rollout"]
+
+
+def expanded(scripts, name):
+    """Return the command lines of a hatch script, those of the scripts that it names included."""
+    lines = scripts[name] if isinstance(scripts[name], list) else [scripts[name]]
+    for line in lines:
+        first, _, rest = line.partition(" ")
+        yield from (f"{one} {rest}" for one in expanded(scripts, first)) if first in scripts else [line]
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_the_commands_of_an_example_exist_and_name_files_that_exist(name):
     text = (EXAMPLES / name / "README.md").read_text()
     environments = tomllib.loads((ROOT / "hatch.toml").read_text())["envs"]
-    commands = re.findall(r"hatch run ([\w-]+):([\w-]+)", text)
+    commands = re.findall(r"^hatch run (?:([\w-]+):)?([\w-]+)", text, re.MULTILINE)
     assert commands
     for environment, script in commands:
-        lines = environments[environment]["scripts"][script]
-        files = re.findall(r"examples/\S+", " ".join(lines))
-        assert files
+        scripts = environments["default"]["scripts"] | environments[environment or "default"]["scripts"]
+        files = re.findall(r"examples/[\w/]+\.(?:py|toml)", " ".join(expanded(scripts, script)))
+        assert any(file.startswith(f"examples/{name}/") for file in files)
         assert [file for file in files if not (ROOT / file).is_file()] == []
 
 
@@ -196,7 +199,7 @@ def test_no_environment_counts_on_commands_that_hatch_runs_only_after_it_has_ins
     assert [name for name, environment in environments.items() if "post-install-commands" in environment] == []
 
 
-@pytest.mark.parametrize("name", ["smollm2", "reasoning_gym"])
+@pytest.mark.parametrize("name", NAMES)
 def test_the_files_that_an_example_shows_are_there(name):
     folder = EXAMPLES / name
     named = re.findall(r"\]\(([\w./-]+)\)", (folder / "README.md").read_text())

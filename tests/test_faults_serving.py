@@ -5,9 +5,12 @@ import json
 import socket
 import subprocess
 import sys
+import threading
 import time
 import urllib.request
 from collections import Counter
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import ClassVar
 
 import psutil
 import pytest
@@ -42,6 +45,39 @@ async def score(args, sample):
     await passed("score", sample)
     return float(sample.index % 2)
 """
+
+
+class Stale(BaseHTTPRequestHandler):
+    """An engine that is well and serves weights that the run had in the beginning; it notes what it is to generate."""
+
+    protocol_version = "HTTP/1.1"
+    asked: ClassVar[list] = []
+
+    def do_GET(self):
+        self.answer({"weight_version": "0"})
+
+    def do_POST(self):
+        self.asked.append(self.path)
+        self.answer({"text": "", "output_ids": [], "meta_info": {}})
+
+    def answer(self, value):
+        body = json.dumps(value).encode()
+        self.send_response(200)
+        self.send_header("content-length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *_):
+        pass
+
+
+@pytest.fixture
+def stale():
+    """Serve a `Stale` engine; returns its port."""
+    with ThreadingHTTPServer(("127.0.0.1", 0), Stale) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield server.server_port
+        server.shutdown()
 
 
 class Run:
@@ -100,6 +136,17 @@ class Run:
         with urllib.request.urlopen(f"http://127.0.0.1:{port}/workers", timeout=10) as reply:
             return {int(row["url"].rpartition(":")[2]): row for row in json.load(reply)["workers"]}
 
+    def add_worker(self, port, reason):
+        """Register an engine that the driver knows nothing of, and wait until it is held back for this reason."""
+        (router,) = self.router()
+        url = f"http://127.0.0.1:{router}/add_worker?url=http://127.0.0.1:{port}"
+        urllib.request.urlopen(urllib.request.Request(url, method="POST"), timeout=10).close()
+        self.until(lambda: self.workers()[port]["reason"] == reason)
+
+    def weights(self):
+        """Return which weights the router's engines serve that may get requests."""
+        return {row["weight_version"] for row in self.workers().values() if row["healthy"]}
+
     def pushes_to(self, port):
         """Say whether the driver talks to an engine directly, as it does for nothing but weights."""
         connections = psutil.Process(self.process.pid).net_connections()
@@ -147,7 +194,7 @@ def rows(tmp_path):
     return [line["metrics"] for line in lines if line["kind"] == "rollout"]
 
 
-def test_killed_engines_and_a_killed_router_are_replaced_and_no_sample_is_lost_or_doubled(start, tmp_path):
+def test_killed_engines_and_a_killed_router_are_replaced_and_no_sample_is_lost_or_doubled(start, stale, tmp_path):
     dump = tmp_path / "dump.miles"
     gates = ("generate-1", "generate-2", "score-3", "generate-4")
     run = start(*gates, num_rollout=5, save_debug_rollout_data=dump)
@@ -163,6 +210,7 @@ def test_killed_engines_and_a_killed_router_are_replaced_and_no_sample_is_lost_o
     # The router in the middle of a rollout, with requests that an engine holds.
     run.reached("generate-2")
     run.until(lambda: len(run.workers()) == 2)
+    assert run.weights() == {"2"}
     engine = run.engines()[second]
     engine.suspend()
     run.open("generate-2")
@@ -179,8 +227,10 @@ def test_killed_engines_and_a_killed_router_are_replaced_and_no_sample_is_lost_o
     run.until(lambda: run.pushes_to(second))
     engine.kill()
 
-    # Both engines, while nobody asks them for anything.
+    # Both engines, while nobody asks them for anything; one that missed every push is put at the replaced router.
     run.reached("generate-4")
+    run.until(lambda: run.weights() == {"4"} and len(run.workers()) == 2)
+    run.add_worker(stale, "serves weights 0, not 4")
     for engine in run.engines().values():
         engine.kill()
     run.open("generate-4")
@@ -194,6 +244,7 @@ def test_killed_engines_and_a_killed_router_are_replaced_and_no_sample_is_lost_o
         assert sorted(sample.index for sample in samples) == list(range(first_index, first_index + SAMPLES))
         assert {version for sample in samples for version in sample.weight_versions} == {rollout.weight_version}
     assert len({rollout.weight_version for rollout in rollouts}) == 5
+    assert Stale.asked == []
     metrics = rows(tmp_path)
     assert max(row["train/logprob_gap_max"] for row in metrics) < 1e-4
     totals = Counter()

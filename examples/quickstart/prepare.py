@@ -20,9 +20,9 @@ CHARACTERS = "0123456789sort> "
 HELD_OUT = {2: 8, 3: 40, 4: 40, 5: 40}
 
 
-def make_tokenizer() -> PreTrainedTokenizerFast:
+def make_tokenizer(characters: str) -> PreTrainedTokenizerFast:
     """One token a character, plus padding and end of text."""
-    vocabulary = {token: number for number, token in enumerate(["<pad>", "<eos>", "<unk>", *CHARACTERS])}
+    vocabulary = {token: number for number, token in enumerate(["<pad>", "<eos>", "<unk>", *characters])}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
     tokenizer.decoder = decoders.Fuse()
@@ -30,9 +30,9 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special)
 
 
-def make_model(folder: Path, seed: int) -> None:
+def make_model(folder: Path, seed: int, characters: str = CHARACTERS) -> None:
     """Write an untrained model directory as Hugging Face writes it."""
-    tokenizer = make_tokenizer()
+    tokenizer = make_tokenizer(characters)
     torch.manual_seed(seed)
     config = Qwen3Config(
         vocab_size=len(tokenizer), hidden_size=128, intermediate_size=256, num_hidden_layers=2, num_attention_heads=4,
@@ -56,11 +56,12 @@ def write_lines(file: Path, rows: list[tuple[str, str]]) -> None:
     print(f"{file}: {len(rows)} lines")
 
 
-def warm_up(folder: Path, seed: int) -> None:
-    """Train data/model on data/warmup.jsonl for 150 steps; the result is data/warm, where the run starts."""
+def warm_up(folder: Path, seed: int, steps: int = 150) -> None:
+    """Train data/model on data/warmup.jsonl; the result is data/warm, where the run starts."""
     options = {
         "loss-type": "sft_loss", "hf-checkpoint": folder / "model", "prompt-data": folder / "warmup.jsonl",
-        "num-rollout": 150, "rollout-batch-size": 64, "n-samples-per-prompt": 1, "num-steps-per-rollout": 1,
+        "eval-prompt-data": folder / "heldout.jsonl",
+        "num-rollout": steps, "rollout-batch-size": 64, "n-samples-per-prompt": 1, "num-steps-per-rollout": 1,
         "lr": 3e-3, "lr-decay-style": "cosine", "lr-warmup-iters": 10, "adam-beta2": 0.98, "seed": seed,
         "run-dir": folder / "warmup-run", "save-hf": folder / "warm",
     }  # fmt: skip

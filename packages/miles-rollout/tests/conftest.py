@@ -108,7 +108,7 @@ class FakeEngine:
 
 def reply(ids, text, *, version="1", finish="stop", log_prob=-0.5):
     meta = {
-        "finish_reason": {"type": finish}, "weight_version": version, "prompt_tokens": 4, "cached_tokens": 2,
+        "finish_reason": {"type": finish}, "weight_version": version, "cached_tokens": 2,
         "output_token_logprobs": [[log_prob, i, None] for i in ids],
     }  # fmt: skip
     return {"text": text, "output_ids": ids, "meta_info": meta}

@@ -35,8 +35,8 @@ def registered():
     return defaults + short
 
 
-# These need a rollout's own hooks and a chat template, or a recording: their own tests run them with those.
-_WITH_MORE = {("generate", "multi_turn"), ("generate", "agentic"), ("rollout", "recorded")}
+# These need a rollout's own hooks and a chat template, a recording, or weights: their own tests run them with those.
+_WITH_MORE = {("generate", "multi_turn"), ("generate", "agentic"), ("rollout", "recorded"), ("reward", "weighted")}
 _LABELS = [make_sample(label=label) for label in ("7", "1/2", "A", ["x", "y"])]
 
 

@@ -23,10 +23,11 @@ from miles_router.protocol import BoundedProtocol, expire_slow
 
 @contextlib.asynccontextmanager
 async def _serve(app, port=0, http="httptools", write_timeout=1800.0):
-    config = uvicorn.Config(app, http=http, lifespan="off", log_config=None, log_level="critical")
+    quiet = {"log_config": None, "log_level": "critical"}
+    config = uvicorn.Config(app, http=http, lifespan="off", proxy_headers=False, **quiet)
     config.load()
     state = ServerState()  # without uvicorn.Server, which takes 0.3 s to stop
-    sock = socket.create_server(("127.0.0.1", port))
+    sock = socket.create_server(("127.0.0.1", port), reuse_port=bool(port))
     server = await asyncio.get_running_loop().create_server(
         lambda: config.http_protocol_class(config=config, server_state=state, app_state={}), sock=sock
     )
@@ -117,8 +118,17 @@ async def _routed(*urls, middleware=(), brought=None, **options):
 
 @pytest.fixture
 def serve():
-    """`async with serve(asgi_app, port=0) as url`."""
+    """`async with serve(asgi_app, port=0) as url`; `port` may be `held_port`."""
     return _serve
+
+
+@pytest.fixture
+def held_port():
+    """A port at which nothing listens but what `serve` is told to; no other process gets it, whenever that ends."""
+    with socket.socket() as sock:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+        sock.bind(("127.0.0.1", 0))  # without `listen`, connections are refused
+        yield sock.getsockname()[1]
 
 
 @pytest.fixture

@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import socket
 
 import pytest
 
-
-def _free_port():
-    with socket.create_server(("127.0.0.1", 0)) as sock:
-        return sock.getsockname()[1]
+from miles_router.connection import LostError
+from miles_router.workers import WorkerRegistry
 
 
 def test_the_engine_with_the_fewest_requests_under_way_is_chosen(serve, routed, engine):
@@ -60,32 +57,34 @@ def test_round_robin_ignores_load(serve, routed, engine):
     asyncio.run(main())
 
 
-def test_an_engine_that_cannot_be_connected_is_skipped_and_comes_back_when_it_serves_again(serve, routed, engine):
+def test_an_engine_that_cannot_be_connected_is_skipped_and_comes_back_when_it_serves_again(
+    serve, routed, engine, held_port
+):
     async def main():
-        port, target, other = _free_port(), engine(b"back"), engine(b"other")
-        dead = f"http://127.0.0.1:{port}"
+        target, other = engine(b"back"), engine(b"other")
+        dead = f"http://127.0.0.1:{held_port}"
         async with serve(other) as alive, routed(dead, alive) as r:
             for _ in range(4):
                 assert (await r.post()).text == "other"
             row = (await r.workers())[0]
             assert (row["url"], row["healthy"]) == (dead, False)
             assert "cannot be connected" in row["reason"]
-            async with serve(target, port):
+            async with serve(target, held_port):
                 await r.until(lambda row: row["healthy"])
                 assert {(await r.post()).text for _ in range(2)} == {"back", "other"}
 
     asyncio.run(main())
 
 
-def test_an_engine_comes_back_only_with_the_weights_it_should_have(serve, routed, engine):
+def test_an_engine_comes_back_only_with_the_weights_it_should_have(serve, routed, engine, held_port):
     async def main():
-        port, target = _free_port(), engine()
+        target = engine()
         target.weight_version = 4
         async with routed() as r:
-            new = {"url": f"http://127.0.0.1:{port}", "weight_version": "5", "worker_type": "regular"}
+            new = {"url": f"http://127.0.0.1:{held_port}", "weight_version": "5", "worker_type": "regular"}
             await r.client.post("/workers", json=new)
             assert (await r.post()).status_code == 503
-            async with serve(target, port):
+            async with serve(target, held_port):
                 await r.until(lambda row: "serves weights 4, not 5" in row["reason"])
                 assert not (await r.workers())[0]["healthy"]
                 target.weight_version = 5
@@ -95,12 +94,11 @@ def test_an_engine_comes_back_only_with_the_weights_it_should_have(serve, routed
     asyncio.run(main())
 
 
-def test_registering_a_quarantined_engine_again_readmits_it_at_once(serve, routed, engine):
+def test_registering_a_quarantined_engine_again_readmits_it_at_once(serve, routed, engine, held_port):
     async def main():
-        port = _free_port()
-        async with routed(f"http://127.0.0.1:{port}", router_health_interval=3600) as r:
+        async with routed(f"http://127.0.0.1:{held_port}", router_health_interval=3600) as r:
             await r.post()
-            async with serve(engine(), port) as url:
+            async with serve(engine(), held_port) as url:
                 assert (await r.post()).status_code == 503
                 await r.client.post("/workers", json={"url": url, "weight_version": "9"})
                 assert (await r.post()).status_code == 200
@@ -109,9 +107,9 @@ def test_registering_a_quarantined_engine_again_readmits_it_at_once(serve, route
     asyncio.run(main())
 
 
-def test_a_request_whose_only_engine_cannot_be_connected_gets_503_naming_it(routed):
+def test_a_request_whose_only_engine_cannot_be_connected_gets_503_naming_it(routed, held_port):
     async def main():
-        dead = f"http://127.0.0.1:{_free_port()}"
+        dead = f"http://127.0.0.1:{held_port}"
         async with routed(dead, router_health_interval=3600) as r:
             first, second = await r.post(), await r.post()
             health = await r.client.get("/health")
@@ -233,5 +231,64 @@ def test_removing_an_engine_lets_its_requests_finish(serve, routed, engine):
             target.gate.set()
             assert (await held).status_code == 200
         assert len(target.requests) == 1
+
+    asyncio.run(main())
+
+
+def test_failures_count_in_a_row_and_an_answer_begins_a_new_count():
+    doubted = []
+    registry = WorkerRegistry(lambda worker: None, doubted.append)
+    worker = registry.add("http://h:1")
+    for _ in range(3):
+        for _ in range(2):
+            registry.failed(worker, LostError("closed the connection"))
+        registry.answered(worker, 200)
+    assert worker.healthy
+    for _ in range(3):
+        for _ in range(4):
+            registry.answered(worker, 500)
+        registry.answered(worker, 404)
+    assert doubted == []
+    for _ in range(10):
+        registry.answered(worker, 500)
+    assert doubted == [worker, worker]
+
+
+def test_a_quarantine_closes_the_idle_connections(listen, routed):
+    async def main():
+        closed = asyncio.Event()
+
+        async def keeps(reader, writer):
+            await reader.readuntil(b"\r\n\r\n")
+            writer.write(b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\nok")
+            assert await reader.read() == b""
+            closed.set()
+
+        async with listen(keeps) as url, routed(url, router_health_interval=3600) as r:
+            assert (await r.client.get("/v1/models")).text == "ok"
+            r.app.registry.quarantine(next(iter(r.app.registry)), "for a reason")
+            await asyncio.wait_for(closed.wait(), 10)
+
+    asyncio.run(main())
+
+
+def test_an_engine_that_failed_a_request_does_not_get_it_again_whatever_the_policy_prefers(
+    listen, serve, routed, engine
+):
+    async def main():
+        deaths = 0
+
+        async def dies(reader, writer):
+            nonlocal deaths
+            await reader.readuntil(b"\r\n\r\n")
+            deaths += 1
+
+        options = {"router_policy": "consistent_hashing", "router_health_interval": 3600}
+        async with listen(dies) as a, serve(engine(b"served")) as b, routed(a, b, **options) as r:
+            for key in range(20):
+                before = deaths
+                assert (await r.post(headers={"X-SMG-Routing-Key": str(key)})).text == "served"
+                assert deaths <= before + 1
+        assert deaths == 3  # then it is quarantined
 
     asyncio.run(main())

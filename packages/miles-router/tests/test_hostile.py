@@ -200,7 +200,7 @@ def test_nothing_is_written_into_an_answer_under_way(listen, routed, monkeypatch
             with contextlib.suppress(ConnectionError):
                 answer += await asyncio.wait_for(reader.read(), 10)
             body = answer.partition(b"\r\n\r\nhalf")[2]
-            assert body == b"" or body.startswith(b"fullHTTP/1.1 408 ")
+            assert body == b"" or body.startswith((b"fullHTTP/1.1 408 ", b"fullHTTP/1.1 431 "))
             assert len(second) > 100 or body
             writer.close()
 
@@ -309,5 +309,84 @@ def test_whatever_arrives_the_engine_sees_whole_requests_only_and_the_router_liv
                 assert scope["path"] in ("/generate", "/v1/models")
                 assert b"transfer-encoding" not in dict(scope["headers"])
             assert (await r.post()).status_code == 200
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        b"POST http://127.0.0.1:%d/generate HTTP/1.1",
+        b"POST http://127.0.0.1:%d HTTP/1.1",
+        b"POST //127.0.0.1:%d/generate HTTP/1.1",
+        b"POST /generate?url=http://127.0.0.1:%d HTTP/1.1",
+        b"CONNECT 127.0.0.1:%d HTTP/1.1",
+        b"POST /v1/http://127.0.0.1:%d/ HTTP/1.1",
+        b"POST /v1/@127.0.0.1:%d/ HTTP/1.1",
+        b"GET /v1/proxy?worker=http://127.0.0.1:%d HTTP/1.1",
+    ],
+)
+def test_an_address_that_a_request_names_is_never_called(serve, routed, engine, line):
+    async def main():
+        target, other = engine(), engine()
+        async with serve(target) as url, serve(other) as elsewhere, routed(url) as r:
+            port = int(elsewhere.rpartition(":")[2])
+            names = b"host: 127.0.0.1:%d\r\nx-forwarded-host: 127.0.0.1:%d\r\nforwarded: host=127.0.0.1:%d\r\n"
+            head = line % port + b"\r\n" + names % (port, port, port)
+            head += b"x-worker-url: http://127.0.0.1:%d\r\nconnection: close\r\ncontent-length: 2\r\n\r\n{}" % port
+            await _send(r, head)
+            assert other.requests == []
+            assert other.checks == 0
+            assert [worker["url"] for worker in await r.workers()] == [url]
+            assert all(scope["raw_path"].startswith(b"/") for scope, _ in target.requests)
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize("status", [301, 302, 307, 308])
+def test_a_redirect_of_an_engine_is_not_followed(serve, routed, engine, status):
+    async def main():
+        other = engine()
+        async with serve(other) as elsewhere:
+            target = engine(b"", status, [(b"location", f"{elsewhere}/generate".encode())])
+            target.health = 307
+            async with serve(target) as url, routed(url) as r:
+                answer = await r.post(content=b"{}")
+                assert (answer.status_code, answer.headers["location"]) == (status, f"{elsewhere}/generate")
+                r.app.registry.quarantine(next(iter(r.app.registry)), "to be asked for its health")
+                await r.until(lambda row: row["reason"] == "answers /health with 307")
+            assert (other.requests, other.checks) == ([], 0)
+
+    asyncio.run(main())
+
+
+def test_who_says_where_a_request_came_from_is_let_in_no_further(routed):
+    async def main():
+        async with routed(router_token="t") as r:
+            for name in ("x-forwarded-for", "x-real-ip", "forwarded", "x-forwarded-host", "x-original-url"):
+                for path in ("/workers", "/status"):
+                    assert (await r.client.get(path, headers={name: "127.0.0.1"})).status_code == 401
+
+    asyncio.run(main())
+
+
+def test_a_client_that_drips_a_body_is_hung_up_on_all_the_same(serve, routed, engine, monkeypatch):
+    monkeypatch.setattr(protocol, "BODY_TIMEOUT_S", 0.3)
+    monkeypatch.setattr(protocol, "_SWEEP_S", 0.02)
+
+    async def main():
+        target = engine()
+        async with serve(target) as url, routed(url) as r:
+            reader, writer = await asyncio.open_connection("127.0.0.1", r.port)
+            answer = asyncio.create_task(reader.read())
+            writer.write(_HEAD + b"content-length: 100000\r\n\r\n")
+            while not answer.done():
+                with contextlib.suppress(ConnectionError):
+                    writer.write(b"x")
+                await asyncio.sleep(0.02)
+            with contextlib.suppress(ConnectionError):
+                assert (await answer).startswith(b"HTTP/1.1 408 ")
+            assert target.requests == []
+            assert r.app.bodies.held == 0
 
     asyncio.run(main())

@@ -8,6 +8,11 @@ import errno
 
 import pytest
 
+from miles_router.connection import LocalError
+from miles_router.exchanges import Exchanges
+from miles_router.fetch import fetch
+from miles_router.workers import Worker
+
 
 def _ok(body=b""):
     return b"HTTP/1.1 200 OK\r\ncontent-length: %d\r\n\r\n%b" % (len(body), body)
@@ -239,6 +244,40 @@ def test_a_busy_engine_that_answers_questions_is_left_alone_however_silent(serve
     asyncio.run(main())
 
 
+def test_an_engine_that_generates_while_it_is_asked_does_not_hang_though_it_never_says_so(
+    listen, serve, routed, engine
+):
+    questions = 0
+    asked, over = asyncio.Event(), asyncio.Event()
+
+    async def absorbed(reader, writer):
+        nonlocal questions
+        if b" /server_info " in await reader.readuntil(b"\r\n\r\n"):
+            questions += 1
+            asked.set()
+            await reader.read(-1)
+            return
+        writer.write(b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n")
+        while not over.is_set():  # each question finds it at work on the next token
+            await asked.wait()
+            asked.clear()
+            writer.write(b"1\r\nx\r\n")
+        writer.write(b"0\r\n\r\n")
+
+    async def main():
+        async with listen(absorbed) as url, serve(engine()) as good, routed(url, router_hang_timeout=0.05) as r:
+            held = asyncio.create_task(r.post())
+            await r.until(lambda row: row["outstanding"] == 1)
+            r.app.registry.add(good)
+            while questions < 5:
+                await asyncio.sleep(0.01)
+            over.set()
+            assert set((await asyncio.wait_for(held, 10)).text) == {"x"}
+            assert (await r.workers())[0]["quarantines"] == 0
+
+    asyncio.run(main())
+
+
 def test_an_idle_engine_is_not_asked(serve, routed, engine):
     async def main():
         target, busy = engine(), engine()
@@ -318,3 +357,96 @@ def test_an_engine_that_keeps_failing_is_probed_ever_later():
         return prober.first
 
     assert asyncio.run(main()) == [1.0, 2.0, 4.0, 8.0, 10.0, 10.0, 1.0]
+
+
+def test_a_worker_that_comes_back_and_is_not_well_is_asked_ever_more_seldom(monkeypatch):
+    from miles_router import health
+    from miles_router.workers import WorkerRegistry
+
+    waits, sleep = [], asyncio.sleep
+
+    async def slept(seconds):
+        waits.append(seconds)
+        await sleep(0)
+
+    async def sick(worker, version=""):
+        return "is sick" if len(waits) < 8 else ""
+
+    async def main():
+        monkeypatch.setattr(health, "probe", sick)
+        monkeypatch.setattr(health.asyncio, "sleep", slept)
+        prober = health.HealthProber(10.0, 0)
+        registry = WorkerRegistry(lambda worker: prober.watch(registry, worker), lambda worker: None)
+        worker = registry.add("http://h:1")
+        registry.quarantine(worker, "gone")
+        while not worker.healthy:
+            await sleep(0)
+
+    asyncio.run(main())
+    assert waits == [1.0, 2.0, 4.0, 8.0, 10.0, 10.0, 10.0, 10.0]
+
+
+def test_a_router_that_cannot_ask_blames_no_engine_for_it(listen, serve, routed, engine, monkeypatch):
+    asked = 0
+    cannot_ask = ""
+
+    async def short_of_files(worker, path, *headers):
+        nonlocal asked
+        if worker.url != cannot_ask:
+            return await fetch(worker, path, *headers)
+        asked += 1
+        raise LocalError("the router cannot open a connection: Too many open files")
+
+    monkeypatch.setattr("miles_router.health.fetch", short_of_files)
+
+    async def main():
+        nonlocal cannot_ask
+        broken = engine(status=500)
+        async with listen(_swallow) as silent, serve(broken) as url, routed(url, router_hang_timeout=0.05) as r:
+            cannot_ask = url
+            for _ in range(5):
+                assert (await r.post()).status_code == 500
+            await r.until(lambda row: asked)
+            cannot_ask = silent
+            r.app.registry.add(silent)
+            held = [asyncio.create_task(r.post()) for _ in range(2)]
+            while asked < 6:  # over more than the timeout
+                await asyncio.sleep(0.01)
+            assert [row["healthy"] for row in await r.workers()] == [True, True]
+            for task in held:
+                task.cancel()
+            await asyncio.gather(*held, return_exceptions=True)
+
+    asyncio.run(main())
+
+
+class _Exchange:
+    """A connection, to `Exchanges`: when it heard something last, and whether that was of an answer."""
+
+    paused = complete = False
+    status = 200
+
+    def __init__(self, heard, speaks=True):
+        self.last_activity, self.speaks = heard, speaks
+
+
+@pytest.mark.parametrize("over", [False, True])
+@pytest.mark.parametrize(("generates", "status", "asked"), [(True, 200, False), (False, 200, True), (True, 404, True)])
+def test_who_generated_for_somebody_lately_is_not_asked_whether_it_hangs(generates, status, asked, over):
+    exchanges, worker = Exchanges(), Worker(1, "http://h:1", "")
+    waits, served = _Exchange(1.0, speaks=False), _Exchange(9.0)
+    served.status = status
+    exchanges.begin(waits, worker, generates=True)
+    exchanges.begin(served, worker, generates=generates)
+    if over:
+        exchanges.end(served)
+    assert exchanges.silent(before=5.0) == ({worker} if asked else set())
+    assert exchanges.silent(before=0.5) == set()
+
+
+def test_an_engine_is_not_asked_because_its_client_reads_slowly():
+    exchanges, worker = Exchanges(), Worker(1, "http://h:1", "")
+    slow = _Exchange(1.0)
+    slow.paused = True
+    exchanges.begin(slow, worker, generates=True)
+    assert exchanges.silent(before=5.0) == set()

@@ -61,7 +61,23 @@ def test_removing_an_unknown_worker_is_a_404_that_lists_the_known(routed):
 
 
 @pytest.mark.parametrize(
-    "url", ["", "127.0.0.1:1", "https://h:1", "http://h", "http://h:1/path", "http://u:p@h:1", "http://h:99999", "ftp:"]
+    "url",
+    [
+        "",
+        "127.0.0.1:1",
+        "https://h:1",
+        "http://h",
+        "http://h:1/path",
+        "http://u:p@h:1",
+        "http://h:99999",
+        "ftp:",
+        "http://h h:1",
+        "http://h%0d%0ax:1",
+        "http://h,i:1",
+        "http://\u00e9:1",
+        "http://[::1:1",
+        "http://:1",
+    ],
 )
 def test_what_is_not_an_engines_address_is_refused(routed, url):
     async def main():

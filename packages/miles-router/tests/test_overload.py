@@ -11,7 +11,7 @@ from miles_router import RouterOptions
 from miles_router.connection import LostError
 from miles_router.gate import make_gate
 from miles_router.policies import LeastOutstanding
-from miles_router.routing import Route
+from miles_router.routing import Refusal, Route
 from miles_router.workers import Worker, WorkerRegistry
 
 
@@ -271,6 +271,52 @@ def test_a_request_that_comes_back_from_a_dead_engine_waits_in_front():
     asyncio.run(main())
 
 
+def _small_gate(**options):
+    registry = WorkerRegistry(lambda worker: None, lambda worker: None)
+    worker = registry.add("http://h:1")
+    return make_gate(RouterOptions(router_max_requests=1, **options), registry, LeastOutstanding()), worker
+
+
+def _enter(gate, failed=()):
+    route = Route({"headers": []}, b"")
+    route.failed.update(dict.fromkeys(failed, LostError("died")))
+    return asyncio.create_task(gate.enter(route, asyncio.Event().wait))
+
+
+def test_a_request_that_comes_back_from_a_dead_engine_is_not_turned_away_by_a_full_queue():
+    async def main():
+        gate, worker = _small_gate(router_queue_size=1)
+        assert await _enter(gate) is worker
+        waiting = _enter(gate)
+        await asyncio.sleep(0)
+        with pytest.raises(Refusal):
+            await _enter(gate)
+        back = _enter(gate, [Worker(9, "http://h:9", "")])
+        await asyncio.sleep(0)
+        for task in (back, waiting):
+            worker.outstanding -= 1
+            gate.leave()
+            assert await task is worker
+
+    asyncio.run(main())
+
+
+def test_who_is_cancelled_at_the_moment_of_his_turn_gives_the_place_to_the_next():
+    async def main():
+        gate, worker = _small_gate()
+        assert await _enter(gate) is worker
+        first, second = _enter(gate), _enter(gate)
+        while len(gate) < 2:
+            await asyncio.sleep(0)
+        worker.outstanding -= 1
+        gate.leave()
+        first.cancel()
+        assert await asyncio.wait_for(second, 5) is worker
+        assert worker.outstanding == 1
+
+    asyncio.run(main())
+
+
 @pytest.mark.parametrize("limits", [{}, {"router_max_requests": 1000, "router_max_worker_requests": 500}])
 def test_hundreds_of_clients_at_once_are_all_served_and_nothing_stays_counted(serve, routed, engine, limits):
     async def main():
@@ -292,5 +338,125 @@ def test_hundreds_of_clients_at_once_are_all_served_and_nothing_stays_counted(se
             await r.until(lambda row: row["outstanding"] == 0)
             assert (await _status(r))["queued"] == 0
             assert r.app._gate is None or r.app._gate._active == 0
+
+    asyncio.run(main())
+
+
+def test_however_many_wait_a_free_place_costs_a_look_at_the_first_of_each_kind(monkeypatch):
+    looks = 0
+    candidates = Route.candidates
+
+    def counted(route, registry):
+        nonlocal looks
+        looks += 1
+        return candidates(route, registry)
+
+    async def main():
+        nonlocal looks
+        registry = WorkerRegistry(lambda worker: None, lambda worker: None)
+        for port, version in ((1, "7"), (2, "8")):
+            registry.add(f"http://h:{port}", version)
+        gate = make_gate(RouterOptions(router_max_worker_requests=1), registry, LeastOutstanding())
+
+        def ask(version):
+            return gate.enter(Route({"headers": [(b"x-miles-weight-version", version)]}, b""), asyncio.Event().wait)
+
+        await ask(b"7")
+        waiting = [asyncio.create_task(ask(b"7")) for _ in range(500)]
+        while len(gate) < 500:
+            await asyncio.sleep(0)
+        other = await ask(b"8")
+        monkeypatch.setattr(Route, "candidates", counted)
+        other.outstanding -= 1
+        gate.leave()
+        assert looks < 5
+        for task in waiting:
+            task.cancel()
+        await asyncio.gather(*waiting, return_exceptions=True)
+        assert len(gate) == 0
+
+    asyncio.run(main())
+
+
+def test_who_finds_the_queue_full_is_told_to_come_when_those_in_it_will_have_been_served(monkeypatch):
+    clock = 1000.0
+    monkeypatch.setattr("miles_router.gate.time.monotonic", lambda: clock)
+
+    async def main():
+        nonlocal clock
+        registry = WorkerRegistry(lambda worker: None, lambda worker: None)
+        worker = registry.add("http://h:1")
+        gate = make_gate(RouterOptions(router_max_requests=1, router_queue_size=10), registry, LeastOutstanding())
+
+        async def ask():
+            await gate.enter(Route({"headers": []}, b""), asyncio.Event().wait)
+
+        await ask()
+        waiting = [asyncio.create_task(ask()) for _ in range(10)]
+        while len(gate) < 10:
+            await asyncio.sleep(0)
+
+        def advice():
+            with pytest.raises(Refusal) as refused:
+                gate.check()
+            return refused.value.retry_after
+
+        said = [advice()]
+        for _ in range(4):  # one is served every two seconds, and somebody comes in its place
+            clock += 2
+            worker.outstanding -= 1
+            gate.leave()
+            waiting.append(asyncio.create_task(ask()))
+            while len(gate) < 10:
+                await asyncio.sleep(0)
+            said.append(advice())
+        clock += 10_000
+        said.append(advice())
+        for task in waiting:
+            task.cancel()
+        await asyncio.gather(*waiting, return_exceptions=True)
+        return said
+
+    assert asyncio.run(main()) == [1, 20, 20, 20, 20, 60]
+
+
+@pytest.mark.parametrize("limits", [{}, {"router_max_requests": 1000}], ids=["the short way", "with a queue"])
+def test_the_bodies_of_all_requests_together_have_a_limit_and_each_gives_back_what_it_took(
+    serve, routed, engine, limits
+):
+    async def main():
+        target = engine()
+        target.gate = asyncio.Event()
+        async with serve(target) as url, routed(url, router_max_body_memory=1000, **limits) as r:
+            held = asyncio.create_task(r.post(content=bytes(600)))
+            await r.until(lambda row: row["outstanding"] == 1)
+            answer = await r.post(content=bytes(600))
+            assert (answer.status_code, answer.headers["retry-after"]) == (503, "1")
+            assert answer.json()["error"]["type"] == "body_memory_full"
+            assert "--router-max-body-memory" in answer.json()["error"]["message"]
+            small = asyncio.create_task(r.post(content=bytes(400)))
+            await r.until(lambda row: row["outstanding"] == 2)
+            target.gate.set()
+            assert [(await task).status_code for task in (held, small)] == [200, 200]
+            assert (await r.post(content=bytes(1000))).status_code == 200
+            assert (await r.post(content=bytes(1001))).status_code == 413
+            assert r.app.bodies.held == 0
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize("limits", [{}, {"router_max_requests": 1000}], ids=["the short way", "with a queue"])
+def test_half_a_body_counts_until_its_client_leaves(serve, routed, engine, limits):
+    async def main():
+        async with serve(engine()) as url, routed(url, router_max_body_memory=1000, **limits) as r:
+            _, writer = await asyncio.open_connection("127.0.0.1", r.port)
+            writer.write(b"POST /generate HTTP/1.1\r\nhost: h\r\ncontent-length: 900\r\n\r\n" + bytes(800))
+            while r.app.bodies.held != 800:
+                await asyncio.sleep(0.005)
+            assert (await r.post(content=bytes(300))).status_code == 503
+            writer.close()
+            while r.app.bodies.held:
+                await asyncio.sleep(0.005)
+            assert (await r.post(content=bytes(300))).status_code == 200
 
     asyncio.run(main())

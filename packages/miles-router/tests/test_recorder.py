@@ -20,6 +20,7 @@ from miles_router import RouterOptions, replay
 from miles_router.middlewares.rate_limit import RateLimit
 from miles_router.middlewares.recorder import Recorder
 from miles_router.options import READY_PREFIX
+from miles_router.protocol import BoundedProtocol
 from miles_router.recording import Exchange, RecordingWriter, read_exchange, read_recording
 from miles_router.replay import ReplayApp
 
@@ -63,7 +64,10 @@ def record(serve, routed, tmp_path):
 async def replaying(serve, path, **options):
     app = ReplayApp(RouterOptions(**options), str(path))
     await app.start()
-    async with serve(app) as url, httpx.AsyncClient(base_url=url, trust_env=False, verify=False) as client:
+    async with (
+        serve(app, http=BoundedProtocol) as url,
+        httpx.AsyncClient(base_url=url, trust_env=False, verify=False) as client,
+    ):
         yield client
     await app.close()
 
@@ -113,6 +117,19 @@ def test_a_replay_makes_nothing_up_and_names_the_nearest(record, serve):
     asyncio.run(main())
 
 
+def test_a_replay_answers_from_its_file_whoever_registers_an_engine_there(record, serve, engine):
+    record([("POST", "/generate", b"a")])
+
+    async def main():
+        target = engine()
+        async with serve(target) as url, replaying(serve, record.path) as client:
+            await client.post("/workers", json={"url": url})
+            assert [(await client.post("/generate", content=b"a")).status_code for _ in range(2)] == [200, 409]
+        assert target.requests == []
+
+    asyncio.run(main())
+
+
 def test_a_missed_request_is_compared_with_a_hundred_others_at_most(record, serve, monkeypatch):
     record([("POST", "/generate", b"%d is asked" % n) for n in range(130)])
     read = []
@@ -155,17 +172,26 @@ def test_what_would_take_too_much_memory_is_dropped_and_counted_and_the_answer_c
 
 
 def test_a_full_disk_is_counted_and_the_recording_stays_whole(record, monkeypatch):
-    real, sizes = RecordingWriter._put, []
+    real = RecordingWriter.__init__
 
-    def put(self, data):
-        sizes.append(len(data))
-        if len(sizes) == 3:
-            self._file.write(data[:20])
-            self._file.truncate(self._file.seek(self._size))
-            raise OSError(28, "No space left on device")
-        real(self, data)
+    class Full:
+        """A file whose disk takes twenty bytes of the second record, and the third again."""
 
-    monkeypatch.setattr(RecordingWriter, "_put", put)
+        def __init__(self, file):
+            self.file, self.writes = file, 0
+
+        def write(self, data):
+            self.writes += 1
+            return self.file.write(data[:20] if self.writes == 2 else data)
+
+        def __getattr__(self, name):
+            return getattr(self.file, name)
+
+    def opened(self, path):
+        real(self, path)
+        self._file = Full(self._file)
+
+    monkeypatch.setattr(RecordingWriter, "__init__", opened)
     replies, counts = record([("POST", "/generate", bytes([n])) for n in range(3)])
     assert [reply.status_code for reply in replies] == [200] * 3
     assert (counts["recorded"], counts["dropped"]) == (2, 1)

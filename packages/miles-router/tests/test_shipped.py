@@ -66,3 +66,24 @@ def test_who_reads_whole_bodies_refuses_long_ones_and_blames_nobody_for_a_client
             assert (row["calls"], row["errors"]) == (3, 0)
 
     asyncio.run(main())
+
+
+@pytest.mark.parametrize("name", ["prefix_tokens", "response_cache"])
+def test_who_reads_whole_bodies_counts_them_among_those_of_all_requests(serve, routed, engine, name):
+    (hook,) = resolve_middleware([name])
+
+    async def main():
+        async with serve(engine()) as url, routed(url, middleware=[hook.target], router_max_body_memory=1000) as r:
+            _, writer = await asyncio.open_connection("127.0.0.1", r.port)
+            writer.write(b"POST /generate HTTP/1.1\r\nhost: r\r\ncontent-length: 900\r\n\r\n" + bytes(800))
+            while r.app.bodies.held != 800:
+                await asyncio.sleep(0.005)
+            answer = await r.post(content=b"x" * 300)
+            assert (answer.status_code, answer.json()["error"]["type"]) == (503, "body_memory_full")
+            writer.close()
+            while r.app.bodies.held:
+                await asyncio.sleep(0.005)
+            assert (await r.post(content=b"x" * 300)).status_code == 200
+            assert r.app.bodies.held == 0
+
+    asyncio.run(main())

@@ -1,6 +1,7 @@
 """Many clients at once, and an engine that dies meanwhile: everybody gets the answer to their own request.
 
-`MILES_STRESS_REQUESTS=100000` asks for more than the few thousand of an ordinary run.
+`MILES_STRESS_REQUESTS=100000` asks for more than the few thousand of an ordinary run, `MILES_OVERLOAD_SECONDS=60` for a
+longer overload than ten seconds.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import os
 import random
 import subprocess
 import sys
+from collections import Counter
 
 import httpx
 import pytest
@@ -131,3 +133,74 @@ def test_every_answer_is_that_of_its_own_request_though_an_engine_dies_meanwhile
     # kept alive: a connection is opened anew only where an answer was cut off in its middle
     assert sum(client.opened - client.cut for client in clients) == CONNECTIONS
     assert [worker["healthy"] for worker in workers] == [False, True, True]
+
+
+OVERLOAD_S = float(os.environ.get("MILES_OVERLOAD_SECONDS", "10"))
+EACH, QUEUE = 8, 32
+
+
+class Slow:
+    """An engine that takes its time for each request and notes how many it has at once."""
+
+    def __init__(self):
+        self.running = self.most = self.served = 0
+
+    async def __call__(self, scope, receive, send):
+        name = (await receive())["body"][:12]
+        self.running += 1
+        self.most = max(self.most, self.running)
+        await asyncio.sleep(0.05)
+        self.running -= 1
+        self.served += 1
+        head = [(b"content-length", b"12"), (b"x-name", name)]
+        await send({"type": "http.response.start", "status": 200, "headers": head})
+        await send({"type": "http.response.body", "body": name})
+
+
+class Pressing(Client):
+    """A client that asks again at once when it was served, and a little later when it was refused."""
+
+    def __init__(self, url, first, until, answers):
+        super().__init__(url, (), None)
+        self.first, self.until, self.answers = first, until, answers
+
+    async def run(self):
+        connection = await self.connect()
+        number = self.first
+        while asyncio.get_running_loop().time() < self.until:
+            name = b"%012d" % number
+            status, named, body = await self.ask(*connection, name)
+            served = status == 200
+            assert (named, body) == (name, name) if served else b'"queue_full"' in body
+            self.answers[status] += 1
+            number += 1
+            await asyncio.sleep(0 if served else 0.05)
+        connection[1].close()
+
+
+@pytest.mark.timeout(900)
+def test_with_twice_as_many_clients_as_places_everybody_gets_an_answer_and_then_all_is_as_before(serve):
+    answers = Counter()
+
+    async def main():
+        engines = [Slow(), Slow()]
+        async with serve(engines[0]) as a, serve(engines[1]) as b:
+            router = Router(RouterOptions(router_max_worker_requests=EACH, router_queue_size=QUEUE))
+            url = await asyncio.to_thread(router.start)
+            try:
+                for engine in (a, b):
+                    await asyncio.to_thread(router.register, Endpoint(url=engine))
+                until, places = asyncio.get_running_loop().time() + OVERLOAD_S, 2 * EACH + QUEUE
+                clients = [Pressing(url, 10_000_000 * first, until, answers) for first in range(2 * places)]
+                await asyncio.wait_for(asyncio.gather(*(client.run() for client in clients)), OVERLOAD_S + 60)
+                async with httpx.AsyncClient(trust_env=False, verify=False) as client:
+                    return engines, (await client.get(f"{url}/status")).json()
+            finally:
+                await asyncio.to_thread(router.stop)
+
+    engines, after = asyncio.run(main())
+    assert set(answers) == {200, 503}
+    assert answers[200] == sum(engine.served for engine in engines)
+    assert [engine.most for engine in engines] == [EACH, EACH]
+    assert (after["queued"], [row["outstanding"] for row in after["workers"]]) == (0, [0, 0])
+    assert all(row["healthy"] for row in after["workers"])

@@ -241,26 +241,69 @@ def test_the_page_passes_by_middleware(routed):
     asyncio.run(main())
 
 
+def _shown(tmp_path, url):
+    """Return the page as a browser has it after some seconds."""
+    flags = ["--headless", "--no-sandbox", "--disable-gpu", "--virtual-time-budget=3000"]
+    command = [_CHROMIUM, *flags, f"--user-data-dir={tmp_path}", "--dump-dom", url]
+    return subprocess.run(command, check=True, capture_output=True, text=True, timeout=90).stdout
+
+
+@pytest.mark.skipif(_CHROMIUM is None, reason="there is no chromium")
+def test_the_page_follows_what_happens_without_being_loaded_again(serve, routed, engine, tmp_path):
+    loads, looks = 0, 0
+
+    async def main():
+        target = engine()
+        target.weight_version, target.gate = "7", asyncio.Event()
+        async with serve(target) as url, routed(url, router_max_worker_requests=1) as r:
+            page, handler = r.app.front_page, r.app._routes["/status"]["GET"]
+
+            async def loading(scope, send):
+                nonlocal loads
+                loads += 1
+                await page(scope, send)
+
+            def looking(call):
+                nonlocal looks
+                looks += 1
+                return handler(call)
+
+            r.app.front_page, r.app._routes["/status"]["GET"] = loading, looking
+            showing = asyncio.create_task(asyncio.to_thread(_shown, tmp_path, r.url))
+            while not looks:  # of what follows the page knows nothing yet
+                await asyncio.sleep(0.01)
+            held = [asyncio.create_task(r.post()) for _ in range(3)]
+            r.app.registry.add("http://127.0.0.1:2", "6")
+            await r.client.post("/weight_version", json={"weight_version": "7"})
+            shown = await showing
+            target.gate.set()
+            await asyncio.gather(*held)
+        assert loads == 1
+        assert looks > 1
+        assert '<dd id="outstanding">1</dd>' in shown
+        assert '<dd id="queued">2</dd>' in shown
+        assert '<dd id="weights">7</dd>' in shown
+        assert "http://127.0.0.1:2" in shown
+        assert "quarantined: cannot be connected" in shown
+
+    asyncio.run(main())
+
+
 @pytest.mark.skipif(_CHROMIUM is None, reason="there is no chromium")
 @pytest.mark.parametrize("token", [None, "s3/cr?t"])
 def test_a_browser_shows_the_workers_and_their_numbers(serve, routed, engine, tmp_path, token):
-    def dump(url):
-        flags = ["--headless", "--no-sandbox", "--disable-gpu", "--virtual-time-budget=3000"]
-        command = [_CHROMIUM, *flags, f"--user-data-dir={tmp_path}", "--dump-dom", url]
-        return subprocess.run(command, check=True, capture_output=True, text=True, timeout=90).stdout
-
     async def main():
         auth = {} if token is None else {"authorization": f"Bearer {token}"}
         async with serve(engine()) as url, routed("http://127.0.0.1:1", url, router_token=token) as r:
             r.app.registry.add(url, "<b>7</b>")
             fragment = "" if token is None else "#token=s3%2Fcr%3Ft"
-            dumping = asyncio.create_task(asyncio.to_thread(dump, f"{r.url}/{fragment}"))
+            dumping = asyncio.create_task(asyncio.to_thread(_shown, tmp_path, f"{r.url}/{fragment}"))
             while not dumping.done():
                 assert (await r.post(headers=auth)).status_code == 200
                 await asyncio.sleep(0.01)
             shown = await dumping
             if token is not None:
-                assert "needs its token" in await asyncio.to_thread(dump, r.url)
+                assert "needs its token" in await asyncio.to_thread(_shown, tmp_path, r.url)
         assert f"<td>{url}</td>" in shown
         assert "quarantined: cannot be connected" in shown
         assert "<td>&lt;b&gt;7&lt;/b&gt;</td>" in shown

@@ -17,7 +17,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 import msgspec
 
-__all__ = ["Options", "OutputPath", "UserPath", "field_docs", "flag_of", "option_kind", "options_from"]
+__all__ = ["Options", "OutputPath", "References", "UserPath", "field_docs", "flag_of", "option_kind", "options_from"]
 
 
 class Options(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -28,6 +28,8 @@ UserPath = Annotated[str, msgspec.Meta(extra={"path": "input"})]
 """An existing file or directory; in a TOML file a relative one is looked up beside that file first."""
 OutputPath = Annotated[str, msgspec.Meta(extra={"path": "output"})]
 """A path that the run creates; in a TOML file a relative one is relative to that file."""
+References = Annotated[dict[str, float], msgspec.Meta(extra={"path": "references"})]
+"""A number for each of several hooks, by reference: `path/file.py:fn` is looked up as in a hook's own option."""
 
 
 def flag_of(name: str) -> str:
@@ -63,7 +65,7 @@ class OptionKind(msgspec.Struct, frozen=True):
     """`int`, `float`, `str`, `bool`, `list`, `dict`, or a tuple of Literal choices."""
     optional: bool
     path: str
-    """`input`, `output` or empty."""
+    """`input`, `output`, `references` (hooks, as the keys of a dict) or empty."""
     secret: bool = False
     """True for a token or password: never written to a file."""
 

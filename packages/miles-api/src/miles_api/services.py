@@ -85,6 +85,13 @@ class RouterService(Protocol):
 
     def unregister(self, endpoint: Endpoint) -> None: ...
 
+    def require_weights(self, version: str) -> None:
+        """Send requests only to engines that serve these weights from now on, whoever registered them.
+
+        Called after each weight synchronisation. An engine that serves others waits until it has caught up.
+        """
+        ...
+
     def report(self) -> list[dict[str, Any]]:
         """Say which hooks the router has, from where, and how they fared, for `hooks.json`."""
         ...

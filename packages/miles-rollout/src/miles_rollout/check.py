@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,13 +20,15 @@ from miles_rollout.generate import derive as generation
 from miles_rollout.hook_names import CALLED, CALLED_BY_LOOP
 from miles_rollout.jsonl import read_prompts, takes_messages
 from miles_rollout.options import DataOptions, EvalOptions, FailureOptions, RewardOptions, RolloutOptions
-from miles_rollout.rewards.dispatch import check_rm_type
+from miles_rollout.rewards import derive as rewards
+from miles_rollout.rewards.prompts import prompt_problems
 from miles_rollout.tokenizer_files import check_tokenizer
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from miles_api.config import RunConfig
+    from miles_rollout.jsonl import Prompt
 
 __all__ = ["HOOKS", "check", "derived", "idle", "notes"]
 
@@ -34,10 +37,11 @@ HOOKS = frozenset(CALLED)
 
 _LOOP = "inference"
 """The default loop's short name: configuring it changes nothing."""
-_OUR_GENERATES = ("single_turn", "multi_turn", "agentic")
-"""Generate hooks that leave the reward to the reward hook."""
 
-derived = generation.derived
+
+def derived(config: RunConfig) -> dict[str, str]:
+    """Return the generate and the reward hook that follow from other options."""
+    return generation.derived(config) | rewards.derived(config)
 
 
 def idle(config: RunConfig) -> dict[str, str]:
@@ -62,14 +66,15 @@ def idle(config: RunConfig) -> dict[str, str]:
 
 
 def notes(config: RunConfig) -> list[str]:
-    """Return what `--deterministic` cannot promise: a user's own hooks may draw, or look at the clock."""
-    run = config.group(RunOptions)
+    """Return what a weighted reward adds up, and what `--deterministic` cannot promise: hooks may look at the clock."""
+    run, found = config.group(RunOptions), rewards.notes(config)
     if not run.deterministic or run.load_debug_rollout_data is not None:
-        return []
+        return found
     # Short names are those of installed packages.
     own = [name for name, given in configured_hooks(config.args).items() if any(":" in r or "." in r for r in given)]
+    own += ["reward"] if rewards.own_parts(config) else []
     named = ", ".join(sorted(HOOKS.intersection(own)))
-    return [f"deterministic: the run repeats as far as these hooks of yours do: {named}"] if named else []
+    return found + ([f"deterministic: the run repeats as far as these hooks of yours do: {named}"] if named else [])
 
 
 def check(config: RunConfig) -> Iterator[str]:
@@ -78,17 +83,21 @@ def check(config: RunConfig) -> Iterator[str]:
     yield from problem_of(lambda: ErrorBudget(config.group(FailureOptions).hook_error_budget))
     if run.load_debug_rollout_data is not None:
         return
-    yield from _data(config)
+    kinds: set[str] = set()
+    yield from _data(config, kinds)
     if run.loss_type != "sft_loss":
         yield from generation.problems(config)
-        yield from _reward(config)
+        yield from rewards.problems(config, kinds)
         yield from _lengths(config)
         yield from problem_of(lambda: check_loopback(config.group(LocalEngineOptions).engine_host))
         yield from _determinism(config)
 
 
-def _data(config: RunConfig) -> Iterator[str]:
-    """Check the tokenizer and read the prompt files, from their files alone: transformers takes seconds to import."""
+def _data(config: RunConfig, kinds: set[str]) -> Iterator[str]:
+    """Check the tokenizer and read the prompt files, from their files alone: transformers takes seconds to import.
+
+    `kinds` gets the rewards that prompts name for themselves.
+    """
     run, data, args = config.group(RunOptions), config.group(DataOptions), config.args
     templates: list[Any] = []
     if run.hf_checkpoint:
@@ -102,22 +111,12 @@ def _data(config: RunConfig) -> Iterator[str]:
         if path is None and not (own_data and flag == "--prompt-data"):
             yield f"{flag} is not set: name a JSONL file of prompts"
         elif path and (template or not data.apply_chat_template):
-            yield from problem_of(lambda path=path: read_prompts(path, data, template, messages=messages))
-
-
-def _reward(config: RunConfig) -> Iterator[str]:
-    run, options = config.group(RunOptions), config.group(RewardOptions)
-    named = configured_hooks(config.args)
-    configured = set(named) - ({"generate"} if named.get("generate", [""])[0] in _OUR_GENERATES else set())
-    evaluates = run.eval_interval is not None and "eval_rollout" not in configured
-    if options.rm_type is not None and "reward" in configured:
-        yield f"--rm-type {options.rm_type} and --custom-rm-path are both set, and only one reward can be: drop one"
-    if options.rm_type is not None:
-        yield from problem_of(lambda: check_rm_type(str(options.rm_type)))
-    elif not {"reward", "group_reward", "generate", "rollout"} & configured:
-        yield "no reward is set: pass --rm-type or --custom-rm-path"
-    elif "group_reward" in configured and evaluates and not options.eval_group_rm:
-        yield "--group-rm scores training alone: evaluation needs --eval-group-rm or an --rm-type"
+            prompts: list[Prompt] = []
+            read = functools.partial(read_prompts, path, data, template, messages=messages)
+            yield from problem_of(lambda read=read, prompts=prompts: prompts.extend(read()))
+            kinds.update(str(prompt.metadata["rm_type"]) for prompt in prompts if prompt.metadata.get("rm_type"))
+            if rewards.goes_by_kind(config):
+                yield from (f"{flag} {path}: {text}" for text in prompt_problems(prompts, config.group(RewardOptions)))
 
 
 def _lengths(config: RunConfig) -> Iterator[str]:

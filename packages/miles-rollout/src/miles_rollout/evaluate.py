@@ -13,6 +13,7 @@ from miles_api.sample import Sample, Status
 from miles_rollout.failures import HookFailed
 from miles_rollout.group import gather, run_group
 from miles_rollout.jsonl import read_prompts, takes_messages
+from miles_rollout.metrics import reward_parts
 from miles_rollout.options import DataOptions, EvalOptions
 from miles_rollout.pristine import copied, copy_group
 
@@ -94,13 +95,17 @@ def checked_evaluation(output: Any, who: str) -> RolloutFnEvalOutput:
     return output
 
 
-def eval_metrics(data: dict[str, dict[str, Any]]) -> dict[str, float]:
-    """Return mean reward, truncated share and mean response length of each dataset."""
+def eval_metrics(data: dict[str, dict[str, Any]], key: str | None = None) -> dict[str, float]:
+    """Return mean reward, truncated share and mean response length of each dataset, and the means of reward parts.
+
+    `key` is the entry of a dict reward that is the reward.
+    """
     metrics: dict[str, float] = {}
     for name, part in data.items():
         samples: list[Sample] = part["samples"]
         size = max(len(samples), 1)
         metrics[f"eval/{name}/reward"] = sum(part["rewards"]) / size
+        metrics |= {f"eval/{name}/reward/{part}": mean for part, mean in reward_parts(samples, key).items()}
         metrics[f"eval/{name}/truncated"] = sum(part["truncated"]) / size
         metrics[f"eval/{name}/response_length"] = sum(s.response_length for s in samples) / size
     return metrics

@@ -94,7 +94,8 @@ class Guard:
     async def once(self, hook: BoundHook, *arguments: Any, **keywords: Any) -> Any:
         """Call a hook within the deadline, without retries; its own exceptions come through."""
         # Our defaults neither hang nor block; a task of their own for each call would cost more than their work.
-        if not hook.configured:
+        # A hook that calls others through a guard of its own gives each its deadline: waiting for them is no failure.
+        if not hook.configured or getattr(hook.target, "bounds_its_parts", False):
             executor = None if hook.is_async else HookCall(self.threads)
             return await hook.acall(executor, *arguments, **keywords)
         call = HookCall(self.threads)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from miles_api.errors import HookResultError
 from miles_api.rollout_types import GenerateFnInput, GenerateFnOutput, Group, flatten
 from miles_rollout.failures import HookFailed, named
+from miles_rollout.generate.turn import TAKES_LAST_REWARD
 from miles_rollout.pristine import copied, copy_sample, without_response
 from miles_rollout.results import checked_generation, checked_reward, checked_samples
 
@@ -60,9 +61,19 @@ async def _run_item(
     async with state.generate_fn_semaphore:
         result = await _generate(state, item, pristine, evaluation)
     if not state.scores_groups(evaluation):
-        for sample in result if isinstance(result, list) else [result]:
-            await _score(state, sample, evaluation)
+        await _score_made(state, result if isinstance(result, list) else [result], evaluation)
     return result
+
+
+async def _score_made(state: State, samples: list[Sample], evaluation: bool) -> None:
+    """Score what one generation made; the earlier stretches of a conversation take the reward of its end."""
+    last = samples[-1]
+    for sample in samples:
+        if sample is last or not sample.metadata.get(TAKES_LAST_REWARD):
+            await _score(state, sample, evaluation)
+    for sample in samples:
+        if sample.reward is None:
+            sample.reward = copied(last.reward)
 
 
 def _hook_for(state: State, name: str, sample: Sample, reference: str | None) -> BoundHook:

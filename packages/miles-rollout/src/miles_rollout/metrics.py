@@ -5,21 +5,27 @@ from __future__ import annotations
 from collections import defaultdict
 from typing import TYPE_CHECKING, Any
 
+from miles_api.errors import SampleError
 from miles_api.sample import Sample, Status
 
 if TYPE_CHECKING:
     from miles_api.args import Args
 
-__all__ = ["HookCounts", "rollout_metrics"]
+__all__ = ["HookCounts", "reward_parts", "rollout_metrics"]
 
 Totals = dict[str, dict[str, float]]
 """By hook and by what is counted."""
 
 _COUNTS = ("errors", "timeouts", "retries")
+_SAID = (
+    "turns", "tool_calls", "malformed_tool_calls", "tool_timeouts", "turn_timeouts", "observation_tokens",
+)  # fmt: skip
+"""What the metadata of samples count of their conversation."""
 
 
 def rollout_metrics(args: Args, samples: list[Sample]) -> dict[str, float]:
-    """Return scalars of one rollout: rewards, lengths in tokens, shares of truncated samples and of equal groups."""
+    """Return scalars of one rollout: rewards and their parts, lengths in tokens, shares of truncated samples and of
+    equal groups."""
     size = len(samples)
     rewards = [sample.get_reward_value(args) for sample in samples]
     lengths = [sample.response_length for sample in samples]
@@ -35,7 +41,36 @@ def rollout_metrics(args: Args, samples: list[Sample]) -> dict[str, float]:
         "rollout/truncated": sum(sample.status == Status.TRUNCATED for sample in samples) / size,
         "rollout/removed": sum(sample.remove_sample for sample in samples) / size,
         "rollout/equal_groups": sum(len(values) == 1 for values in groups.values()) / len(groups),
+        **{f"rollout/reward/{name}": mean for name, mean in reward_parts(samples, args.reward_key).items()},
+        **_conversations(samples),
     }
+
+
+def _conversations(samples: list[Sample]) -> dict[str, float]:
+    """Return the means over rollouts of what samples count of their conversations; nothing where none does."""
+    rollouts = len({id(sample) if sample.rollout_id is None else sample.rollout_id for sample in samples})
+    found = {name: [n for s in samples if type(n := s.metadata.get(name)) is int] for name in _SAID}
+    return {f"rollout/{name}": sum(counts) / rollouts for name, counts in found.items() if counts}
+
+
+def reward_parts(samples: list[Sample], key: str | None) -> dict[str, float]:
+    """Return the mean of each entry of dict rewards but `key`, which is the reward itself.
+
+    Samples whose reward is a number have no parts. Raises `SampleError` for a dict that lacks what others have.
+    """
+    scored = [sample for sample in samples if isinstance(sample.reward, dict)]
+    columns: dict[str, list[float]] = defaultdict(list)
+    for sample in scored:
+        for name, value in sample.reward.items():  # type: ignore[union-attr]
+            columns[name].append(value)
+    for name, column in columns.items():
+        if len(column) < len(scored):
+            lacking = [sample.index for sample in scored if name not in sample.reward]  # type: ignore[operator]
+            raise SampleError(
+                f"the rewards of {len(column)} samples have a part {name!r}, and those of {len(lacking)} lack it, such "
+                f"as samples {lacking[:8]}: a reward hook gives every sample the same parts"
+            )
+    return {name: sum(column) / len(column) for name, column in columns.items() if name != key}
 
 
 class HookCounts:
@@ -75,7 +110,8 @@ class HookCounts:
 
     def _totals(self, report: list[dict[str, Any]]) -> Totals:
         totals = {name: dict(sums) for name, sums in self._loaded.items()}
-        for line in report:
+        # The parts of a weighted reward ran within it.
+        for line in (line for line in report if "part_of" not in line):
             sums = totals.setdefault(line["hook"], dict.fromkeys(("calls", "seconds", *_COUNTS), 0.0))
             for count in sums:
                 sums[count] += line[count]

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 import msgspec
 
-from miles_api.options import Options, UserPath
+from miles_api.options import Options, References, UserPath
 
 __all__ = [
     "DataOptions",
@@ -80,9 +80,19 @@ class RewardOptions(Options, frozen=True, kw_only=True):
     """How responses are scored and scores are normalised."""
 
     rm_type: str | None = None
-    """Built-in reward: math, f1 or random; `boxed_` in front grades the last \\boxed{}. Or --custom-rm-path."""
+    """Built-in reward: math, deepscaler, dapo, f1, gpqa, ifbench, random, or remote_rm with --rm-url; `boxed_` in front
+    grades the last \\boxed{}. Or --rm-weights, or --custom-rm-path."""
+    rm_url: str | None = None
+    """Where --rm-type remote_rm posts {prompt, response, label}; the answer is a number, or an object of numbers."""
+    rm_concurrency: _Positive = 64
+    """Requests to --rm-url that are under way at once."""
+    rm_url_timeout: _Seconds = 300.0
+    """Seconds in which --rm-url has to score one sample, all attempts together."""
+    rm_weights: References = {}
+    """Rewards that are added up, each with its weight: built-in kinds, or reward hooks as --custom-rm-path takes them.
+    In place of both; every part is reported."""
     reward_key: str | None = None
-    """Which entry of a dict reward trains."""
+    """Which entry of a dict reward trains; with --rm-weights the weighted sum, `reward`."""
     eval_reward_key: str | None = None
     """Which entry of a dict reward is reported in evaluation; default: --reward-key."""
     group_rm: bool = False
@@ -93,6 +103,13 @@ class RewardOptions(Options, frozen=True, kw_only=True):
     """Centre rewards within each group. Off by itself for an --advantage-estimator that centres them."""
     grpo_std_normalization: bool = True
     """Also divide by the group's standard deviation (GRPO, arXiv 2402.03300); off: Dr.GRPO, arXiv 2503.20783."""
+    rm_workers: _Positive | None = None
+    """Processes that grade answers for --rm-type; default: one for every two cores, at most 8. Started when needed."""
+    rm_timeout: _Seconds = 10.0
+    """Seconds a grading process may take for one answer before it is killed and replaced."""
+    rm_on_timeout: Literal["error", "zero"] = "error"
+    """An answer that gets no verdict: `error`, the reward fails and its group is tried again, as for any failing hook;
+    `zero`, it scores lowest (0, or -1 with dapo). Counted either way, as rollout/rm_timeouts and rollout/rm_deaths."""
 
 
 class EngineFleetOptions(Options, frozen=True, kw_only=True):

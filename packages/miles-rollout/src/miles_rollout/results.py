@@ -20,6 +20,7 @@ __all__ = [
     "checked_rewards",
     "checked_samples",
     "checked_verdict",
+    "require_numbers",
 ]
 
 _PER_TOKEN = ("loss_mask", "rollout_log_probs", "teacher_log_probs")
@@ -79,7 +80,10 @@ def _check_types(sample: Sample, who: str) -> None:
 
 
 def checked_reward(value: Any, sample: Sample, who: str, key: str | None) -> float | dict[str, float]:
-    """Return a reward of plain finite numbers; a dict must hold `key`, the one that trains or is evaluated."""
+    """Return a reward of plain finite numbers; a dict must hold `key`, the one that trains or is evaluated.
+
+    That entry comes first: readers of a dict that know no key go by its first number.
+    """
     if type(value) is float and value - value == 0:
         return value
     if not isinstance(value, dict):
@@ -89,7 +93,7 @@ def checked_reward(value: Any, sample: Sample, who: str, key: str | None) -> flo
         raise HookResultError(f"{who} gave sample {sample.index} the rewards {sorted(map(str, value))}: {wanted}")
     return {
         str(name): plain_number(part, who, f"the reward {name!r} of sample {sample.index}")
-        for name, part in value.items()
+        for name, part in sorted(value.items(), key=lambda entry: entry[0] != key)
     }
 
 
@@ -156,3 +160,9 @@ def _floats(values: Any, samples: list[Sample], who: str, name: str) -> list[flo
         else plain_number(value, who, f"{name} of sample {sample.index}")
         for value, sample in zip(values, samples, strict=True)
     ]
+
+
+def require_numbers(metrics: dict[str, float], who: str) -> None:
+    """Make plain what a log hook added to the metrics of its rollout: finite numbers."""
+    for name, value in metrics.items():
+        metrics[name] = plain_number(value, who, f"the metric {name!r}")

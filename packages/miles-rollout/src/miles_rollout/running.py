@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from miles_api.args import Args
     from miles_rollout.state import State
 
-__all__ = ["announce", "announced", "claim", "in_a_loop", "newest", "of_this_loop"]
+__all__ = ["announce", "announced", "claim", "in_a_loop", "newest", "of_loop", "of_this_loop"]
 
 _states: WeakKeyDictionary[asyncio.AbstractEventLoop, State] = WeakKeyDictionary()
 _latest: dict[str, State | Args] = {}
@@ -40,6 +40,11 @@ def in_a_loop() -> bool:
 def of_this_loop() -> State | None:
     """Return the state of the running event loop; None without a loop or before it has one."""
     return _states.get(asyncio.get_running_loop()) if in_a_loop() else None
+
+
+def of_loop(loop: asyncio.AbstractEventLoop) -> State | None:
+    """Return the state of an event loop; None before it has one."""
+    return _states.get(loop)
 
 
 def newest() -> State | None:

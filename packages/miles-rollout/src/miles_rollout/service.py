@@ -14,7 +14,7 @@ import uvloop
 from miles_api import generators
 from miles_api.args import Args
 from miles_api.batch import check_columns
-from miles_api.errors import HookResultError, ServiceError
+from miles_api.errors import HookResultError
 from miles_api.loading.hookset import HookSet
 from miles_api.record import RecordedRollout
 from miles_api.rollout_types import (
@@ -31,16 +31,17 @@ from miles_rollout.data_source import RolloutDataSourceWithBuffer
 from miles_rollout.evaluate import checked_evaluation, eval_metrics
 from miles_rollout.failures import Guard, named
 from miles_rollout.hook_names import CALLED_BY_SERVICE
-from miles_rollout.identity import require_identity
+from miles_rollout.identity import require_identity, require_version
 from miles_rollout.metrics import HookCounts, rollout_metrics
 from miles_rollout.recording import Recorder
-from miles_rollout.results import checked_groups, checked_rewards, checked_samples
-from miles_rollout.running import announce
+from miles_rollout.results import checked_groups, checked_rewards, checked_samples, require_numbers
+from miles_rollout.running import announce, of_loop
 
 if TYPE_CHECKING:
     from miles_api.config import RunConfig
     from miles_api.loading.bind import BoundHook
     from miles_api.sample import Sample
+    from miles_rollout.state import State
 
 __all__ = ["RolloutWorker", "create"]
 
@@ -121,7 +122,8 @@ class RolloutWorker:
     def generate(self, rollout_id: int, weight_version: str) -> dict[str, Any]:
         """Produce one rollout and its columns."""
         started = time.perf_counter()
-        self._open_recording()
+        if self._recorder:
+            self._recorder.open()
         if isinstance(self._data_source, RolloutDataSourceWithBuffer):
             self._data_source.rollout_id = rollout_id
         request = RolloutFnTrainInput(rollout_id=rollout_id, weight_version=weight_version)
@@ -129,7 +131,7 @@ class RolloutWorker:
         generated = time.perf_counter()
         if self._data_source is not None:
             self._filter(output)
-            _require_version(flatten(output.samples), weight_version)
+            require_version(flatten(output.samples), weight_version)
         samples = sorted(flatten(output.samples), key=lambda s: (s.group_index or 0, s.index or 0))
         record = self._record_of(output, rollout_id, weight_version)
         try:
@@ -142,13 +144,12 @@ class RolloutWorker:
             if self._recorder:
                 self._recorder.write(record)
         seconds = {"generate": generated - started, "convert": time.perf_counter() - generated}
-        logs = self._hooks.many("rollout_log")
         extra = output.metrics
-        suppressed = [self._once(log, rollout_id, self._args, samples, extra, seconds["generate"]) for log in logs]
+        silent = self._log("rollout_log", extra, rollout_id, self._args, samples, extra, seconds["generate"])
         report = self.report()
         return {
             "batch": batch,
-            "metrics": {} if any(value is True for value in suppressed) else metrics | self._counts.metrics(report),
+            "metrics": {} if silent else metrics | extra | self._counts.metrics(report),
             "samples": _shown(output.samples, self._run.report_samples),
             "seconds": seconds,
             "hooks": report,
@@ -188,6 +189,15 @@ class RolloutWorker:
                 checked_samples(samples, named(hook))
             return checked_rewards(result, samples, named(hook))
 
+    def _log(self, name: str, metrics: dict[str, float], *arguments: Any) -> bool:
+        """Call log hooks, which may add to `metrics`; return whether one of them suppresses the built-in log."""
+        silent = False
+        for hook in self._hooks.many(name):
+            silent |= self._once(hook, *arguments) is True
+            with self._guard.judging(hook):
+                require_numbers(metrics, named(hook))
+        return silent
+
     def _columns(self, samples: list[Sample], raw: list[float], rewards: list[float]) -> dict[str, Any]:
         hook = self._hooks.need("convert_samples")
         batch = self._once(hook, self._args, samples, raw_rewards=list(raw), rewards=list(rewards))
@@ -199,15 +209,16 @@ class RolloutWorker:
 
     def evaluate(self, rollout_id: int, weight_version: str) -> dict[str, Any]:
         """Run the evaluation hook and return its metrics."""
-        self._open_recording()
+        if self._recorder:
+            self._recorder.open()
         request = RolloutFnEvalInput(rollout_id=rollout_id, weight_version=weight_version)
         result = self._call(self._eval, request)
         with self._guard.judging(self._eval):
             output = checked_evaluation(result, named(self._eval))
-        log = self._hooks.one("eval_rollout_log")
-        silent = log is not None and self._once(log, rollout_id, self._args, output.data, output.metrics) is True
+        silent = self._log("eval_rollout_log", output.metrics, rollout_id, self._args, output.data, output.metrics)
         samples = [s for part in output.data.values() for s in part["samples"]]
-        metrics = {} if silent else {**eval_metrics(output.data), **output.metrics}
+        key = self._args.eval_reward_key or self._args.reward_key
+        metrics = {} if silent else {**eval_metrics(output.data, key), **output.metrics}
         if self._recorder:
             self._recorder.write(self._recorder.evaluation(rollout_id, weight_version, samples, metrics))
         shown = _shown([[s] for s in samples], self._run.report_samples)
@@ -241,15 +252,17 @@ class RolloutWorker:
         if self._run.load_rng:
             generators.restore(state.random)
 
-    def _open_recording(self) -> None:
-        if self._recorder:
-            self._recorder.open()
+    @property
+    def _borrowed(self) -> State | None:
+        """What a rollout hook that is no default loop uses of it, once it does."""
+        state = of_loop(self._loop)
+        return None if state is None or hasattr(self._rollout.target, "report") else state
 
     def report(self) -> list[dict[str, Any]]:
         """Say which hooks this process has and how they fared, for `hooks.json`."""
-        # The default rollout and data source call hooks of their own.
-        inner = [getattr(part, "report", list)() for part in (self._data_source, self._rollout.target)]
-        return [*self._hooks.report(), *inner[0], *inner[1]]
+        # The default rollout and data source call hooks of their own; so may a rollout that builds on its parts.
+        parts = (self._hooks, self._data_source, self._borrowed or self._rollout.target)
+        return [line for part in parts for line in getattr(part, "report", list)()]
 
     def stop(self) -> None:
         """Close every hook that can be closed, and the event loop, whatever still runs in it."""
@@ -257,7 +270,7 @@ class RolloutWorker:
             self._recorder.close()
         self._guard.close()
         try:
-            self._wait(asyncio.wait_for(self._hooks.aclose(), _CLOSING))
+            self._wait(asyncio.wait_for(self._close_hooks(), _CLOSING))
         finally:
             left = asyncio.all_tasks(self._loop)
             for task in left:
@@ -269,19 +282,16 @@ class RolloutWorker:
             # What `start` kept from the collector may go.
             gc.unfreeze()
 
+    async def _close_hooks(self) -> None:
+        try:
+            await self._hooks.aclose()
+        finally:
+            if (state := self._borrowed) is not None:
+                await state.close()
+
 
 async def _awaited(result: Any) -> Any:
     return await result
-
-
-def _require_version(samples: list[Sample], weight_version: str) -> None:
-    """Refuse samples of other weights than those that were sent: the engines and the trainer would disagree."""
-    for sample in samples:
-        if any(version != weight_version for version in sample.weight_versions):
-            raise ServiceError(
-                f"sample {sample.index} was generated by weights {sample.weight_versions}, not {weight_version!r}: "
-                "an engine did not take the last update"
-            )
 
 
 def _shown(groups: list[Group], count: int) -> list[dict[str, Any]]:

@@ -16,6 +16,8 @@ from miles_rollout.failures import Guard
 from miles_rollout.joint import JointRequests
 from miles_rollout.options import EngineFleetOptions, EvalOptions, RewardOptions, RolloutOptions
 from miles_rollout.requests import Requests
+from miles_rollout.rewards.pool import close_pools, take_counts
+from miles_rollout.rewards.remote import close_remote, take_remote_metrics
 from miles_rollout.tokenizers import load_prompt_tokenizer, load_tokenizer
 from miles_rollout.watchdog import Watchdog
 
@@ -148,15 +150,18 @@ class State:
         return self._own[name, reference].need(name)
 
     def report(self) -> list[dict[str, Any]]:
-        """Say which hooks ran, those that samples named included."""
-        return [line for hooks in (self.hooks, *self._own.values()) for line in hooks.report()]
+        """Say which hooks ran, those that samples named and those that are parts of a reward included."""
+        parts = [getattr(hook.target, "report_parts", list)() for hook in self.hooks.many("reward")]
+        all_lines = [*(hooks.report() for hooks in (self.hooks, *self._own.values())), *parts]
+        return [line for lines in all_lines for line in lines]
 
     def hook_metrics(self) -> dict[str, float]:
         """Return what went badly since the last call: hooks that block, hooks that hang, requests sent again."""
         metrics = {f"hooks/{name}/blocked": float(n) for name, n in self.watchdog.blocked.items()}
         self.watchdog.blocked.clear()
         counts = {"hooks/hung_threads": self.guard.hung(), "rollout/request_retries": self.requests.take_repeated()}
-        return metrics | {name: float(count) for name, count in counts.items() if count}
+        counts |= {f"rollout/rm_{what}": count for what, count in take_counts().items()}
+        return metrics | {name: float(count) for name, count in counts.items() if count} | take_remote_metrics()
 
     async def post(self, path: str, payload: dict[str, Any]) -> dict[str, Any]:
         """POST JSON to the router and return the decoded answer.
@@ -167,9 +172,11 @@ class State:
         return await self.requests.post(path, payload)
 
     async def close(self) -> None:
-        """Close the connections, the hook threads, and hooks that can be closed."""
+        """Close the connections, the hook threads, the grading processes, and hooks that can be closed."""
         for hooks in (self.hooks, *self._own.values()):
             await hooks.aclose()
+        await close_remote()
+        close_pools()
         await self.requests.close()
         self.guard.close()
 

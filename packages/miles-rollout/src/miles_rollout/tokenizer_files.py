@@ -15,7 +15,7 @@ import jinja2.sandbox
 import msgspec
 from tokenizers import Tokenizer
 
-from miles_api.errors import DataError
+from miles_api.errors import ConfigError, DataError
 
 __all__ = ["ChatTemplate", "check_tokenizer", "read_object", "require_tokenizer"]
 
@@ -23,8 +23,10 @@ _CONFIG = "tokenizer_config.json"
 _WHOLE = "tokenizer.json"
 
 
-def require_tokenizer(path: str) -> None:
-    """Raise `DataError` if `path` is a directory without tokenizer files."""
+def require_tokenizer(path: str | None) -> None:
+    """Raise `DataError` if `path` is a directory without tokenizer files, `ConfigError` if there is none."""
+    if path is None:
+        raise ConfigError("--hf-checkpoint is not set: name a directory with a tokenizer")
     folder = Path(path)
     if folder.is_dir() and not any((folder / name).is_file() for name in (_WHOLE, _CONFIG)):
         raise DataError(f"--hf-checkpoint {path} holds no tokenizer ({_WHOLE} or {_CONFIG})")
@@ -57,6 +59,11 @@ class ChatTemplate:
             if name.endswith("_token") and isinstance(token, str | dict)
         }
         self._named = _templates(Path(path), config)
+
+    @property
+    def text(self) -> str:
+        """The template for conversations with tools; empty where there is none."""
+        return self._named.get("tool_use") or self._named.get("default") or ""
 
     def apply_chat_template(
         self,

@@ -422,3 +422,21 @@ def test_an_engine_dies_with_its_parent(kit, tmp_path):
             break
         assert time.monotonic() < deadline, "the engine outlived its parent"
         time.sleep(0.1)
+
+
+def test_texts_become_the_tokens_that_a_prompt_of_them_has_and_come_back(server):
+    text = "a b c"
+    answer = generate(server, text=text, sampling_params={"max_new_tokens": 1})
+    said = server.post("/tokenize", json={"model": "default", "prompt": text, "add_special_tokens": True}).json()
+    assert said["count"] == len(said["tokens"]) == answer["meta_info"]["prompt_tokens"]
+    both = server.post("/tokenize", json={"prompt": [text, "c"], "add_special_tokens": False}).json()
+    assert both["count"] == [len(tokens) for tokens in both["tokens"]]
+    texts = server.post("/detokenize", json={"tokens": both["tokens"]}).json()["text"]
+    assert [t.replace(" ", "") for t in texts] == ["abc", "c"]
+    assert server.post("/detokenize", json={"tokens": both["tokens"][1]}).json() == {"text": texts[1]}
+
+
+@pytest.mark.parametrize("tokens", [[-1], [10**9], [[1], [10**9]], [1, [2]], ["a"], None])
+def test_what_is_no_token_is_refused(server, tokens):
+    answer = server.post("/detokenize", json={"tokens": tokens})
+    assert (answer.status_code, answer.json()["success"]) == (400, False)

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import string
+import sys
 from types import SimpleNamespace
 
+import httpx
 import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
@@ -141,7 +143,8 @@ class Bench:
         request = GenerateFnInput(state=self, sample=sample, sampling_params=params, evaluation=evaluation)
         output = await self.hooks.need("generate").acall(None, request)
         assert isinstance(output, GenerateFnOutput)
-        output.samples.validate()
+        for made in output.samples if isinstance(output.samples, list) else [output.samples]:
+            made.validate()
         return output.samples
 
     def run(self, *args, **kwargs):
@@ -164,6 +167,57 @@ def bench(args_of, chat_dir):
         return Bench(args_of(**{"hf_checkpoint": chat_dir, **values}), script)
 
     return start
+
+
+# The agent of each test is put here; user code is a file, which finds it by importing nothing of ours.
+AGENT_HOOKS = """
+import asyncio
+import agents_stage
+async def agent(base_url, prompt, request_kwargs, metadata, **kwargs):
+    return await agents_stage.act(base_url, prompt, request_kwargs, metadata)
+async def abort(args):
+    agents_stage.aborted.append(args.hf_checkpoint)
+"""
+
+
+@pytest.fixture
+def stage(monkeypatch):
+    """A module whose `act` the agent hook calls."""
+    module = SimpleNamespace(act=None, aborted=[], hooks=AGENT_HOOKS)
+    monkeypatch.setitem(sys.modules, "agents_stage", module)
+    return module
+
+
+@pytest.fixture
+def agents(bench, write, stage):
+    """`agents(act, script)`: a bench whose agent is `act`."""
+
+    def start(act, script=(), **values):
+        stage.act = act
+        given = {"custom_generate_function_path": "agentic", "custom_agent_function_path": write(AGENT_HOOKS)("agent")}
+        return bench(script, **{**given, **values})
+
+    return start
+
+
+async def chat(base_url, messages, expect=200, **more):
+    """Ask a session for a completion."""
+    # Reading the system's certificates, which plain HTTP does not need, takes longer than all else.
+    async with httpx.AsyncClient(timeout=20, trust_env=False, verify=False) as client:
+        reply = await client.post(f"{base_url}/chat/completions", json={"messages": messages, **more})
+    assert reply.status_code == expect, reply.text
+    return reply.json()
+
+
+async def said(base_url, messages, **more):
+    """Ask a session and return its answer's message."""
+    return (await chat(base_url, messages, **more))["choices"][0]["message"]
+
+
+@pytest.fixture(scope="session")
+def talk():
+    """How agents of tests talk to a session."""
+    return SimpleNamespace(chat=chat, said=said)
 
 
 @pytest.fixture(scope="session")

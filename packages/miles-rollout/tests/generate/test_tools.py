@@ -11,6 +11,7 @@ from miles_api.sample import Status
 from miles_rollout.generate.chat import ChatTemplate
 from miles_rollout.generate.derive import derived, idle, problems
 from miles_rollout.generate.tool_calls import BadToolCall, ToolCall, parse_tool_calls
+from miles_rollout.generate.tool_parsers import named_parser
 from miles_rollout.service import RolloutWorker
 from miles_rollout.tokenizers import load_tokenizer
 
@@ -46,7 +47,10 @@ def tools(write):
     named = write(TOOLS)
 
     def options(execute="run", specs=None):
-        given = {"generate_execute_tool_function_path": named(execute), "custom_generate_function_path": "multi_turn"}
+        given = {
+            "generate_execute_tool_function_path": named(execute), "custom_generate_function_path": "multi_turn",
+            "generate_tool_call_parser": "hermes",
+        }  # fmt: skip
         return given if specs is None else {**given, "generate_tool_specs_path": named(specs)}
 
     return options
@@ -68,7 +72,8 @@ def test_the_tokens_are_those_of_the_rendered_conversation_and_tool_output_is_no
     assert sample.loss_mask == [1] * generated[0] + [0] * shown + [1] * generated[1]
     assert sample.rollout_log_probs == [-0.5] * generated[0] + [0.0] * shown + [-0.5] * generated[1]
     assert sample.response == f"{first}\nuser\n<tool_response>\n3\n</tool_response>\nassistant\n{last}"
-    assert sample.metadata == {"source": "test", "turns": 2, "tool_calls": 1, "malformed_tool_calls": 0}
+    counts = {"turns": 2, "tool_calls": 1, "malformed_tool_calls": 0, "tool_timeouts": 0, "turn_timeouts": 0}
+    assert sample.metadata == {"source": "test", **counts, "observation_tokens": shown}
     assert sample.status is Status.COMPLETED
     # The engine continued exactly what is recorded.
     assert state.requests[1][1]["input_ids"] == sample.tokens[: -generated[1]]
@@ -119,7 +124,7 @@ def test_the_model_is_told_of_a_malformed_call_and_it_is_counted(bench, tools):
     state = bench(["<tool_call>{add 1 2}</tool_call>", call(a=1, b=2), "3"], **tools())
     sample = state.run(ASK)
     assert "error: this tool call was not understood" in sample.response
-    assert sample.metadata == {"turns": 3, "tool_calls": 2, "malformed_tool_calls": 1}
+    assert [sample.metadata[key] for key in ("turns", "tool_calls", "malformed_tool_calls")] == [3, 2, 1]
     assert state.hooks.one("execute_tool").stats.calls == 1
 
 
@@ -229,14 +234,14 @@ def test_a_single_turn_renders_chat_messages(bench):
     ],
 )
 def test_calls_are_read_from_the_text(text, content, calls):
-    assert parse_tool_calls(text) == (content, calls)
+    assert parse_tool_calls(text, named_parser("hermes")) == (content, calls)
 
 
 @pytest.mark.parametrize(
     "inside", ["{", '{"arguments": {}}', '{"name": "f", "arguments": "x"}', "[]", '{"name": 1}', "", "\ud800"]
 )
 def test_what_only_looks_like_a_call_is_a_bad_one(inside):
-    _, (bad,) = parse_tool_calls(f"<tool_call>{inside}</tool_call>")
+    _, (bad,) = parse_tool_calls(f"<tool_call>{inside}</tool_call>", named_parser("hermes"))
     assert isinstance(bad, BadToolCall)
 
 
@@ -280,7 +285,7 @@ def test_a_rollout_runs_tools_and_masks_their_output_in_the_columns(
         second = "<tool_response>" in tokenizer.decode(payload["input_ids"])
         ids = [*tokenizer.encode("3" if second else call(a=1, b=2), add_special_tokens=False), tokenizer.eos_token_id]
         meta = {
-            "finish_reason": {"type": "stop"}, "weight_version": "1", "prompt_tokens": 4, "cached_tokens": 2,
+            "finish_reason": {"type": "stop"}, "weight_version": "1", "cached_tokens": 2,
             "output_token_logprobs": [[-0.5, i, None] for i in ids],
         }  # fmt: skip
         return 200, {"text": tokenizer.decode(ids, skip_special_tokens=True), "output_ids": ids, "meta_info": meta}

@@ -7,7 +7,7 @@ launch scripts written for either keep working.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 from urllib.parse import parse_qs, unquote
 
@@ -17,18 +17,22 @@ from miles_api.errors import ConfigError
 
 from .access import allowed_methods, bears, comes_from_a_web_page, names_this_machine
 from .aggregate import AGGREGATED
-from .choosing import make_policy
+from .choosing import looks_at_requests, make_policy
 from .gate import make_gate
 from .health import HealthProber
+from .known_heads import KnownAnswers, KnownRequests
+from .lane import Lane
+from .memory import BodyMemory
 from .messages import RETRY_AFTER, BodyTooLargeError, Receive, Scope, Send, read_body, send_bytes, send_json
 from .metrics import Metrics, describe, exposition
 from .page import PAGE_HEADERS, page
-from .proxy import Proxy
-from .routing import Route
+from .proxy import Proxy, generates
+from .routing import WEIGHT_VERSION, Route
 from .workers import WorkerRegistry
 
 if TYPE_CHECKING:
     from .options import RouterOptions
+    from .policies import Policy
     from .workers import Worker
 
 __all__ = ["RouterApp"]
@@ -43,7 +47,8 @@ class _Call(NamedTuple):
     body: bytes
 
 
-_Handler = Callable[[_Call], tuple[int, object]]
+_Answer = tuple[int, object]
+_Handler = Callable[[_Call], _Answer | Awaitable[_Answer]]
 
 
 class _NewWorker(msgspec.Struct):
@@ -51,6 +56,12 @@ class _NewWorker(msgspec.Struct):
 
     url: str
     weight_version: str = ""
+
+
+class _Weights(msgspec.Struct):
+    """The body of `POST /weight_version`."""
+
+    weight_version: str
 
 
 class RouterApp:
@@ -62,7 +73,8 @@ class RouterApp:
         self.metrics = Metrics()
         self._token = None if options.router_token is None else options.router_token.encode()
         self._timeout = options.router_request_timeout
-        self._max_body = options.router_max_body_bytes
+        self._max_body = min(options.router_max_body_bytes, options.router_max_body_memory)
+        self.bodies = BodyMemory(options.router_max_body_memory)
         policy = make_policy(options.router_policy, self.registry)
         self._gate = make_gate(options, self.registry, policy)
         if self._gate is not None:
@@ -73,17 +85,40 @@ class RouterApp:
             gate=self._gate,
             metrics=self.metrics,
             max_body=self._max_body,
+            bodies=self.bodies,
             keep_authorization=self._token is None,
         )
+        looks = looks_at_requests(options.router_policy)
+        self.lane = None if self._gate is not None else self._make_lane(policy, looks)
+        """What requests share that go the short way; None where limits send all of them the long way."""
         self._background: list[asyncio.Task[None]] = []
         self._routes: dict[str, dict[str, _Handler]] = {
             "/add_worker": {"POST": self._add_by_query},
             "/remove_worker": {"POST": self._remove_by_query},
             "/list_workers": {"GET": self._list_urls},
             "/workers": {"GET": self._list_workers, "POST": self._add_by_body},
+            "/weight_version": {"GET": self._weights, "POST": self._require_weights},
             "/status": {"GET": self._status},
         }
         self._delete_route: dict[str, _Handler] = {"DELETE": self._remove_by_path}
+
+    def _make_lane(self, policy: Policy, looks: bool) -> Lane:
+        return Lane(
+            self.registry,
+            policy,
+            looks,
+            self.metrics,
+            self._proxy.exchanges,
+            KnownRequests(self._goes_short, generates, self._proxy.not_forwarded),
+            KnownAnswers(),
+            self.bodies,
+            self._max_body,
+        )
+
+    def _goes_short(self, path: str, headers: list[tuple[bytes, bytes]]) -> bool:
+        """Tell whether a POST needs nothing but any engine's answer."""
+        versioned = any(name == WEIGHT_VERSION for name, _ in headers)
+        return "POST" in allowed_methods(path) and not versioned and self.refusal(headers) is None
 
     async def start(self) -> None:
         """Start the background tasks."""
@@ -163,7 +198,8 @@ class RouterApp:
         if body is None:
             return
         try:
-            status, value = handler(_Call(scope["path"], scope["query_string"], body))
+            answer = handler(_Call(scope["path"], scope["query_string"], body))
+            status, value = answer if isinstance(answer, tuple) else await answer
         except (ConfigError, msgspec.DecodeError) as exc:
             await self.refuse(send, 400, str(exc))
             return
@@ -203,37 +239,46 @@ class RouterApp:
     def _queued(self) -> int:
         return 0 if self._gate is None else len(self._gate)
 
-    def _status(self, _call: _Call) -> tuple[int, object]:
+    def _status(self, _call: _Call) -> _Answer:
         return 200, describe(self.metrics, self.registry, self._queued())
 
-    def _add(self, url: str, weight_version: str) -> tuple[int, object]:
+    def _add(self, url: str, weight_version: str) -> _Answer:
         worker = self.registry.add(url, weight_version)
         return 200, {"status": "success", "url": worker.url, "worker_id": worker.id}
 
-    def _add_by_query(self, call: _Call) -> tuple[int, object]:
+    def _add_by_query(self, call: _Call) -> _Answer:
         return self._add(_query_url(call), "")
 
-    def _add_by_body(self, call: _Call) -> tuple[int, object]:
+    def _add_by_body(self, call: _Call) -> _Answer:
         new = msgspec.json.decode(call.body, type=_NewWorker)
         return self._add(new.url, new.weight_version)
 
-    def _remove(self, key: str) -> tuple[int, object]:
+    def _remove(self, key: str) -> _Answer:
         worker = self.registry.remove(key)
         if worker is None:
             message = f"no worker {key}; registered: {', '.join(w.url for w in self.registry) or 'none'}"
             return 404, {"error": {"message": message, "type": "unknown_worker", "code": 404}}
         return 200, {"status": "success", "url": worker.url}
 
-    def _remove_by_query(self, call: _Call) -> tuple[int, object]:
+    def _remove_by_query(self, call: _Call) -> _Answer:
         return self._remove(_query_url(call))
 
-    def _remove_by_path(self, call: _Call) -> tuple[int, object]:
+    def _remove_by_path(self, call: _Call) -> _Answer:
         return self._remove(unquote(call.path.removeprefix("/workers/")))
 
-    def _list_urls(self, _call: _Call) -> tuple[int, object]:
+    def _weights(self, _call: _Call) -> _Answer:
+        return 200, {"weight_version": self.registry.required}
+
+    async def _require_weights(self, call: _Call) -> _Answer:
+        wanted = msgspec.json.decode(call.body, type=_Weights).weight_version
+        await self._prober.require_weights(self.registry, wanted)
+        held = [{"url": worker.url, "reason": worker.reason} for worker in self.registry if not worker.healthy]
+        return 200, {"status": "success", "weight_version": wanted, "held_back": held}
+
+    def _list_urls(self, _call: _Call) -> _Answer:
         return 200, {"urls": [worker.url for worker in self.registry]}
 
-    def _list_workers(self, _call: _Call) -> tuple[int, object]:
+    def _list_workers(self, _call: _Call) -> _Answer:
         return 200, {"workers": [worker.describe() for worker in self.registry]}
 
 

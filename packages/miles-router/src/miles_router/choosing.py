@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from .policies import Policy
     from .workers import WorkerRegistry
 
-__all__ = ["make_policy"]
+__all__ = ["looks_at_requests", "make_policy"]
 
 _POLICIES: dict[str, Callable[[WorkerRegistry], Policy]] = {
     "least_outstanding": lambda _: LeastOutstanding(),
@@ -25,6 +25,12 @@ _POLICIES: dict[str, Callable[[WorkerRegistry], Policy]] = {
     "sticky": Sticky,
     "prefix_aware": lambda _: PrefixAware(),
 }
+_BY_LOAD = frozenset(("least_outstanding", "round_robin", "random", "power_of_two"))
+
+
+def looks_at_requests(name: str) -> bool:
+    """Tell whether a policy decides by more than the load."""
+    return name not in _BY_LOAD
 
 
 def make_policy(name: str, registry: WorkerRegistry) -> Policy:

@@ -1,4 +1,4 @@
-"""The upstream half: one HTTP/1.1 connection to an engine, and the pool of idle ones.
+"""The upstream half: one HTTP/1.1 connection to an engine.
 
 Nothing here decodes a body. A connection carries one exchange at a time; what arrives is kept as the parser's byte
 chunks until the proxy takes them, and reading pauses while the client is slower than the engine.
@@ -7,28 +7,28 @@ chunks until the proxy takes them, and reading pauses while the client is slower
 from __future__ import annotations
 
 import asyncio
-import errno
+from typing import TYPE_CHECKING
 
 import httptools
 
-__all__ = [
-    "ClientGoneError",
-    "ConnectError",
-    "ConnectionPool",
-    "HungError",
-    "LocalError",
-    "LostError",
-    "SilentError",
-    "UpstreamConnection",
-    "UpstreamError",
-]
+from .known_heads import cut_head
 
-CONNECT_TIMEOUT_S = 5.0
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from .known_heads import KnownAnswers
+    from .lane import Sink
+    from .pool import ConnectionPool
+
+__all__ = [
+    "ClientGoneError", "ConnectError", "HungError", "LocalError", "LostError", "SilentError",
+    "UpstreamConnection", "UpstreamError",
+]  # fmt: skip
+
 _PAUSE_ABOVE_BYTES = 1 << 20
 _JOIN_BELOW_BYTES = 1 << 16
 _FIRST_FINAL_STATUS = 200
 _LAST_STATUS = 599
-_LOCAL = frozenset((errno.EMFILE, errno.ENFILE, errno.EADDRNOTAVAIL, errno.ENOMEM, errno.ENOBUFS))
 
 
 class UpstreamError(Exception):
@@ -72,6 +72,10 @@ class UpstreamConnection(asyncio.Protocol):
         self._parser: httptools.HttpResponseParser | None = httptools.HttpResponseParser(self)
         self._waiter: asyncio.Future[None] | None = None
         self._busy = False
+        self._sink: Sink | None = None
+        self._known: KnownAnswers | None = None
+        """The heads to look an answer's up in; None where the parser has to read it."""
+        self._left = 0  # bytes of the answer, where the parser reads none of it
         self._reset(head_only=False)
 
     def _reset(self, *, head_only: bool) -> None:
@@ -92,7 +96,7 @@ class UpstreamConnection(asyncio.Protocol):
         self._chunks: list[bytes] = []
         self._buffered = 0
 
-    # -- the proxy's side
+    # -- the side of who asks
 
     def begin(self, head: bytes, body: bytes, *, head_only: bool) -> None:
         """Send one request; `head_only` says that the answer will have no body, whatever its headers claim."""
@@ -102,6 +106,17 @@ class UpstreamConnection(asyncio.Protocol):
             self._transport.write(head + body)
         else:
             self._transport.writelines((head, body))
+
+    def begin_direct(self, sink: Sink, known: KnownAnswers, request: Sequence[bytes]) -> None:
+        """Send one request, whose method is not HEAD; `sink` is called with the answer as it arrives."""
+        self._reset(head_only=False)
+        self._busy = True
+        self._sink = sink
+        self._known = known
+        if len(request) == 1:
+            self._transport.write(request[0])
+        else:
+            self._transport.writelines(request)
 
     async def wait_answer(self) -> None:
         """Wait for status and headers. Raises an `UpstreamError` if they never come."""
@@ -128,11 +143,28 @@ class UpstreamConnection(asyncio.Protocol):
         data = chunks[0] if len(chunks) == 1 else b"".join(chunks)
         self._chunks = []
         self._buffered = 0
+        self.resume()
+        return data, not self.complete
+
+    def take_chunks(self) -> tuple[list[bytes], int]:
+        """Return the pieces of the body that the parser has found since the last call, and how many bytes they are."""
+        chunks, size = self._chunks, self._buffered
+        if chunks:
+            self._chunks, self._buffered = [], 0
+        return chunks, size
+
+    def pause(self) -> None:
+        """Read no more of the answer for now."""
+        if not self.paused:
+            self.paused = True
+            self._transport.pause_reading()
+
+    def resume(self) -> None:
+        """Read on."""
         if self.paused:
             self.paused = False
             self.last_activity = self._loop.time()
             self._transport.resume_reading()
-        return data, not self.complete
 
     def fail(self, error: UpstreamError) -> None:
         """End the exchange with `error` and close the connection, so that the engine sees its client leave."""
@@ -145,6 +177,7 @@ class UpstreamConnection(asyncio.Protocol):
     def finish(self) -> None:
         """Give the connection back: to the pool if the answer came to its end and both sides keep it, else close it."""
         self._busy = False
+        self._sink = self._known = None
         transport = self._transport
         if self.complete and self._keep_alive and self._error is None and not transport.get_write_buffer_size():
             self.pool.put(self)
@@ -163,8 +196,15 @@ class UpstreamConnection(asyncio.Protocol):
             self._waiter = None
 
     def _wake(self) -> None:
-        if self._waiter is not None and not self._waiter.done():
-            self._waiter.set_result(None)
+        sink = self._sink
+        if sink is None:
+            if self._waiter is not None and not self._waiter.done():
+                self._waiter.set_result(None)
+            return
+        if self._known is None and self.answered:
+            sink.parsed(self)
+        if self._error is not None and not self.complete:
+            sink.failed(self._error)
 
     # -- the transport's side
 
@@ -177,15 +217,41 @@ class UpstreamConnection(asyncio.Protocol):
             return
         self.received = True
         self.last_activity = self._loop.time()
+        if self._known is not None:
+            if self._passes(data, self._known):
+                return
+            self._known = None
         try:
             self._parser.feed_data(data)  # type: ignore[union-attr]
         except (httptools.HttpParserError, httptools.HttpParserUpgrade) as exc:
             self.fail(LostError(f"sent an answer that is not plain HTTP/1.1: {exc}"))
             return
-        if self._buffered > _PAUSE_ABOVE_BYTES and not (self.paused or self.complete):
-            self.paused = True
-            self._transport.pause_reading()
+        if self._buffered > _PAUSE_ABOVE_BYTES and self._sink is None and not self.complete:
+            self.pause()
         self._wake()
+
+    def _passes(self, data: bytes, known: KnownAnswers) -> bool:
+        """Give a piece of an answer with a known head to the sink; False where the parser has to read it."""
+        if self.answered:
+            self.speaks = True
+        else:
+            cut = cut_head(data)
+            if cut is None:
+                return False
+            key, at, size, body_at = cut
+            self.status = known.find(key, at)
+            if not self.status:
+                return False
+            self.answered = True
+            self.speaks = len(data) > body_at
+            self._left = body_at + size
+        self._left -= len(data)
+        if self._left <= 0:
+            self.complete = True
+            self._keep_alive = not self._left
+            data = data[: self._left] if self._left else data  # more than one answer
+        self._sink.pass_on(data, last=self.complete)  # type: ignore[union-attr]
+        return True
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._parser = None  # it refers back to this object
@@ -199,7 +265,8 @@ class UpstreamConnection(asyncio.Protocol):
 
     def _ends_at_close(self) -> bool:
         framed = {b"content-length", b"transfer-encoding"}
-        return self._error is None and not any(name.lower() in framed for name, _ in self.headers)
+        unframed = not any(name.lower() in framed for name, _ in self.headers)
+        return self._error is None and self._known is None and unframed
 
     # -- the parser's side
 
@@ -233,54 +300,3 @@ class UpstreamConnection(asyncio.Protocol):
         if self.answered and not self.complete:
             self.complete = True
             self._keep_alive = self._parser.should_keep_alive()  # type: ignore[union-attr]
-
-
-class ConnectionPool:
-    """The idle connections to one engine, most recently used first."""
-
-    def __init__(self, host: str, port: int) -> None:
-        self._host = host
-        self._port = port
-        self._closed = False
-        self._idle: dict[UpstreamConnection, None] = {}  # ordered, and drops a closed one in constant time
-
-    def take_idle(self) -> UpstreamConnection | None:
-        """Return an open idle connection, if there is one."""
-        return self._idle.popitem()[0] if self._idle else None
-
-    async def connect(self) -> UpstreamConnection:
-        """Open a new connection. Raises `ConnectError` or `LocalError`."""
-        loop = asyncio.get_running_loop()
-        try:
-            async with asyncio.timeout(CONNECT_TIMEOUT_S):
-                _, connection = await loop.create_connection(lambda: UpstreamConnection(self), self._host, self._port)
-        except TimeoutError:
-            raise ConnectError(f"did not accept a connection within {CONNECT_TIMEOUT_S:g} s") from None
-        except OSError as exc:
-            if exc.errno in _LOCAL:
-                raise LocalError(f"the router cannot open a connection: {exc.strerror}") from exc
-            refused = exc.errno == errno.ECONNREFUSED
-            raise ConnectError(f"cannot be connected: {exc.strerror or exc}", refused=refused) from exc
-        return connection
-
-    def put(self, connection: UpstreamConnection) -> None:
-        """Keep a connection whose exchange is over."""
-        if self._closed:
-            connection.close()
-        else:
-            self._idle[connection] = None
-
-    def discard(self, connection: UpstreamConnection) -> None:
-        """Forget a connection that closed."""
-        self._idle.pop(connection, None)
-
-    def close_idle(self) -> None:
-        """Close what is idle; exchanges under way go on."""
-        for connection in list(self._idle):
-            connection.close()
-        self._idle.clear()
-
-    def close(self) -> None:
-        """Close what is idle and keep nothing from now on."""
-        self._closed = True
-        self.close_idle()

@@ -4,18 +4,22 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from uvicorn.protocols.http.httptools_impl import STATUS_LINE
+
 if TYPE_CHECKING:
     from .connection import UpstreamConnection
     from .messages import Message, Scope
 
-__all__ = ["not_forwarded", "request_head", "response_start"]
+__all__ = ["BODILESS", "NOT_RETURNED", "client_head", "not_forwarded", "request_head", "response_start"]
 
 # `expect` is not hop-by-hop, but the server in front has answered it and the body is here
 _NOT_FORWARDED = frozenset(
     b"connection keep-alive proxy-authenticate proxy-authorization proxy-connection te trailer trailers "
     b"transfer-encoding upgrade content-length expect".split()
 )
-_NOT_RETURNED = _NOT_FORWARDED - {b"content-length", b"expect"}
+NOT_RETURNED = _NOT_FORWARDED - {b"content-length", b"expect"}
+"""Names of headers that do not reach a client."""
+BODILESS = frozenset((204, 304))
 _NONE: frozenset[bytes] = frozenset()
 _CONNECTION_LENGTH = len(b"connection")
 _PLAIN_CONNECTION = frozenset((b"keep-alive", b"close", b"Keep-Alive", b"Close"))
@@ -63,7 +67,25 @@ def request_head(scope: Scope, host: bytes, length: int, without: frozenset[byte
 
 def response_start(connection: UpstreamConnection) -> Message:
     """Return the ASGI message that begins the client's answer."""
+    return {"type": "http.response.start", "status": connection.status, "headers": _returned(connection)}
+
+
+def client_head(connection: UpstreamConnection, *, keep_alive: bool) -> tuple[bytes, bool]:
+    """Return the head of the client's answer, and whether its body has to be chunked; the method is not HEAD."""
+    headers = _returned(connection)
+    parts = [STATUS_LINE[connection.status]]
+    for name, value in headers:
+        parts += (name, b": ", value, b"\r\n")
+    chunked = connection.status not in BODILESS and all(name.lower() != b"content-length" for name, _ in headers)
+    if chunked:
+        parts.append(b"transfer-encoding: chunked\r\n")
+    if not keep_alive:
+        parts.append(b"connection: close\r\n")
+    parts.append(b"\r\n")
+    return b"".join(parts), chunked
+
+
+def _returned(connection: UpstreamConnection) -> list[tuple[bytes, bytes]]:
     nominated = _nominated(connection.headers)
-    dropped = _NOT_RETURNED | nominated if nominated else _NOT_RETURNED
-    headers = [pair for pair in connection.headers if pair[0].lower() not in dropped]
-    return {"type": "http.response.start", "status": connection.status, "headers": headers}
+    dropped = NOT_RETURNED | nominated if nominated else NOT_RETURNED
+    return [pair for pair in connection.headers if pair[0].lower() not in dropped]

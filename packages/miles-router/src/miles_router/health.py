@@ -15,6 +15,7 @@ import msgspec
 
 from .connection import ConnectError, HungError, LocalError, LostError, UpstreamError
 from .fetch import fetch
+from .model_info import MODEL_INFO_PATHS, model_info
 
 if TYPE_CHECKING:
     from collections.abc import Coroutine, Iterable
@@ -28,12 +29,10 @@ _log = logging.getLogger("miles_router")
 
 # an SGLang engine generates one token to answer /health, behind whatever it is busy with
 _PROBE_TIMEOUT_S = 30.0
+_WEIGHTS_TIMEOUT_S = 5.0
+"""Shorter than whoever requires weights waits for the router to answer."""
 _OK = 200
 _NOT_FOUND = 404
-
-
-class _ModelInfo(msgspec.Struct):
-    weight_version: str | int | None = None
 
 
 class HealthProber:
@@ -56,6 +55,15 @@ class HealthProber:
         if worker.healthy and not worker.questioned:
             worker.questioned = True
             self._spawn(self._question(registry, worker))
+
+    async def require_weights(self, registry: WorkerRegistry, version: str) -> None:
+        """Let only workers get requests that show these weights from now on, whatever version that is; "" is any.
+
+        Returns when every healthy worker has shown them or is quarantined, until it does.
+        """
+        registry.required = version
+        await asyncio.gather(*(self._check_weights(registry, worker, version) for worker in registry.healthy))
+        registry.changed()
 
     async def watch_silence(self, registry: WorkerRegistry, exchanges: Exchanges) -> None:
         """Ask workers that requests wait for, and that generated nothing for an interval, whether they hang, for ever.
@@ -91,13 +99,17 @@ class HealthProber:
             await asyncio.sleep(wait)
             if worker.healthy or worker not in registry:
                 return
+            version = registry.weights_of(worker)
             try:
-                problem = await probe(worker)
+                problem = await probe(worker, version)
             except LocalError as exc:
                 problem = str(exc)
             if worker.healthy or worker not in registry:
                 return
+            if version != registry.weights_of(worker):  # others are wanted meanwhile
+                continue
             if not problem:
+                worker.weight_version = version
                 registry.readmit(worker)
                 return
             worker.reason = problem
@@ -105,13 +117,30 @@ class HealthProber:
 
     async def _question(self, registry: WorkerRegistry, worker: Worker) -> None:
         try:
-            problem = await probe(worker, weights=False)
+            problem = await probe(worker)
         except LocalError:
             return
         finally:
             worker.questioned = False
         if problem:
             registry.quarantine(worker, problem)
+
+    async def _check_weights(self, registry: WorkerRegistry, worker: Worker, version: str) -> None:
+        if not version:
+            return
+        try:
+            async with asyncio.timeout(_WEIGHTS_TIMEOUT_S):
+                problem = await _weight_problem(worker, version)
+        except TimeoutError:
+            problem = f"does not say within {_WEIGHTS_TIMEOUT_S:g} s which weights it serves"
+        except UpstreamError as exc:
+            problem = str(exc)
+        if registry.required != version:  # others are wanted meanwhile
+            return
+        if problem:
+            registry.quarantine(worker, problem)
+        else:
+            worker.weight_version = version
 
     async def _ask_silent(self, registry: WorkerRegistry, worker: Worker, exchanges: Exchanges) -> None:
         asked = asyncio.get_running_loop().time()
@@ -175,8 +204,8 @@ async def _reacts(worker: Worker) -> bool:
     return True
 
 
-async def probe(worker: Worker, *, weights: bool = True) -> str:
-    """Ask a worker for its health, and for its weights if it has to have certain ones; return what is wrong, or "".
+async def probe(worker: Worker, version: str = "") -> str:
+    """Ask a worker for its health, and whether it serves weights `version` unless any will do; return what is wrong.
 
     One that hung has to answer what showed that too. Raises `LocalError` if it cannot be asked.
     """
@@ -187,7 +216,7 @@ async def probe(worker: Worker, *, weights: bool = True) -> str:
                 return f"answers /health with {status}"
             if worker.hung:
                 await fetch(worker, "/server_info")
-            return await _weight_problem(worker) if weights and worker.weight_version else ""
+            return await _weight_problem(worker, version) if version else ""
     except TimeoutError:
         return f"does not answer a probe within {_PROBE_TIMEOUT_S:g} s"
     except LocalError:
@@ -196,16 +225,16 @@ async def probe(worker: Worker, *, weights: bool = True) -> str:
         return str(exc)
 
 
-async def _weight_problem(worker: Worker) -> str:
-    status, body = await fetch(worker, "/model_info")
-    if status == _NOT_FOUND:  # the name before SGLang 0.5.4
-        status, body = await fetch(worker, "/get_model_info")
+async def _weight_problem(worker: Worker, wanted: str) -> str:
+    status, body = 0, b""
+    for path in MODEL_INFO_PATHS:
+        status, body = await fetch(worker, path)
+        if status != _NOT_FOUND:
+            break
     if status != _OK:
         return f"answers /model_info with {status}, so its weights cannot be checked"
     try:
-        version = msgspec.json.decode(body, type=_ModelInfo).weight_version
+        version = model_info(body).version
     except msgspec.DecodeError as exc:
         return f"has an unreadable /model_info: {exc}"
-    if str(version) != worker.weight_version:
-        return f"serves weights {version!s}, not {worker.weight_version}"
-    return ""
+    return "" if version == wanted else f"serves weights {version or '(none)'}, not {wanted}"

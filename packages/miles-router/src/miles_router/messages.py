@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, MutableMapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 
+if TYPE_CHECKING:
+    from .memory import BodyMemory
+
 __all__ = [
+    "BODIES",
     "CHOSEN",
     "PREFERRED",
     "RETRY_AFTER",
@@ -28,6 +32,8 @@ Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
 
 RETRY_AFTER = (b"retry-after", b"1")
+BODIES = "miles.bodies"
+"""Where middleware finds the `BodyMemory` for a body that it reads."""
 PREFERRED = "miles.worker"
 """Where a request's scope names the engine that middleware would like for it."""
 CHOSEN = "miles.workers"
@@ -38,22 +44,30 @@ class BodyTooLargeError(Exception):
     """A request body exceeds the limit; nothing was sent to any engine, nor back."""
 
 
-async def read_body(receive: Receive, limit: int) -> bytes | None:
+async def read_body(receive: Receive, limit: int, memory: BodyMemory | None = None) -> bytes | None:
     """Return the whole request body, or None if the client left before sending all of it.
 
-    Raises `BodyTooLargeError` as soon as there are more than `limit` bytes.
+    What is returned is counted in `memory`, for the caller to give back. Raises `BodyTooLargeError` as soon as there
+    are more than `limit` bytes, and what `memory` raises.
     """
     parts: list[bytes] = []
-    size = 0
-    while (message := await receive())["type"] == "http.request":
-        part = message.get("body", b"")
-        size += len(part)
-        if size > limit:
-            raise BodyTooLargeError
-        if not message.get("more_body", False):
-            return b"".join((*parts, part)) if parts else part
-        parts.append(part)
-    return None
+    size, whole = 0, False
+    try:
+        while (message := await receive())["type"] == "http.request":
+            part = message.get("body", b"")
+            if size + len(part) > limit:
+                raise BodyTooLargeError
+            if memory is not None:
+                memory.take(len(part))
+            size += len(part)
+            if not message.get("more_body", False):
+                whole = True
+                return b"".join((*parts, part)) if parts else part
+            parts.append(part)
+        return None
+    finally:
+        if memory is not None and not whole:
+            memory.give(size)
 
 
 async def send_bytes(send: Send, status: int, body: bytes, kind: bytes, *extra: tuple[bytes, bytes]) -> None:

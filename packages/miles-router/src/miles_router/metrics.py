@@ -46,6 +46,7 @@ def describe(metrics: Metrics, registry: WorkerRegistry, queued: int) -> dict[st
         "statuses": {str(status): count for status, count in sorted(metrics.statuses.items())},
         "latency": {"bounds": BOUNDS, "buckets": metrics.buckets, "seconds": metrics.seconds},
         "queued": queued,
+        "weight_version": registry.required,
         "workers": [worker.describe() for worker in registry],
     }
 

@@ -21,7 +21,7 @@ from miles_api.loading.hookset import close, report_of
 
 from .access import allowed_methods
 from .handle import RouterHandle, WorkerInfo
-from .messages import Message, Receive, Scope, Send, send_json
+from .messages import BODIES, Message, Receive, Scope, Send, send_json
 from .options import MIDDLEWARE_HOOK, REPORT_PATH
 from .stamps import Passage, stamp_of
 
@@ -85,6 +85,7 @@ class MiddlewareStack:
         elif path == REPORT_PATH:
             await send_json(send, 200, {"hooks": self.report()})
         else:
+            scope[BODIES] = self._router.bodies
             await self._app(scope, receive, send)
 
     def report(self) -> list[dict[str, Any]]:

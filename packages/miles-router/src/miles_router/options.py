@@ -55,6 +55,9 @@ class RouterOptions(Options, frozen=True, kw_only=True):
     of its answer before it is hung up on."""
     router_max_body_bytes: Annotated[int, msgspec.Meta(ge=1)] = 64 << 20
     """Longest request body, in bytes, that the router accepts; it holds each one in memory until it is answered."""
+    router_max_body_memory: Annotated[int, msgspec.Meta(ge=1)] = 2 << 30
+    """Most bytes that the bodies of all requests under way take together, waiting ones included; whoever exceeds them
+    gets a 503."""
     router_max_worker_requests: Annotated[int, msgspec.Meta(ge=0)] = 0
     """Most requests under way at one engine; further ones wait in the queue. 0 sets no limit."""
     router_max_requests: Annotated[int, msgspec.Meta(ge=0)] = 0

@@ -11,16 +11,26 @@ from typing import TYPE_CHECKING, Any
 
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
-if TYPE_CHECKING:
-    from collections.abc import Collection
+from .app import RouterApp
+from .express import Express
+from .lane import HANDED
 
-__all__ = ["BODY_TIMEOUT_S", "HEAD_TIMEOUT_S", "MAX_HEAD_BYTES", "BoundedProtocol", "expire_slow"]
+if TYPE_CHECKING:
+    from collections.abc import Collection, Sequence
+
+    from .lane import Handed, Lane
+
+__all__ = ["BODY_TIMEOUT_S", "HEAD_TIMEOUT_S", "KEEP_ALIVE_S", "MAX_HEAD_BYTES", "BoundedProtocol", "expire_slow"]
 
 HEAD_TIMEOUT_S = 30.0
 """Longest time from a connection's begin, or a request's first byte, to the end of its head."""
 BODY_TIMEOUT_S = 60.0
-"""Longest time between two pieces of a body."""
+"""Longest time between two pieces of a body, where it arrives at `_LEAST_RATE` otherwise."""
+KEEP_ALIVE_S = 600.0
+"""Time between two requests: longer than any client's own limit, so that no connection closes while it is reused."""
 MAX_HEAD_BYTES = 64 << 10
+_LEAST_RATE = 1024
+"""Bytes of a body in a second; one that is slower is late the sooner, so that a byte now and then holds no place."""
 _SWEEP_S = 1.0
 
 _REFUSALS = {
@@ -30,7 +40,10 @@ _REFUSALS = {
 
 
 class BoundedProtocol(HttpToolsProtocol):
-    """One client's connection."""
+    """One client's connection.
+
+    Requests that can go the short way never see the parser, which then stands between two messages.
+    """
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
@@ -42,12 +55,68 @@ class BoundedProtocol(HttpToolsProtocol):
         self._between = 0
         self._unread_since = 0.0
         self._unread = 0
+        self._idle_since = 0.0
+        self._lane = self.app.lane if isinstance(self.app, RouterApp) else None
+        self._express: Express | None = None
+        self._handed: Handed | None = None
+        self._between_messages = True
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        if self._express is not None:
+            if self.cycle is self._express:
+                self.cycle = None  # type: ignore[assignment]
+            self._express.leave()
+        super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
+        if self._lane is None or not self._goes_short(data, self._lane):
+            self._parse(data)
+
+    def _goes_short(self, data: bytes, lane: Lane) -> bool:
+        express, cycle = self._express, self.cycle
+        if cycle is None or cycle.response_complete:
+            if not self._between_messages:
+                return False
+            if express is None:
+                express = self._express = Express(self, lane, self.loop)
+            self.cycle = express  # type: ignore[assignment]
+            if not express.begin(data):
+                self.cycle = cycle
+                return False
+            self._in_head = False
+            if express.more_body:
+                self._since = self.loop.time()
+        elif express is None or cycle is not express:
+            return False
+        else:
+            express.more(data)
+            self._arrived(len(data))
+        return True
+
+    def _arrived(self, size: int) -> None:
+        self._since = min(self.loop.time(), self._since + size / _LEAST_RATE)
+
+    def answered(self, behind: Sequence[bytes]) -> None:
+        """Go on with what came behind a request that went the short way."""
+        self.on_response_complete()
+        for piece in behind:
+            if not self.transport.is_closing():
+                self.data_received(piece)
+
+    def parse(self, pieces: Sequence[bytes], handed: Handed | None) -> None:
+        """Take a request that began on the short way, and what came behind it."""
+        keep_alive = self.cycle.keep_alive
+        self.cycle = None  # type: ignore[assignment]
+        self._handed = handed
+        for piece in pieces:
+            self._parse(piece)
+        self.cycle.keep_alive = self.cycle.keep_alive and keep_alive
+
+    def _parse(self, data: bytes) -> None:
         if self._in_head:
             self._head_bytes += self._piece
         elif self.cycle is not None and self.cycle.more_body:
-            self._since = self.loop.time()
+            self._arrived(len(data))
             self._between += len(data)
         self._piece = len(data)
         super().data_received(data)
@@ -60,6 +129,7 @@ class BoundedProtocol(HttpToolsProtocol):
 
     def on_message_begin(self) -> None:
         super().on_message_begin()
+        self._between_messages = False
         self._in_head = True
         self._head_bytes = 0
         self._since = self.loop.time()
@@ -78,7 +148,27 @@ class BoundedProtocol(HttpToolsProtocol):
         if self._head_bytes + self._piece > MAX_HEAD_BYTES and self._length_of_head() > MAX_HEAD_BYTES:
             self._refused = 431
             raise ValueError("the head is too long")
+        if self._handed is not None:
+            self.scope[HANDED], self._handed = self._handed, None  # type: ignore[typeddict-unknown-key]
+        self._since = self.loop.time()
         super().on_headers_complete()
+
+    def on_message_complete(self) -> None:
+        # what follows an upgrade that is not taken up is lost to the parser
+        self._between_messages = not self.parser.should_upgrade()
+        super().on_message_complete()
+
+    def on_response_complete(self) -> None:
+        """Go on with the next request. Not uvicorn's, which sets a timer for each."""
+        self.server_state.total_requests += 1
+        if self.transport.is_closing():
+            return
+        self.flow.resume_reading()
+        if self.pipeline:
+            cycle, app = self.pipeline.pop()
+            self._start_asgi_task(cycle, app)
+        else:
+            self._idle_since = self.loop.time()
 
     def _length_of_head(self) -> int:
         return len(self.url) + sum(len(name) + len(value) + 4 for name, value in self.headers)
@@ -99,6 +189,8 @@ class BoundedProtocol(HttpToolsProtocol):
     def resume_writing(self) -> None:
         super().resume_writing()
         self._unread = 0
+        if self._express is not None:
+            self._express.resume()
 
     def expire(self, now: float, write_timeout: float) -> None:
         """Close the connection if its client takes too long to send a request, or to read an answer."""
@@ -113,6 +205,8 @@ class BoundedProtocol(HttpToolsProtocol):
                 self._refuse(408)
         elif self._is_late(now):
             self._hang_up()
+        elif self._is_idle(now):
+            self.transport.close()
 
     def _reads_nothing(self, now: float, timeout: float) -> bool:
         unread = self.transport.get_write_buffer_size()
@@ -120,10 +214,14 @@ class BoundedProtocol(HttpToolsProtocol):
             self._unread_since, self._unread = now, unread
         return now - self._unread_since > timeout
 
+    def _is_idle(self, now: float) -> bool:
+        return self.cycle.response_complete and not self.cycle.more_body and now - self._idle_since > KEEP_ALIVE_S
+
     def _is_late(self, now: float) -> bool:
         cycle = self.cycle
-        waits = cycle.more_body and not (self.flow.read_paused or cycle.waiting_for_100_continue)
-        return waits and now - self._since > BODY_TIMEOUT_S
+        if not cycle.more_body or self.flow.read_paused or cycle.waiting_for_100_continue:
+            self._since = now  # it is not the client that anybody waits for
+        return now - self._since > BODY_TIMEOUT_S
 
     def _hang_up(self) -> None:
         if self.cycle.response_complete:  # a refusal would be taken for the next request's answer

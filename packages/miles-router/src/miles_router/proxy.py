@@ -14,32 +14,39 @@ from typing import TYPE_CHECKING
 
 from .connection import ClientGoneError, LocalError, LostError, UpstreamConnection, UpstreamError
 from .exchanges import Exchanges
+from .express import CLIENT_LEFT, CUT_SHORT
 from .heads import not_forwarded, request_head, response_start
-from .messages import RETRY_AFTER, read_body, send_json, until_gone
+from .lane import HANDED
+from .messages import read_body, send_json, until_gone
 from .routing import Refusal, Route
 
 if TYPE_CHECKING:
     from .gate import Gate
+    from .lane import Handed
+    from .memory import BodyMemory
     from .messages import Receive, Scope, Send
     from .metrics import Metrics
     from .policies import Policy
     from .workers import Worker, WorkerRegistry
 
-__all__ = ["Proxy"]
+__all__ = ["Proxy", "generates"]
 
 _log = logging.getLogger("miles_router")
 
-_CLIENT_LEFT = 499
-_CUT_SHORT = 502
 _CHEAP = frozenset(("/tokenize", "/detokenize"))
 """What an engine answers to a POST without its scheduler."""
+
+
+def generates(path: str) -> bool:
+    """Tell whether an engine's scheduler has to work for the answer to a POST."""
+    return path not in _CHEAP
 
 
 class Proxy:
     """Forward requests to the healthy workers of `registry`.
 
-    Bodies of more than `max_body` bytes are refused. `keep_authorization` is False where that header is our own token.
-    Without a `gate` nothing is limited.
+    Bodies of more than `max_body` bytes are refused; all together are counted in `bodies`. `keep_authorization` is
+    False where that header is our own token. Without a `gate` nothing is limited.
     """
 
     def __init__(
@@ -50,6 +57,7 @@ class Proxy:
         gate: Gate | None,
         metrics: Metrics,
         max_body: int,
+        bodies: BodyMemory,
         keep_authorization: bool,
     ) -> None:
         self._registry = registry
@@ -57,32 +65,45 @@ class Proxy:
         self._gate = gate
         self._metrics = metrics
         self._max_body = max_body
-        self._without = not_forwarded(keep_authorization=keep_authorization)
+        self._bodies = bodies
+        self.not_forwarded = not_forwarded(keep_authorization=keep_authorization)
         self.exchanges = Exchanges()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Forward one HTTP request. Raises `BodyTooLargeError`."""
         now = asyncio.get_running_loop().time
         started = now()
+        handed: Handed | None = scope.get(HANDED)
         try:
             if self._gate is not None:
                 self._gate.check()
-            body = await read_body(receive, self._max_body)
+            body = await read_body(receive, self._max_body, self._bodies)
             if body is None:
                 return
-            started = now()
-            status = await self._forward(Route(scope, body), scope, receive, send)
+            try:
+                started = now() if handed is None else handed.started
+                status = await self._forward(Route(scope, body), handed, scope, receive, send)
+            finally:
+                self._bodies.give(len(body))
         except Refusal as refusal:
             status = refusal.status
-            await send_json(send, status, {"error": refusal.detail}, RETRY_AFTER)
+            retry_after = (b"retry-after", str(refusal.retry_after).encode())
+            await send_json(send, status, {"error": refusal.detail}, retry_after)
+        finally:
+            if handed is not None:
+                handed.drop()
         self._metrics.observe(status, now() - started)
 
-    async def _forward(self, route: Route, scope: Scope, receive: Receive, send: Send) -> int:
+    async def _forward(self, route: Route, handed: Handed | None, scope: Scope, receive: Receive, send: Send) -> int:
         """Return the status that the client got. Raises `Refusal`."""
+        worker = None
+        if handed is not None:
+            worker, route.failed = handed.take(), handed.failed
         while True:
-            worker = self._next(route) if self._gate is None else await self._gate.enter(route, receive)
             if worker is None:
-                return _CLIENT_LEFT
+                worker = self._next(route) if self._gate is None else await self._gate.enter(route, receive)
+            if worker is None:
+                return CLIENT_LEFT
             try:
                 return await self._attempt(worker, scope, route.request.body, receive, send)
             except LocalError as exc:
@@ -94,6 +115,7 @@ class Proxy:
                 worker.outstanding -= 1
                 if self._gate is not None:
                     self._gate.leave()
+            worker = None
 
     def _next(self, route: Route) -> Worker:
         workers = route.candidates(self._registry)
@@ -109,7 +131,7 @@ class Proxy:
         Raises an `UpstreamError` while nothing was sent back.
         """
         worker.sent += 1
-        head = request_head(scope, worker.host, len(body), self._without)
+        head = request_head(scope, worker.host, len(body), self.not_forwarded)
         head_only = scope["method"] == "HEAD"
         connection = worker.pool.take_idle()
         if connection is not None:
@@ -127,8 +149,8 @@ class Proxy:
     async def _relay(
         self, worker: Worker, connection: UpstreamConnection, scope: Scope, receive: Receive, send: Send
     ) -> int:
-        generates = scope["method"] == "POST" and scope["path"] not in _CHEAP
-        self.exchanges.begin(connection, worker, generates=generates)
+        works = scope["method"] == "POST" and generates(scope["path"])
+        self.exchanges.begin(connection, worker, generates=works)
         watcher = asyncio.get_running_loop().create_task(_fail_on_disconnect(receive, connection))
         try:
             await connection.wait_answer()
@@ -140,14 +162,14 @@ class Proxy:
                 if data or not more:
                     await send({"type": "http.response.body", "body": data, "more_body": more})
         except ClientGoneError:
-            return _CLIENT_LEFT
+            return CLIENT_LEFT
         except UpstreamError as exc:
             if not connection.answered:
                 raise
             # the server closes the client's connection when we return, which is all that can still be said
             _log.warning("worker %s %s in the middle of its answer", worker.url, exc)
             self._registry.failed(worker, exc)
-            return _CUT_SHORT
+            return CUT_SHORT
         finally:
             watcher.cancel()
             self.exchanges.end(connection)

@@ -39,6 +39,7 @@ class ReplayApp(RouterApp):
     def __init__(self, options: RouterOptions, path: str) -> None:
         """Read what was recorded; cut-off answers are left out. Raises `DataError`."""
         super().__init__(options)
+        self.lane = None  # no request goes a way of its own to an engine
         self._limit = options.router_max_body_bytes
         self._path = path
         self._answers: dict[bytes, list[_Place]] = {}

@@ -9,6 +9,8 @@ from .messages import CHOSEN, PREFERRED
 from .policies import RouteRequest
 
 if TYPE_CHECKING:
+    from collections.abc import Hashable
+
     from .messages import Scope
     from .workers import Worker, WorkerRegistry
 
@@ -28,9 +30,11 @@ _BLAME: dict[type[UpstreamError], tuple[int, str]] = {
 class Refusal(Exception):  # noqa: N818
     """No engine serves this request: the status and reason that the client gets."""
 
-    def __init__(self, status: int, kind: str, message: str, **detail: str) -> None:
+    def __init__(self, status: int, kind: str, message: str, *, retry_after: int = 1, **detail: str) -> None:
         super().__init__(message)
         self.status = status
+        self.retry_after = retry_after
+        """Seconds after which it may be worth to ask again."""
         self.detail: dict[str, object] = {"message": message, "type": kind, **detail, "code": status}
 
 
@@ -45,6 +49,11 @@ class Route:
         self._preferred: str | None = scope.get(PREFERRED)
         self._chosen: frozenset[str] | None = scope.get(CHOSEN)
         self._version = self.request.header(WEIGHT_VERSION)
+
+    @property
+    def claim(self) -> Hashable:
+        """What decides who may get the request: equal for those with the same candidates."""
+        return self._version, self._chosen, self._preferred, frozenset(self.failed)
 
     def candidates(self, registry: WorkerRegistry) -> list[Worker]:
         """Return who may get the request now; nobody once it has cost too much."""

@@ -30,8 +30,6 @@ __all__ = ["run_router"]
 _App = Callable[[Scope, Receive, Send], Awaitable[None]]
 
 _PARENT_POLL_S = 0.5
-# longer than any client's own limit, so that it is never the router that closes a connection just being reused
-_KEEP_ALIVE_S = 600
 
 
 def run_router(
@@ -104,7 +102,6 @@ def _uvicorn_config(app: _App, options: RouterOptions) -> uvicorn.Config:
         access_log=False,
         log_config=None,
         log_level="error",
-        timeout_keep_alive=_KEEP_ALIVE_S,
         timeout_graceful_shutdown=options.router_drain_timeout,  # type: ignore[arg-type]
     )
 

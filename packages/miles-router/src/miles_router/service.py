@@ -122,6 +122,14 @@ class Router:
         """Send an engine nothing more; what it works on finishes. An unknown engine is no error."""
         self._call("POST", f"/remove_worker?url={quote(endpoint.url, safe='')}", missing_ok=True)
 
+    def require_weights(self, version: str) -> None:
+        """Send requests only to engines that serve these weights from now on; each is asked before this returns.
+
+        One that serves others, or that registers with others, gets nothing until it has caught up. Raises
+        `ServiceError`.
+        """
+        self._call("POST", "/weight_version", {"weight_version": version})
+
     def report(self) -> list[dict[str, Any]]:
         """Say which middleware the child has loaded, from where, and how it fared; asks it. Raises `ServiceError`."""
         return msgspec.json.decode(self._call("GET", REPORT_PATH))["hooks"] if self._middleware else []

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import itertools
 import logging
+import re
 from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
 from miles_api.errors import ConfigError
 
-from .connection import ConnectError, ConnectionPool
+from .connection import ConnectError
+from .pool import ConnectionPool
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -21,19 +23,21 @@ _log = logging.getLogger("miles_router")
 _MAX_LOST = 3
 _BAD_ANSWERS = 5
 _FIRST_BAD_STATUS = 500
+_NO_ADDRESS = "worker url {!r} is not of the form http://host:port"
+_HOST = re.compile(r"[a-z0-9._-]+|[0-9a-f:.]+(%[a-z0-9._-]+)?")
 
 
 def normalise_url(url: str) -> str:
     """Return `http://host:port` as workers are keyed. Raises `ConfigError` for anything else than an engine's root."""
-    parts = urlsplit(url)
     try:
-        port = parts.port
+        parts = urlsplit(url)
+        name, port = parts.hostname or "", parts.port
     except ValueError:
-        port = None
+        raise ConfigError(_NO_ADDRESS.format(url)) from None
     extra = parts.path.strip("/") or parts.query or parts.fragment or parts.username or parts.password
-    if parts.scheme != "http" or not parts.hostname or not port or extra:
-        raise ConfigError(f"worker url {url!r} is not of the form http://host:port")
-    host = f"[{parts.hostname}]" if ":" in parts.hostname else parts.hostname
+    if parts.scheme != "http" or not _HOST.fullmatch(name) or not port or extra:
+        raise ConfigError(_NO_ADDRESS.format(url))
+    host = f"[{name}]" if ":" in name else name
     return f"http://{host}:{port}"
 
 
@@ -72,7 +76,8 @@ class Worker:
         self.reason = ""
         """Why it is quarantined; empty while healthy."""
         self.weight_version = weight_version
-        """The weights it has to serve when it is re-admitted; empty means any."""
+        """The weights it was registered with or has shown since, which it has to serve when it is re-admitted; empty
+        means any."""
         self.sent = 0
         """Requests sent to it so far; `failed` of them it did not answer, or not to the end."""
         self.failed = 0
@@ -122,6 +127,8 @@ class WorkerRegistry:
         """The workers that may get requests; replaced, never changed in place."""
         self.urls: frozenset[str] = frozenset()
         """All workers, replaced when one comes or goes."""
+        self.required = ""
+        """The weights that every worker has to serve to get requests; empty means that each has its own version."""
 
     def __iter__(self) -> Iterator[Worker]:
         return iter(self._by_url.values())
@@ -133,19 +140,31 @@ class WorkerRegistry:
         return self._by_url.get(worker.url) is worker
 
     def add(self, url: str, weight_version: str = "") -> Worker:
-        """Register an engine, or take the word of the caller that a known one is healthy and has these weights."""
+        """Register an engine, or take the word of the caller that a known one is healthy and has these weights.
+
+        Where other weights are required, nobody's word is taken: it is quarantined until it shows those.
+        """
         url = normalise_url(url)
         worker = self._by_url.get(url)
         if worker is None:
             worker = self._by_url[url] = Worker(next(self._numbers), url, weight_version)
             self.urls = frozenset(self._by_url)
-            self._refresh()
-        else:
+            if self.required in ("", weight_version):
+                self._refresh()
+            else:
+                self._doubt_weights(worker)
+        elif self.required in ("", weight_version):
             changed, worker.weight_version = worker.weight_version != weight_version, weight_version
-            if worker.healthy and changed and self.on_change is not None:
-                self.on_change()
+            if worker.healthy and changed:
+                self.changed()
             self.readmit(worker)
+        elif weight_version:
+            self._doubt_weights(worker)
         return worker
+
+    def weights_of(self, worker: Worker) -> str:
+        """Return the weights that a worker has to show before it is re-admitted; empty means any."""
+        return self.required or worker.weight_version
 
     def remove(self, key: str) -> Worker | None:
         """Forget the engine with this URL or id; requests under way finish. None if there is no such engine."""
@@ -202,7 +221,14 @@ class WorkerRegistry:
         elif worker.lost >= _MAX_LOST:
             self.quarantine(worker, f"failed {worker.lost} requests in a row, the last because it {error}")
 
-    def _refresh(self) -> None:
-        self.healthy = [worker for worker in self if worker.healthy]
+    def changed(self) -> None:
+        """Say that `healthy` or the weights of one in it are not what they were."""
         if self.on_change is not None:
             self.on_change()
+
+    def _doubt_weights(self, worker: Worker) -> None:
+        self.quarantine(worker, f"has not shown yet that it serves weights {self.required}")
+
+    def _refresh(self) -> None:
+        self.healthy = [worker for worker in self if worker.healthy]
+        self.changed()

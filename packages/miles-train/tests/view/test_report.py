@@ -284,6 +284,19 @@ def test_metrics_that_no_chart_knows_are_shown_too(make_run):
     assert list(page.charts("more")) == ["search/calls"]
 
 
+def test_the_parts_of_a_reward_share_a_chart_and_are_no_datasets(make_run):
+    run = make_run([
+        line(0, rollout__reward=1.5, rollout__reward__math=1.0, rollout__reward__length=0.5),
+        eval_line(0, **{"held/out": 0.5, "held/out/reward/math": 0.2, "x": 1.0}),
+    ])  # fmt: skip
+    page = page_of(run)
+    charts = page.charts("reward")
+    assert [one["name"] for one in charts["Reward, by part"]["series"]] == ["math", "length"]
+    held_out = [one["name"] for one in charts["Reward"]["series"] if "held-out" in one["name"]]
+    assert held_out == ["held-out reward: held/out", "held-out reward: x"]
+    assert "rollout/reward/math" not in page.charts("more")
+
+
 def test_secrets_of_the_configuration_are_not_shown(make_run):
     config = '[router]\nrouter_token = "hunter2"  # command line\nmax_tokens_per_gpu = 8192  # run.toml\n'
     page = page_of(make_run([line(0)], config=config))

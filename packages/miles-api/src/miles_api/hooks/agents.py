@@ -23,9 +23,11 @@ async def agent(
 
     Called once per sample, concurrently. `request_kwargs` (model, temperature, top_p, max_tokens) go into each
     `client.chat.completions.create(messages=…, **request_kwargs)`; any API key will do. All that the model sees and
-    says at `base_url` becomes the sample, and what it did not say itself is left out of the loss: each request has to
-    repeat the conversation unchanged and add to it, and one that does not is answered 409. What it returns is merged
-    into the sample's metadata.
+    says at `base_url` becomes the sample, and what it did not say itself is left out of the loss. A request that
+    repeats the conversation and adds to it continues it; any other begins one of its own, which becomes a sample beside
+    the first, of the same rollout. What it returns is merged into the samples' metadata. Of that, `reward` scores all
+    of them, and `rewards` is left out and gives scores by the ids of completions: a sample takes that of the last of
+    its answers named there. The reward hook is called where neither says anything.
     """
     raise NotImplementedError
 

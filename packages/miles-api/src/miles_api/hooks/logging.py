@@ -29,7 +29,8 @@ def rollout_log(
 ) -> bool:
     """Log one rollout your own way.
 
-    Called once per rollout with its flat samples; `rollout_time` is in seconds. True suppresses the built-in log.
+    Called once per rollout with its flat samples; `rollout_time` is in seconds. Numbers that it adds to
+    `rollout_extra_metrics` are logged with the built-in ones. True suppresses the built-in log.
     """
     raise NotImplementedError
 
@@ -46,6 +47,7 @@ def eval_rollout_log(
 ) -> bool:
     """Log one evaluation your own way.
 
-    Called once per evaluation; `data` is `RolloutFnEvalOutput.data`. True suppresses the built-in log.
+    Called once per evaluation; `data` is `RolloutFnEvalOutput.data`. Numbers that it adds to `extra_metrics` are logged
+    with the built-in ones. True suppresses the built-in log.
     """
     raise NotImplementedError

@@ -36,6 +36,7 @@ def rollout(
 
     Called once per rollout, in the rollout process. It takes prompts from `data_source`, generates, scores and filters,
     and returns `rollout_batch_size` groups. A bare `list[list[Sample]]`, or in evaluation a bare dict, is wrapped.
+    `miles_rollout.own_loop` has the parts of the default loop.
     """
     raise NotImplementedError
 
@@ -89,7 +90,9 @@ async def generate(
     """Generate the response of one sample: fill its tokens, response, log-probs and status.
 
     Called once per sample, concurrently, up to the engines' concurrency. `sampling_params` is a fresh dict. Returning
-    a list fans the sample out: each item becomes a sample of its own in the same group. A reward set here is kept.
+    a list fans the sample out: each item becomes a sample of its own in the same group. Items that share a `rollout_id`
+    are parts of one trajectory and count once; others get an `index` and a `rollout_id` of their own. A reward set here
+    is kept.
     """
     raise NotImplementedError
 

@@ -197,7 +197,6 @@ THEIRS: dict[str, Rule] = {
     **lack("the first evaluation is always made before training", "--skip-eval-before-train"),
     **lack("the chat template says which tokens train in sft", "--loss-mask-type"),
     # Rewards and objective
-    **lack("a reward hook (custom_rm_path) can call a server; there is no remote_rm in this build", "--rm-url"),
     **with_value("grpo_std_normalization", False, "", "--disable-grpo-std-normalization"),
     **with_value("rewards_normalization", False, "", "--disable-rewards-normalization"),
     **dict.fromkeys(("--disable-compute-advantages-and-returns", "--debug-train-only"), _in_sft),

@@ -115,6 +115,8 @@ def _raw(item: Given, shape: OptionKind) -> Any:
 
 
 def _path(value: Any, shape: OptionKind, item: Given) -> Any:
+    if shape.path == "references":
+        return {locate(key, item.folder): number for key, number in value.items()}
     if not shape.path or not isinstance(value, str):
         return value
     if not value.strip():

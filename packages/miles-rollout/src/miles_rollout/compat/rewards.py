@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import re
 from collections import Counter
 from typing import TYPE_CHECKING, Any
 
 from miles_rollout.compat.state import state_of
 from miles_rollout.group import gather
+from miles_rollout.rewards.boxes import last_boxed
+from miles_rollout.rewards.dapo import dapo_answer, dapo_right, minerva
+from miles_rollout.rewards.dispatch import grade
 from miles_rollout.rewards.f1 import squad_words
-from miles_rollout.rewards.math import last_boxed, math_score
 
 if TYPE_CHECKING:
     from miles_api.args import Args
@@ -26,8 +27,6 @@ __all__ = [
     "remove_boxed",
 ]
 
-_ANSWER = re.compile(r"(?i:answer)\s*:\s*([^\n]+)")
-_LAST_CHARACTERS = 300
 _BOXED_CHARACTERS = 100
 
 
@@ -72,10 +71,9 @@ def extract_answer(passage: str) -> str | None:
 def grade_answer_verl(solution_str: str, ground_truth: Any) -> bool:
     """Say whether the boxed answer of a solution is the labelled one; without a box or a label it is not."""
     answer = last_boxed(solution_str) if solution_str else None
-    if answer is None or ground_truth in (None, ""):
+    if answer is None or not ground_truth:
         return False
-    wanted = str(ground_truth)
-    return math_score(answer, last_boxed(wanted) if "\\boxed" in wanted else wanted) == 1.0
+    return grade("deepscaler", f"</think>\\boxed{{{answer}}}", ground_truth) == 1.0
 
 
 def compute_score(
@@ -88,20 +86,13 @@ def compute_score(
 
     Returns `score`, `acc` and `pred`. A label of any kind scores: numbers, fractions, text.
     """
-    text = solution_str[-_LAST_CHARACTERS:]
     if strict_box_verify:
-        answer = last_boxed(text[-_BOXED_CHARACTERS:])
-        right = answer is not None and answer == str(ground_truth)
+        answer = last_boxed(solution_str[-_BOXED_CHARACTERS:])
+        right, shown = answer is not None and answer == str(ground_truth), answer
     else:
-        lines = _ANSWER.findall(text)
-        answer = (last_boxed(lines[-1]) or lines[-1].strip()) if lines else None
-        right = answer is not None and _same(answer, str(ground_truth))
-    return {"score": 1.0 if right else -1.0, "acc": right, "pred": "[INVALID]" if answer is None else answer}
-
-
-def _same(answer: str, wanted: str) -> bool:
-    # Boxed, so that the grader compares the whole answer and not the last number in it.
-    return math_score(f"\\boxed{{{answer}}}", last_boxed(wanted) or wanted) == 1.0
+        answer = dapo_answer(solution_str)
+        right, shown = answer is not None and dapo_right(answer, ground_truth), answer and minerva(answer)
+    return {"score": 1.0 if right else -1.0, "acc": right, "pred": "[INVALID]" if shown is None else shown}
 
 
 _VERDICTS = ("yes", "no", "noanswer")

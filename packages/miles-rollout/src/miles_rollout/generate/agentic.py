@@ -9,11 +9,14 @@ from typing import TYPE_CHECKING, Any
 
 from miles_api.errors import HookResultError
 from miles_api.rollout_types import GenerateFnInput, GenerateFnOutput
+from miles_api.sample import Status
 from miles_rollout.generate.session import Session
+from miles_rollout.generate.session_samples import fill_samples, reward_samples
 from miles_rollout.generate.session_server import SessionServer
 
 if TYPE_CHECKING:
     from miles_api.loading.bind import BoundHook
+    from miles_api.sample import Sample
 
 __all__ = ["Agentic"]
 
@@ -21,8 +24,9 @@ __all__ = ["Agentic"]
 class Agentic:
     """The generate hook `agentic`, built once: `--custom-agent-function-path` runs each conversation.
 
-    The agent gets a `base_url` of its own. All it says and hears there becomes one sample; what it returns is merged
-    into the sample's metadata. `turns` counts the answers.
+    The agent gets a `base_url` of its own. All it says and hears there becomes one sample, or several of one rollout
+    where its conversations branch. What it returns is merged into their metadata; `reward` and `rewards` in it score
+    them. `turns` counts a sample's answers.
     """
 
     def __init__(self) -> None:
@@ -30,7 +34,7 @@ class Agentic:
         self._aborted = False
 
     async def __call__(self, input: GenerateFnInput) -> GenerateFnOutput:  # noqa: A002
-        """Run the agent once and return its conversation as one sample."""
+        """Run the agent once and return its conversations, each as one sample."""
         agent, sample = input.state.hooks.need("agent"), input.sample
         if not input.state.aborted:
             self._aborted = False
@@ -39,8 +43,8 @@ class Agentic:
         async with self._server.serving(session) as base_url:
             result = await self._run(agent, input, session, base_url)
         sample.non_generation_time += time.perf_counter() - started - session.engine_seconds
-        sample.metadata = {**sample.metadata, "turns": session.turns, **_checked(agent, input, session, result)}
-        return GenerateFnOutput(samples=sample)
+        samples = _samples(agent, input, session, _checked(agent, input, session, result))
+        return GenerateFnOutput(samples=samples if len(samples) > 1 else samples[0])
 
     async def aclose(self) -> None:
         """Stop the server of the sessions."""
@@ -54,6 +58,8 @@ class Agentic:
             await self._abort(request)
             raise
         except Exception as error:
+            if session.aborted:
+                return None  # it was told that no more is generated; what there is stays
             error.add_note(f"on sample {sample.index}, after {session.turns} answers")
             # What an engine failed with says more than what the agent's client made of it.
             if session.error is not None:
@@ -91,7 +97,25 @@ def _checked(agent: BoundHook, request: GenerateFnInput, session: Session, resul
     if result is not None and not isinstance(result, dict):
         agent.stats.errors += 1
         raise HookResultError(f"{name} returned {type(result).__name__} for sample {request.sample.index}, not a dict")
-    if session.turns == 0:
+    if session.turns == 0 and not session.aborted:
         agent.stats.errors += 1
         raise HookResultError(f"{name} returned without one request to its base_url, for sample {request.sample.index}")
     return result or {}
+
+
+def _samples(agent: BoundHook, request: GenerateFnInput, session: Session, said: dict[str, Any]) -> list[Sample]:
+    """Return what the session becomes, with what the agent said of it."""
+    sample, leaves = request.sample, session.leaves()
+    if not leaves:  # the rollout was over before the first answer
+        sample.status = Status.ABORTED
+        return [sample]
+    skip = request.sampling_params.get("skip_special_tokens", True)
+    samples = fill_samples(sample, leaves, request.state.tokenizer, skip_special=skip)
+    try:
+        said = reward_samples(samples, leaves, said, f"agent hook {agent.reference}")
+    except HookResultError:
+        agent.stats.errors += 1
+        raise
+    for made in samples:
+        made.metadata |= said
+    return samples

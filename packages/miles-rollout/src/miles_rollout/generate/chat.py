@@ -20,13 +20,34 @@ if TYPE_CHECKING:
     from miles_api.args import Args
     from miles_api.sample import Sample
 
-__all__ = ["ChatTemplate", "Continuation", "Messages", "prompt_ids", "spoken"]
+__all__ = ["ChatTemplate", "Continuation", "Messages", "Seen", "prompt_ids", "spoken"]
 
 Messages = list[dict[str, Any]]
 
 # Private-use characters, which no template writes.
 _ANSWER = "\ue000answer\ue001"
+_PLACE = {"role": "assistant", "content": _ANSWER}
 _CACHED_TEXT = 256
+
+
+class Seen(NamedTuple):
+    """How a template rendered a conversation up to one answer, and from there to where the next begins."""
+
+    length: int
+    digest: int
+    """The hash of that many characters: keeping them would take space with the square of the turns."""
+    rest: str
+    end: str
+    """How `rest` begins: with what closes an answer."""
+
+    def begins(self, longer: str, rest: str) -> bool:
+        """Say whether `longer`, the same conversation up to the next answer, is rendered alike but for the answer."""
+        return (
+            len(longer) >= self.length + len(self.rest)
+            and longer.endswith(self.rest)
+            and rest.startswith(self.end)
+            and hash(longer[: self.length]) == self.digest
+        )
 
 
 class Continuation(NamedTuple):
@@ -36,6 +57,8 @@ class Continuation(NamedTuple):
     """What closes an answer: `<|im_end|>` and a newline, in ChatML. The model generates part of it itself."""
     opening: list[int]
     """The new messages, up to where the next answer begins."""
+    seen: Seen
+    """What is known then of the conversation, for the continuation after the next answer."""
 
     def after(self, generated: list[int]) -> list[int]:
         """Return the ids to append to an answer: all but what the answer ends with already."""
@@ -50,6 +73,8 @@ class ChatTemplate:
 
     def __init__(self, tokenizer: Any, kwargs: dict[str, Any], tools: list[dict[str, Any]] | None = None) -> None:
         self._tokenizer = tokenizer
+        self.knows_thoughts = "reasoning_content" in str(kwargs.get("chat_template") or tokenizer.chat_template)
+        """Whether it shows what an assistant's message has as `reasoning_content`."""
         self._render_with = functools.partial(
             tokenizer.apply_chat_template, tools=tools or None, tokenize=False, **kwargs
         )
@@ -58,15 +83,21 @@ class ChatTemplate:
         """Return the ids of a conversation in which the model speaks next. Raises `DataError`."""
         return self._ids(self._render(messages, answers=True))
 
-    def continuation(self, history: Messages, new: Messages) -> Continuation:
+    def continuation(self, history: Messages, new: Messages, seen: Seen | None = None) -> Continuation:
         """Return what to append after an answer to `history` so that the model can answer `new`.
+
+        `seen` is that of the continuation which this answer followed; with it, one rendering does for three.
 
         Raises `DataError` if the template renders what came before differently once more follows: then the ids that
         the model has seen are not those of the conversation, and nothing can be appended to them.
         """
-        answer = {"role": "assistant", "content": _ANSWER}
-        before, _, end = self._split([*history, answer], answers=False)
-        longer, _, rest = self._split([*history, answer, *new], answers=True)
+        longer, _, rest = self._split([*history, _PLACE, *new], answers=True)
+        end = seen.end if seen is not None and seen.begins(longer, rest) else self._end(history, new, longer, rest)
+        return Continuation(self._ids(end), self._ids(rest[len(end) :]), Seen(len(longer), hash(longer), rest, end))
+
+    def _end(self, history: Messages, new: Messages, longer: str, rest: str) -> str:
+        """Return what closes an answer to `history`, after checking that `new` leaves what came before as it was."""
+        before, _, end = self._split([*history, _PLACE], answers=False)
         past = self._render(history, answers=False)
         if not (before.startswith(past) and longer.startswith(past) and rest.startswith(end)):
             raise DataError(
@@ -74,7 +105,7 @@ class ChatTemplate:
                 f"{', '.join(message['role'] for message in new)} follows; a conversation of several turns needs a "
                 f"template that only appends. Before: {_tail(before + end)}, after: {_tail(longer + rest[: len(end)])}"
             )
-        return Continuation(self._ids(end), self._ids(rest[len(end) :]))
+        return end
 
     def _split(self, messages: Messages, *, answers: bool) -> tuple[str, str, str]:
         text = self._render(messages, answers=answers)
@@ -112,8 +143,8 @@ def prompt_ids(tokenizer: Any, args: Args, sample: Sample, tools: list[dict[str,
 
 def spoken(tokenizer: Any, ids: list[int]) -> str:
     """Return the text of an answer without what ends it; tags of tool calls may be special tokens, so those stay."""
-    end = len(ids)
-    while end and ids[end - 1] in tokenizer.all_special_ids:
+    end, special = len(ids), tokenizer.all_special_ids
+    while end and ids[end - 1] in special:
         end -= 1
     return tokenizer.decode(ids[:end], skip_special_tokens=False)
 

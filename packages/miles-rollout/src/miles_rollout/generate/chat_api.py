@@ -7,19 +7,26 @@ say, under which the log-probs would be those of another distribution.
 from __future__ import annotations
 
 import time
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import msgspec
 
+from miles_rollout.generate.message_matching import END_OF_THOUGHT
 from miles_rollout.generate.tool_calls import ToolCall, parse_tool_calls
+
+if TYPE_CHECKING:
+    from miles_rollout.generate.tool_calls import Parser
 
 __all__ = [
     "ChatRequest",
+    "Choice",
     "RequestError",
     "answer_message",
     "as_stream",
     "chat_reply",
     "error_body",
+    "models_reply",
     "plain_message",
     "read_request",
 ]
@@ -29,13 +36,14 @@ _IGNORED = {
     "metadata", "model", "parallel_tool_calls", "prompt_cache_key", "safety_identifier", "seed", "service_tier",
     "store", "stream_options", "user",
 }  # fmt: skip
-_READ = {"max_completion_tokens", "max_tokens", "messages", "stop", "stream", "tools"}
+_READ = {"logprobs", "max_completion_tokens", "max_tokens", "messages", "n", "stop", "stream", "tools"}
 _SAMPLING = {"temperature": 1.0, "top_p": 1.0, "top_k": -1, "min_p": 0.0}
 _ONLY: dict[str, Any] = {
-    "frequency_penalty": 0, "logit_bias": {}, "logprobs": False, "n": 1, "presence_penalty": 0,
-    "response_format": {"type": "text"}, "tool_choice": "auto", "top_logprobs": 0,
+    "frequency_penalty": 0, "logit_bias": {}, "presence_penalty": 0, "response_format": {"type": "text"},
+    "tool_choice": "auto", "top_logprobs": 0,
 }  # fmt: skip
-_COMPARED = ("role", "content", "tool_calls", "tool_call_id", "name")
+_THOUGHT = "<think>"
+_COMPARED = ("role", "content", "reasoning_content", "tool_calls", "tool_call_id", "name")
 
 
 class RequestError(Exception):
@@ -58,6 +66,9 @@ class ChatRequest(msgspec.Struct):
     max_tokens: int | None
     stream: bool
     model: str
+    n: int = 1
+    """How many answers it asks for."""
+    logprobs: bool = False
 
 
 def read_request(body: bytes, run: dict[str, Any], *, fixed: bool) -> ChatRequest:
@@ -67,7 +78,7 @@ def read_request(body: bytes, run: dict[str, Any], *, fixed: bool) -> ChatReques
     """
     try:
         sent = msgspec.json.decode(body, type=dict[str, Any])
-    except msgspec.DecodeError as error:
+    except (msgspec.DecodeError, RecursionError) as error:
         raise _bad(f"the body is not a JSON object: {error}") from error
     given = {key: value for key, value in sent.items() if value is not None}
     for key, value in given.items():
@@ -85,12 +96,28 @@ def read_request(body: bytes, run: dict[str, Any], *, fixed: bool) -> ChatReques
     if "stop" in given:
         sampling["stop"] = [*(run.get("stop") or []), *_stops(given["stop"])]
     limit = given.get("max_completion_tokens", given.get("max_tokens"))
-    if limit is not None and (not isinstance(limit, int) or limit < 1):
-        raise _bad(f"max_tokens {limit!r} is not a positive number")
-    plain = _plain_messages(given.get("messages"))
     return ChatRequest(
-        plain, given.get("tools", []), sampling, limit, bool(given.get("stream")), str(given.get("model", ""))
+        messages=_plain_messages(given.get("messages")),
+        tools=_tools(given.get("tools", [])),
+        sampling=sampling,
+        max_tokens=None if limit is None else _positive("max_tokens", limit),
+        stream=bool(given.get("stream")),
+        model=str(given.get("model", "")),
+        n=_positive("n", given.get("n", 1)),
+        logprobs=bool(given.get("logprobs")),
     )
+
+
+def _tools(given: Any) -> list[dict[str, Any]]:
+    if not isinstance(given, list) or not all(isinstance(tool, dict) for tool in given):
+        raise _bad("tools is not a list of tools")
+    return given
+
+
+def _positive(name: str, given: Any) -> int:
+    if type(given) is not int or given < 1:
+        raise _bad(f"{name} {given!r} is not a positive number")
+    return given
 
 
 def _stops(given: Any) -> list[str]:
@@ -123,6 +150,8 @@ def plain_message(message: Any) -> dict[str, Any]:
     elif not isinstance(content, str):
         raise _bad(f"a message has content that is not text: {content!r:.200}")
     if "tool_calls" in kept:
+        if not isinstance(kept["tool_calls"], list):
+            raise _bad("tool_calls is not a list")
         kept["tool_calls"] = [_plain_call(call) for call in kept["tool_calls"]]
     return {**kept, "content": content}
 
@@ -135,34 +164,74 @@ def _plain_call(call: Any) -> dict[str, Any]:
         raise _bad(f"a tool call has no function with name and arguments: {call!r:.200}") from error
 
 
-def chat_reply(
-    request: ChatRequest, number: int, message: dict[str, Any], finish: str, usage: tuple[int, int]
-) -> dict[str, Any]:
-    """Return the completion that holds `message`, the session's answer `number`; `usage` counts prompt and answer."""
-    prompt, answer = usage
-    if finish == "stop" and "tool_calls" in message:
-        finish = "tool_calls"
+class Choice(NamedTuple):
+    """One answer, as a request for a completion gets it."""
+
+    message: dict[str, Any]
+    finish: str
+    """`stop` or `length`."""
+    length: int
+    """How many tokens it has."""
+    tokens: list[str] | None
+    """The text of each token, where the request wants log-probs."""
+    log_probs: list[float]
+
+
+def chat_reply(request: ChatRequest, name: str, choices: list[Choice], prompt: int) -> dict[str, Any]:
+    """Return the completion `name`, answers to a prompt of so many tokens."""
+    generated = sum(choice.length for choice in choices)
     return {
-        "id": f"chatcmpl-{number}",
+        "id": name,
         "object": "chat.completion",
         "created": int(time.time()),
         "model": request.model,
-        "choices": [{"index": 0, "message": message, "finish_reason": finish, "logprobs": None}],
-        "usage": {"prompt_tokens": prompt, "completion_tokens": answer, "total_tokens": prompt + answer},
+        "choices": [_choice(index, choice) for index, choice in enumerate(choices)],
+        "usage": {"prompt_tokens": prompt, "completion_tokens": generated, "total_tokens": prompt + generated},
     }
 
 
-def answer_message(number: int, text: str, spoken: str, *, tools: bool) -> dict[str, Any]:
-    """Return an answer as a message: with `tools`, what `spoken` calls becomes tool calls, unless one is malformed.
+def _choice(index: int, choice: Choice) -> dict[str, Any]:
+    finish, log_probs = choice.finish, None
+    if finish == "stop" and "tool_calls" in choice.message:
+        finish = "tool_calls"
+    if choice.tokens is not None:
+        pairs = zip(choice.tokens, choice.log_probs, strict=True)
+        content = [
+            {"token": text, "logprob": value, "bytes": list(text.encode()), "top_logprobs": []} for text, value in pairs
+        ]
+        log_probs = {"content": content, "refusal": None}
+    return {"index": index, "message": choice.message, "finish_reason": finish, "logprobs": log_probs}
 
-    `text` is the answer for people, `spoken` the same with the special tokens that may mark a call.
+
+def models_reply(checkpoint: str) -> dict[str, Any]:
+    """Return the list of models: the one that is trained, by the name that `request_kwargs` has."""
+    model = {"id": Path(checkpoint).name, "object": "model", "created": 0, "owned_by": "miles"}
+    return {"object": "list", "data": [model]}
+
+
+def answer_message(
+    number: int, text: str, spoken: str, *, parser: Parser | None, tools: list[dict[str, Any]], thoughts: bool
+) -> dict[str, Any]:
+    """Return an answer as a message: with a `parser`, what `spoken` calls becomes tool calls, unless one is malformed.
+
+    `text` is the answer for people, `spoken` the same with the special tokens that may mark a call. With `thoughts`,
+    what comes before the answer proper stands in `reasoning_content`, for a template that knows it; else in the text.
     """
-    content, calls = parse_tool_calls(spoken) if tools else (text, [])
+    content, calls = parse_tool_calls(spoken, parser, tools) if parser else (text, [])
     good = [call for call in calls if isinstance(call, ToolCall)]
-    if not good or len(good) < len(calls):
+    called = good and len(good) == len(calls)
+    message = _with_thought(content if called else text, split=thoughts)
+    if called:
+        message["tool_calls"] = [_openai_call(number, position, call) for position, call in enumerate(good)]
+    return message
+
+
+def _with_thought(text: str, *, split: bool) -> dict[str, Any]:
+    thought, end, rest = text.rpartition(END_OF_THOUGHT)
+    if not (split and end):
         return {"role": "assistant", "content": text}
-    called = [_openai_call(number, position, call) for position, call in enumerate(good)]
-    return {"role": "assistant", "content": content, "tool_calls": called}
+    thought = thought.strip().removeprefix(_THOUGHT).strip()
+    return {"role": "assistant", "content": rest.lstrip("\n"), "reasoning_content": thought}
 
 
 def _openai_call(turn: int, number: int, call: ToolCall) -> dict[str, Any]:
@@ -173,13 +242,17 @@ def _openai_call(turn: int, number: int, call: ToolCall) -> dict[str, Any]:
 
 def as_stream(reply: dict[str, Any]) -> bytes:
     """Return a whole completion as server-sent events: one chunk, then the end."""
-    choice = reply["choices"][0]
-    delta = dict(choice["message"])
-    if "tool_calls" in delta:
-        delta["tool_calls"] = [{"index": i, **call} for i, call in enumerate(delta["tool_calls"])]
-    choices = [{"index": 0, "delta": delta, "finish_reason": choice["finish_reason"], "logprobs": None}]
+    choices = [{**choice, "delta": _delta(choice["message"])} for choice in reply["choices"]]
+    for choice in choices:
+        del choice["message"]
     chunk = {**reply, "object": "chat.completion.chunk", "choices": choices}
     return b"data: " + msgspec.json.encode(chunk) + b"\n\ndata: [DONE]\n\n"
+
+
+def _delta(message: dict[str, Any]) -> dict[str, Any]:
+    if "tool_calls" not in message:
+        return message
+    return {**message, "tool_calls": [{"index": i, **call} for i, call in enumerate(message["tool_calls"])]}
 
 
 def error_body(error: RequestError) -> dict[str, Any]:

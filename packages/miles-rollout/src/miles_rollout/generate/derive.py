@@ -10,6 +10,8 @@ from miles_api.hooks import REGISTRY
 from miles_api.loading.bind import resolve
 from miles_api.loading.hookset import configured_hooks
 from miles_api.run_options import RunOptions
+from miles_rollout.generate.options import GenerateOptions
+from miles_rollout.generate.tool_parsers import check_parser
 from miles_rollout.generate.tool_specs import checked_specs
 
 if TYPE_CHECKING:
@@ -61,19 +63,24 @@ def problems(config: RunConfig) -> Iterator[str]:
             "--custom-agent-function-path and --generate-execute-tool-function-path are both set, and an agent runs "
             "its own tools: drop one"
         )
-    if "tool_specs" not in hooks:
-        return
-    if runs == _MULTI_TURN and config.flat()["apply_chat_template"]:
-        yield (
-            "--apply-chat-template turns prompts into text before --generate-tool-specs-path can describe the tools in "
-            "them: leave it out and give chat messages"
-        )
-    for reference in hooks["tool_specs"]:
+    if runs == _MULTI_TURN:
+        yield from _tool_problems(config)
+    for reference in hooks.get("tool_specs", ()):
         try:
             hook = resolve(REGISTRY["tool_specs"], reference)
         except HookError:
             continue  # reported with all other hooks that do not load
         yield from problem_of(lambda hook=hook: checked_specs(hook))
+
+
+def _tool_problems(config: RunConfig) -> Iterator[str]:
+    name, folder = config.group(GenerateOptions).generate_tool_call_parser, config.group(RunOptions).hf_checkpoint
+    yield from problem_of(lambda: check_parser(name, str(folder)))
+    if "tool_specs" in configured_hooks(config.args) and config.flat()["apply_chat_template"]:
+        yield (
+            "--apply-chat-template turns prompts into text before --generate-tool-specs-path can describe the tools in "
+            "them: leave it out and give chat messages"
+        )
 
 
 def _generate(config: RunConfig) -> str:

@@ -20,6 +20,8 @@ __all__ = ["SessionServer"]
 
 _MAX_BODY = 64 << 20
 _SHUTDOWN_S = 1.0
+# OpenAI's clients would repeat a request that was answered 409 or 5xx, and it would be answered as before.
+_FINAL = {"x-should-retry": "false"}
 
 
 class SessionServer:
@@ -56,29 +58,56 @@ class SessionServer:
     async def _start(self) -> None:
         app = web.Application(client_max_size=_MAX_BODY)
         app.router.add_post("/sessions/{id}/v1/chat/completions", self._complete)
+        app.router.add_get("/sessions/{id}/v1/models", self._models)
         app.router.add_route("*", "/sessions/{id}/{rest:.*}", self._nothing)
-        runner = web.AppRunner(app, handle_signals=False, access_log=None, shutdown_timeout=_SHUTDOWN_S)
+        # A client that hangs up cancels its request: an answer that nobody heard is no part of the conversation.
+        runner = web.AppRunner(
+            app, handle_signals=False, access_log=None, shutdown_timeout=_SHUTDOWN_S, handler_cancellation=True
+        )
         await runner.setup()
         await web.TCPSite(runner, "127.0.0.1", 0).start()
         host, port = runner.addresses[0][:2]
         self._runner, self._url = runner, f"http://{host}:{port}"
 
     async def _complete(self, request: web.Request) -> web.Response:
-        session = self._sessions.get(request.match_info["id"])
         try:
-            if session is None:
-                raise RequestError(404, "no_session", "there is no such session: it has ended, or the address is wrong")
-            chat, reply = await session.complete(await request.read())
+            session = self._session(request)
+            chat, reply = await session.complete(await _body(request))
         except RequestError as error:
-            return _json(error.status, error_body(error))
+            return _refusal(error)
         if chat.stream:
             return web.Response(body=as_stream(reply), content_type="text/event-stream")
         return _json(200, reply)
 
+    async def _models(self, request: web.Request) -> web.Response:
+        try:
+            return _json(200, self._session(request).models())
+        except RequestError as error:
+            return _refusal(error)
+
     async def _nothing(self, request: web.Request) -> web.Response:
-        error = RequestError(404, "not_found", f"{request.method} {request.match_info['rest']}: only chat completions")
-        return _json(error.status, error_body(error))
+        what = f"{request.method} {request.match_info['rest']}"
+        return _refusal(RequestError(404, "not_found", f"{what}: only chat completions and models"))
+
+    def _session(self, request: web.Request) -> Session:
+        session = self._sessions.get(request.match_info["id"])
+        if session is None:
+            raise RequestError(404, "no_session", "there is no such session: it has ended, or the address is wrong")
+        return session
 
 
-def _json(status: int, value: object) -> web.Response:
-    return web.Response(status=status, body=msgspec.json.encode(value), content_type="application/json")
+async def _body(request: web.Request) -> bytes:
+    try:
+        return await request.read()
+    except web.HTTPRequestEntityTooLarge as error:
+        raise RequestError(413, "too_large", f"the body is larger than {_MAX_BODY >> 20} MiB") from error
+
+
+def _refusal(error: RequestError) -> web.Response:
+    return _json(error.status, error_body(error), _FINAL)
+
+
+def _json(status: int, value: object, headers: dict[str, str] | None = None) -> web.Response:
+    return web.Response(
+        status=status, body=msgspec.json.encode(value), content_type="application/json", headers=headers
+    )

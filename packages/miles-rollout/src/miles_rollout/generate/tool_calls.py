@@ -1,19 +1,14 @@
-"""Tool calls in the text of an answer, in the form of Hermes and Qwen: `<tool_call>{"name", "arguments"}</tool_call>`.
-
-Parsers of other model families return the same types.
-"""
+"""Tool calls in the text of an answer: what every parser returns."""
 
 from __future__ import annotations
 
-import re
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import msgspec
 
-__all__ = ["BadToolCall", "ToolCall", "parse_tool_calls"]
+__all__ = ["BadToolCall", "Calls", "Parser", "ToolCall", "parse_tool_calls"]
 
-# A call that the end of the answer cuts off counts if its JSON is whole.
-_CALL = re.compile(r"<tool_call>(.*?)(?:</tool_call>|\Z)", re.DOTALL)
 _END_OF_THOUGHT = "</think>"
 
 
@@ -32,17 +27,16 @@ class BadToolCall(msgspec.Struct, frozen=True):
     """In words, for the model."""
 
 
-def parse_tool_calls(text: str) -> tuple[str, list[ToolCall | BadToolCall]]:
+Calls = list[ToolCall | BadToolCall]
+Parser = Callable[[str, Sequence[dict[str, Any]]], tuple[str, Calls]]
+"""Takes the text of an answer without its thought, and the tool specifications, whose types turn `<a>7</a>` into 7;
+returns the text before the first call, and the calls in order."""
+
+
+def parse_tool_calls(text: str, parser: Parser, tools: Sequence[dict[str, Any]] = ()) -> tuple[str, Calls]:
     """Return the text before the first call, and the calls in order; a call in a thought is none."""
     spoken = text.rpartition(_END_OF_THOUGHT)[2]
-    calls = [_parse(match[1]) for match in _CALL.finditer(spoken)]
+    before, calls = parser(spoken, tools)
     if not calls:
         return text, []
-    return text[: len(text) - len(spoken) + spoken.index("<tool_call>")].rstrip(), calls
-
-
-def _parse(text: str) -> ToolCall | BadToolCall:
-    try:
-        return msgspec.json.decode(text.strip(), type=ToolCall)
-    except (msgspec.DecodeError, UnicodeEncodeError) as error:
-        return BadToolCall(text.strip(), f'not a JSON object with "name" and "arguments": {error}')
+    return (text[: len(text) - len(spoken)] + before).rstrip(), calls

@@ -8,8 +8,9 @@ from miles_api.errors import ConfigError
 
 if TYPE_CHECKING:
     from miles_api.loading.bind import BoundHook
+    from miles_rollout.generate.tool_calls import ToolCall
 
-__all__ = ["checked_specs"]
+__all__ = ["checked_specs", "misfit"]
 
 
 def checked_specs(hook: BoundHook) -> list[dict[str, Any]]:
@@ -25,3 +26,15 @@ def checked_specs(hook: BoundHook) -> list[dict[str, Any]]:
                 f'{{"type": "function", "function": {{"name": …, "parameters": …}}}}, got {spec!r:.200}'
             )
     return list(specs)
+
+
+def misfit(call: ToolCall, specs: list[dict[str, Any]]) -> str:
+    """Return why a call fits none of the tools, in words for the model; empty where it does, or none is specified."""
+    functions = {spec["function"]["name"]: spec["function"] for spec in specs}
+    if not functions:
+        return ""
+    if call.name not in functions:
+        return f"there is no tool {call.name!r}, only {', '.join(functions)}"
+    wanted = (functions[call.name].get("parameters") or {}).get("required") or ()
+    lacking = [name for name in wanted if name not in call.arguments]
+    return f"{call.name} lacks {', '.join(lacking)}" if lacking else ""

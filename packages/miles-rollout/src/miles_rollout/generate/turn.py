@@ -6,13 +6,17 @@ import hashlib
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from miles_api.errors import DataError, ServiceError
+from miles_rollout.pristine import without_response
 from miles_rollout.state import State
 
 if TYPE_CHECKING:
     from miles_api.rollout_types import GenerateFnInput
     from miles_api.sample import Sample
 
-__all__ = ["Answer", "ask", "room", "sampling_seed"]
+__all__ = ["TAKES_LAST_REWARD", "Answer", "ask", "one_conversation", "room", "sampling_seed", "sibling"]
+
+TAKES_LAST_REWARD = "takes_last_reward"
+"""The metadata key of a sample whose reward is that of the last sample of its conversation."""
 
 
 class Answer(NamedTuple):
@@ -61,6 +65,13 @@ async def ask(
     else:
         reply = await state.post("/generate", payload)
     meta = reply["meta_info"]
+    seen = meta.get("prompt_tokens", len(tokens))
+    # Middleware that changes a prompt says so, and its name stands in the sample.
+    if seen != len(tokens) and not meta.get("changed_tokens_by"):
+        raise ServiceError(
+            f"sample {sample.index}: the engine saw a prompt of {seen} tokens, and {len(tokens)} were sent: what it "
+            "continued is not what the sample records"
+        )
     log_probs = [entry[0] for entry in meta["output_token_logprobs"]]
     ids = [entry[1] for entry in meta["output_token_logprobs"]]
     if "output_ids" in reply and reply["output_ids"] != ids:
@@ -68,18 +79,39 @@ async def ask(
     return Answer(ids, log_probs, reply["text"], meta)
 
 
-def room(request: GenerateFnInput, pending: int = 0) -> int:
+def room(request: GenerateFnInput, pending: int = 0, *, before: int = 0) -> int:
     """Return how many tokens may still be generated after `pending` more tokens that were not; at least 0.
 
-    The whole response counts, tool output included. Raises `DataError` for a prompt that is too long by itself.
+    The whole response counts, tool output included, and `before`: tokens of this conversation's response that stand in
+    the prompt of the sample. Raises `DataError` for a prompt that is too long by itself.
     """
     sample, context = request.sample, request.args.rollout_max_context_len
-    left = request.sampling_params["max_new_tokens"] - sample.response_length - pending
+    left = request.sampling_params["max_new_tokens"] - sample.response_length - pending - before
     if context is not None:
         left = min(left, context - len(sample.tokens) - pending)
-        if sample.response_length == 0 and len(sample.tokens) > context:
+        if sample.response_length == before == 0 and len(sample.tokens) > context:
             raise DataError(
                 f"sample {sample.index}: its prompt has {len(sample.tokens)} tokens, more than "
                 f"--rollout-max-context-len {context}; filter with --rollout-max-prompt-len"
             )
     return max(left, 0)
+
+
+def sibling(sample: Sample, tokens: list[int]) -> Sample:
+    """Return a sample for another stretch of the conversation of `sample`, whose prompt is `tokens`.
+
+    It has the same prompt, label, metadata and numbers, `rollout_id` among them, and no response yet.
+    """
+    other = without_response(sample)
+    other.tokens = tokens
+    return other
+
+
+def one_conversation(samples: list[Sample]) -> list[Sample]:
+    """Mark the samples of one conversation: the reward hook scores the last, and the others take its reward.
+
+    One that has a reward keeps it. Under `--group-rm` the hook sees them all and scores each.
+    """
+    for sample in samples[:-1]:
+        sample.metadata = {**sample.metadata, TAKES_LAST_REWARD: True}
+    return samples

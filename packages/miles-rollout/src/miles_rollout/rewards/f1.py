@@ -7,10 +7,15 @@ import string
 from collections import Counter
 from typing import Any
 
-__all__ = ["f1_score", "squad_words"]
+from miles_api.errors import DataError
+from miles_rollout.rewards.wording import shown
+
+__all__ = ["accepted_answers", "f1_check", "f1_score", "squad_words"]
 
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
 _PUNCTUATION = str.maketrans("", "", string.punctuation)
+# SQuAD has `text`, NQ-open `answer`, TriviaQA `value` and `aliases`.
+_KEYS = ("text", "answer", "answers", "value", "aliases")
 
 
 def squad_words(text: str) -> list[str]:
@@ -18,10 +23,40 @@ def squad_words(text: str) -> list[str]:
     return _ARTICLES.sub(" ", text.lower().translate(_PUNCTUATION)).split()
 
 
-def f1_score(response: str, label: Any) -> float:
-    """Return the best token F1 over the accepted answers: `label` is one answer or a list of them."""
-    answers = label if isinstance(label, list) else [label]
-    return max((_f1(squad_words(response), squad_words(str(answer))) for answer in answers), default=0.0)
+def accepted_answers(label: Any) -> list[str]:
+    """Return the texts that a label accepts.
+
+    A label is one answer; a list of them; an object that holds either under `text`, `answer`, `answers`, `value` or
+    `aliases`, as SQuAD, NQ and TriviaQA are published; or None or an empty list for a question without an answer,
+    which only an empty response answers. Anything else stands for its own text.
+    """
+    found: list[str] = []
+    waiting = [label]
+    while waiting:
+        item = waiting.pop()
+        if isinstance(item, list | tuple):
+            waiting += item
+        elif isinstance(item, dict) and any(key in item for key in _KEYS):
+            waiting += [item[key] for key in _KEYS if key in item]
+        elif item is not None:
+            found.append(str(item))
+    # As the official script does: an answer that is all punctuation and articles counts if there is no other.
+    return [answer for answer in found if squad_words(answer)] or [""]
+
+
+def f1_score(response: str, label: Any, metadata: dict[str, Any]) -> float:
+    """Return the best token F1 of a response over the answers that `label` accepts; `metadata` is not read."""
+    said = squad_words(response)
+    return max(_f1(said, squad_words(answer)) for answer in accepted_answers(label))
+
+
+def f1_check(label: Any, metadata: dict[str, Any]) -> None:
+    """Raise `DataError` for a label that is none, or an object of which no answer can be read."""
+    if label is None or (isinstance(label, dict) and not any(key in label for key in _KEYS)):
+        raise DataError(
+            f"label is {shown(label)}: expected an answer, a list of them, or an object with {', '.join(_KEYS)}; an "
+            "empty list for a question without an answer (--label-key names the label)"
+        )
 
 
 def _f1(predicted: list[str], wanted: list[str]) -> float:

@@ -1,4 +1,4 @@
-"""Is a final answer the labelled one: equal text, or equal rational numbers."""
+"""Is a final answer the labelled one? What text and numbers can tell; `math_verified` has the rest."""
 
 from __future__ import annotations
 
@@ -6,58 +6,65 @@ import re
 from fractions import Fraction
 from typing import Any
 
-__all__ = ["final_answer", "last_boxed", "math_score"]
+from miles_rollout.rewards.boxes import last_boxed
+from miles_rollout.rewards.math_text import accepted_answers, latex_as_text, same_text, without_thousands
 
-_NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?(?:/\d+)?")
-_RATIONAL = re.compile(r"[-+]?(\d{1,40}(\.\d{0,40})?|\.\d{1,40}|\d{1,40}/\d{1,40})")
-_NOISE = re.compile(r"\\[,!;]|\\left|\\right|[\s$%]|\\text\{\s*\}")
-_FRACTION = re.compile(r"\\[dt]?frac\{(-?\d+)\}\{(-?\d+)\}")
+__all__ = ["final_answer", "quick_math", "same_number"]
 
-
-def last_boxed(text: str) -> str | None:
-    """Return what the last `\\boxed{…}` holds, nested braces included; None without a closed one."""
-    start = text.rfind("\\boxed{")
-    if start < 0:
-        return None
-    depth = 0
-    for end in range(start + len("\\boxed"), len(text)):
-        depth += (text[end] == "{") - (text[end] == "}")
-        if depth == 0:
-            return text[start + len("\\boxed{") : end]
-    return None
+_NUMBER = re.compile(r"([-+]?)(\d{1,40}(?:\.\d{0,40})?|\.\d{1,40}|\d{1,40}/\d{1,40})(%?)")
+_MIXED = re.compile(r"\d +\d")
+_SHORT = 200
+"""Characters of a response that may be an answer and nothing else."""
+_LONGEST = 1000
+"""Characters of an answer; a longer one is wrong unasked, unless the label is as long."""
+_DIGITS = 6
+"""Decimals to which a decimal number must agree, as in math-verify: 0.333333 is a third."""
 
 
-def final_answer(response: str) -> str:
-    """Return the last boxed answer, else the last number, else the whole response."""
+def quick_math(response: str, label: Any, metadata: dict[str, Any]) -> float | None:
+    """Return 1.0 for an answer that is the same text or number as the label, 0.0 for another number, else None."""
+    accepted = accepted_answers(label)
+    answer = final_answer(response)
+    if not accepted or answer == "":
+        return 0.0
+    if answer is None:
+        text = response.strip()
+        return 1.0 if len(text) <= _SHORT and any(same_text(text, wanted) for wanted in accepted) else None
+    if len(answer) > _LONGEST and len(answer) > 2 * max(map(len, accepted)):
+        return 0.0
+    if any(same_text(answer, wanted) for wanted in accepted):
+        return 1.0
+    same = [same_number(answer, wanted) for wanted in accepted]
+    return 1.0 if True in same else None if None in same else 0.0
+
+
+def final_answer(response: str) -> str | None:
+    """Return the last boxed answer, or the whole response if it is but a number; None if it has to be searched for."""
     boxed = last_boxed(response)
     if boxed is not None:
-        return boxed
-    numbers = _NUMBER.findall(response)
-    return numbers[-1] if numbers else response
+        return boxed.strip()
+    text = response.strip()
+    return text if not text or _number(text) is not None else None
 
 
-def math_score(response: str, label: Any) -> float:
-    """Return 1.0 if the response's final answer equals `label`, else 0.0; a label of any kind can be compared.
-
-    Answers are equal as text (spaces, `\\left`, `$` and the like aside) or as integers, decimals and fractions.
-    """
-    answer, wanted = _plain(final_answer(response)), _plain(str(label))
-    if answer == wanted:
-        return 1.0
-    ours, theirs = _rational(answer), _rational(wanted)
-    return float(ours is not None and ours == theirs)
-
-
-def _plain(text: str) -> str:
-    return _FRACTION.sub(r"\1/\2", _NOISE.sub("", text)).rstrip(".")
+def same_number(answer: str, wanted: str) -> bool | None:
+    """Say whether two answers are the same number; None unless both are integers, decimals, fractions or percents."""
+    ours, theirs = _number(answer), _number(wanted)
+    if ours is None or theirs is None:
+        return None
+    if "." not in answer + wanted:
+        # 9% may answer 9, but 1/2 is nothing else.
+        return bool(ours & theirs)
+    return any(round(a, _DIGITS) == round(b, _DIGITS) for a in ours for b in theirs)
 
 
-def _rational(text: str) -> Fraction | None:
-    plain = text.replace(",", "")
+def _number(text: str) -> set[Fraction] | None:
+    """Return the values that a number may have: a percentage counts with and without its hundredth."""
+    plain = latex_as_text(text.replace("$", "").replace("\\%", "%")).strip()
+    # The space of a mixed number, 9 2/5, is a sum.
+    found = None if _MIXED.search(plain) else _NUMBER.fullmatch(without_thousands(plain.replace(" ", "")))
     # No exponents and a bound on digits: a model may write 1e30000000, and building that number takes for ever.
-    if not _RATIONAL.fullmatch(plain):
+    if found is None or re.search(r"/0+$", found[2]):
         return None
-    try:
-        return Fraction(plain)
-    except ZeroDivisionError:
-        return None
+    value = Fraction(found[1] + found[2])
+    return {value, value / 100} if found[3] else {value}

@@ -5,9 +5,11 @@ from __future__ import annotations
 import asyncio
 from typing import TYPE_CHECKING
 
-from miles_router.messages import BodyTooLargeError, read_body, send_json
+from miles_router.messages import BODIES, RETRY_AFTER, BodyTooLargeError, read_body, send_json
+from miles_router.routing import Refusal
 
 if TYPE_CHECKING:
+    from miles_router.memory import BodyMemory
     from miles_router.messages import Message, Receive, Scope, Send
     from miles_router.middleware import App
 
@@ -20,20 +22,26 @@ _ABOUT_BODY = frozenset((b"content-length", b"content-encoding", b"transfer-enco
 async def generate_body(app: App, scope: Scope, receive: Receive, send: Send, limit: int) -> bytes | None:
     """Return the body of a POST to `/generate`; None where nothing is left to do.
 
-    That is with any other request, which `app` has served, where the body is too long, which was answered, or where the
-    client has left, which `app` was told.
+    That is with any other request, which `app` has served, where the body is too long or there is no room for it, which
+    was answered, or where the client has left, which `app` was told.
     """
     if scope["type"] != "http" or scope["method"] != "POST" or scope["path"] != "/generate":
         await app(scope, receive, send)
         return None
+    memory: BodyMemory | None = scope.get(BODIES)
     try:
-        body = await read_body(receive, limit)
+        body = await read_body(receive, limit, memory)
+    except Refusal as refusal:
+        await send_json(send, refusal.status, {"error": refusal.detail}, RETRY_AFTER)
+        return None
     except BodyTooLargeError:
         text = f"the body is longer than --router-max-body-bytes {limit}"
         await send_json(send, _TOO_LONG, {"error": {"message": text, "type": "refused", "code": _TOO_LONG}})
         return None
     if body is None:
         await app(scope, _left, send)
+    elif memory is not None:
+        memory.give(len(body))  # who forwards it counts it again
     return body
 
 

@@ -18,6 +18,7 @@ import msgspec
 from miles_api.options import Options, options_from
 from miles_router.messages import CHOSEN, PREFERRED
 from miles_router.middlewares.bodies import generate_body, giving, question
+from miles_router.model_info import MODEL_INFO_PATHS, ModelInfo, model_info
 from miles_router.routing import WEIGHT_VERSION
 
 if TYPE_CHECKING:
@@ -30,7 +31,6 @@ __all__ = ["ResponseCache", "ResponseCacheOptions"]
 _HEADER = b"x-miles-cache"
 _OK = 200
 _NOT_FOUND = 404
-_INFO = ("/model_info", "/get_model_info")
 _UNSET = ("", "default")
 """Weight versions that say nothing: SGLang's own, where nobody gave one."""
 _OVERHEAD = 512
@@ -79,20 +79,12 @@ class _Reply(msgspec.Struct):
     meta_info: _Meta
 
 
-class _Info(msgspec.Struct, frozen=True):
-    """What an engine serves."""
-
-    weight_version: str | int | None = None
-    model_path: str | None = None
-
-
 _request = msgspec.json.Decoder(_Request)
-_info = msgspec.json.Decoder(_Info)
 _replies = msgspec.json.Decoder(_Reply | list[_Reply])
 
 
 class _Entry(msgspec.Struct):
-    served: _Info
+    served: ModelInfo
     headers: list[tuple[bytes, bytes]]
     body: bytes
 
@@ -111,8 +103,8 @@ class ResponseCache:
         mine: ResponseCacheOptions = options_from(router.args, ResponseCacheOptions)
         self._app = app
         self._router = router
-        self._limit = mine.response_cache_bytes
         self._max_body = router.options.router_max_body_bytes
+        self._limit = mine.response_cache_bytes
         self._entries: OrderedDict[bytes, _Entry] = OrderedDict()
         self._size = self._hits = self._misses = 0
 
@@ -151,12 +143,12 @@ class ResponseCache:
         preferred = scope.get(PREFERRED)
         return [preferred] if preferred in urls else sorted(urls, key=lambda url: loads[url])
 
-    async def _served(self, scope: Scope) -> _Info | None:
+    async def _served(self, scope: Scope) -> ModelInfo | None:
         """Ask what is served; None where nobody says, or nobody could know from it."""
         urls = self._could_answer(scope)
         if not urls:
             return None
-        for path in _INFO:
+        for path in MODEL_INFO_PATHS:
             asked = question(scope, "GET", path)
             self._router.choose(asked, urls[0])
             answer = _Answer(self._limit)
@@ -164,13 +156,12 @@ class ResponseCache:
             if answer.status != _NOT_FOUND:
                 break
         try:
-            said = _info.decode(answer.body) if answer.status == _OK and answer.whole else _Info()
+            said = model_info(answer.body) if answer.status == _OK and answer.whole else ModelInfo()
         except msgspec.DecodeError:
             return None
-        version = "" if said.weight_version is None else str(said.weight_version)
-        return None if version in _UNSET else _Info(version, said.model_path)
+        return None if said.version in _UNSET else ModelInfo(said.version, said.model_path)
 
-    def _keep(self, key: bytes, served: _Info, answer: _Answer) -> None:
+    def _keep(self, key: bytes, served: ModelInfo, answer: _Answer) -> None:
         headers = [pair for pair in answer.headers if pair[0].lower() not in (b"set-cookie", b"date", _HEADER)]
         entry = _Entry(served, headers, answer.body)
         old = self._entries.pop(key, None)

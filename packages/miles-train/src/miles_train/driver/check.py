@@ -208,6 +208,14 @@ def _would_be_deleted(config: RunConfig) -> Iterator[str]:
         for reference in references
         if ".py:" in reference
     ]
+    inputs += [
+        (flag_of(field.name), reference)
+        for group in config.groups.values()
+        for field in msgspec.structs.fields(group)
+        if option_kind(field.type).path == "references"
+        for reference in getattr(group, field.name)
+        if ".py:" in reference
+    ]
     for flag, given in inputs:
         path = given and Path(given.rpartition(":")[0] if ".py:" in given else given)
         if path and path.resolve().is_relative_to(folder):

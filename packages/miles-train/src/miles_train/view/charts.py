@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from typing import TYPE_CHECKING, Any
 
-from miles_train.view.metric_words import CAUSE, explain
+from miles_train.view.metric_words import CAUSE, REWARD_PART, explain
 from miles_train.view.one_chart import one_chart
 from miles_train.view.series import (
     Columns,
@@ -48,7 +48,7 @@ class _Charts:
 
     def data(self) -> dict[str, Any]:
         sections = {
-            "reward": [self.reward()],
+            "reward": [self.reward(), self.reward_parts()],
             "rollout": self.rollout(),
             "train": self.train(),
             "gap": [self.gap(), *self.mismatch()],
@@ -99,6 +99,15 @@ class _Charts:
             train[0]["style"] = "faint"
         series = [*train, *smooth, *self.held_out("reward", "held-out reward")]
         return one_chart("Reward", series, tall=True, unit="")
+
+    def reward_parts(self) -> dict[str, Any]:
+        parts = [name for name in self.names if name.startswith(REWARD_PART)]
+        series = [
+            one
+            for i, name in enumerate(parts)
+            for one in self.line(name, name.removeprefix(REWARD_PART), 1 + i % _COLORS)
+        ]
+        return one_chart("Reward, by part", series, text="Mean of each part, before any weight.", unit="")
 
     def rollout(self) -> list[dict[str, Any]]:
         lengths = [

@@ -8,10 +8,12 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-__all__ = ["CAUSE", "CAUSES", "explain", "unsaid"]
+__all__ = ["CAUSE", "CAUSES", "REWARD_PART", "explain", "unsaid"]
 
 CAUSE = "train/zero_gradient/"
 """How the names of metrics begin that count the optimizer steps that changed nothing, by cause."""
+REWARD_PART = "rollout/reward/"
+"""How the names of metrics begin that are the means of a reward's parts."""
 CAUSES = {
     "masked": "every token was masked",
     "learning_rate": "the learning rate was 0",
@@ -24,6 +26,8 @@ CAUSES = {
 
 _ROLLOUT = {
     "reward": "Mean reward of the rollout's samples, before it is normalised.",
+    "rm_seconds": "Mean time in which --rm-url scored one sample, with all attempts.",
+    "rm_retries": "Requests to --rm-url that were sent again.",
     "response_length": "Mean length of a response, tool output included, in tokens.",
     "response_length_max": "The longest response, in tokens.",
     "tokens": "Response tokens of all samples.",
@@ -113,6 +117,9 @@ def explain(name: str) -> str:
     """Return what a metric of `metrics.jsonl` says; empty for a name that is not ours, such as one that a hook gave."""
     if name.startswith("rollout/dropped/"):
         return f"Groups that were dropped for the reason {name.removeprefix('rollout/dropped/')}."
+    part = re.fullmatch(r"(?:rollout|eval/.+?)/reward/(.+)", name)
+    if part:
+        return f"Mean of the part {part[1]} of the samples' rewards, before any weight."
     cause = name.removeprefix(CAUSE)
     if cause in CAUSES:
         return f"Optimizer steps that could not change the weights because {CAUSES[cause]}."

@@ -27,7 +27,8 @@ __all__ = [
     "total_seconds",
 ]
 
-EVAL_NAME = re.compile(r"eval/(?P<dataset>.+)/(?P<metric>[^/]+)")
+# A part of the reward is named below it: `eval/<dataset>/reward/<part>`.
+EVAL_NAME = re.compile(r"eval/(?P<dataset>.+?)/(?P<metric>reward/.+|[^/]+)")
 
 
 class Columns:

@@ -12,7 +12,9 @@ from miles_api.checksum import CHECKSUM
 from miles_rollout.engines.local.errors import CheckpointError, UnsupportedModelError
 from miles_rollout.engines.local.protocol import (
     AbortRequest,
+    DetokenizeRequest,
     PauseRequest,
+    TokenizeRequest,
     UpdateVersionRequest,
     UpdateWeightsRequest,
 )
@@ -59,6 +61,8 @@ class Control:
             "/get_model_info": Route(get, self.model_info),
             "/v1/models": Route(get, self.models),
             "/v1/loads": Route(get, self.loads),
+            "/tokenize": Route(post, self.tokenize),
+            "/detokenize": Route(post, self.detokenize),
             "/flush_cache": Route(both, self.flush_cache),
             "/abort_request": Route(post, self.abort_request),
             "/pause_generation": Route(post, self.pause_generation),
@@ -100,6 +104,33 @@ class Control:
     async def loads(self, _: bytes) -> Answer:
         """Say how many requests run and wait."""
         return 200, {"loads": [{"dp_rank": 0, **self._load()}]}
+
+    async def tokenize(self, body: bytes) -> Answer:
+        """Return the tokens of a text, or of several."""
+        request = _parse(body, TokenizeRequest)
+        if isinstance(request, str):
+            return _failed(request)
+        texts = [request.prompt] if isinstance(request.prompt, str) else request.prompt
+        ids = [self._scheduler.codec.encode(text, special=request.add_special_tokens) for text in texts]
+        counts = [len(each) for each in ids]
+        one = isinstance(request.prompt, str)
+        found = {"tokens": ids[0], "count": counts[0]} if one else {"tokens": ids, "count": counts}
+        return 200, {**found, "max_model_len": self.info["max_total_len"]}
+
+    async def detokenize(self, body: bytes) -> Answer:
+        """Return the text of some tokens, or of several lists of them."""
+        request = _parse(body, DetokenizeRequest)
+        if isinstance(request, str):
+            return _failed(request)
+        many = [each for each in request.tokens if isinstance(each, list)]
+        one = [each for each in request.tokens if isinstance(each, int)]
+        if many and one:
+            return _failed("'tokens' is a list of tokens, or of such lists, not both")
+        vocabulary = self._scheduler.model.vocab_size
+        if any(not 0 <= token < vocabulary for each in (*many, one) for token in each):
+            return _failed(f"'tokens' holds what is no token: they go from 0 to {vocabulary - 1}")
+        texts = self._scheduler.codec.decode_many(many or [one], request.skip_special_tokens)
+        return 200, {"text": texts if many else texts[0]}
 
     async def flush_cache(self, _: bytes) -> Answer:
         """Drop cached prompts and idle memory; refused while requests run or wait."""

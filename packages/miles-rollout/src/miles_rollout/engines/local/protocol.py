@@ -14,11 +14,13 @@ from miles_rollout.engines.local.errors import RequestError
 __all__ = [
     "DEFAULT_MAX_NEW_TOKENS",
     "AbortRequest",
+    "DetokenizeRequest",
     "GenerateRequest",
     "MetaInfo",
     "PauseRequest",
     "Reply",
     "SamplingParams",
+    "TokenizeRequest",
     "UpdateVersionRequest",
     "UpdateWeightsRequest",
 ]
@@ -186,6 +188,20 @@ class Reply(msgspec.Struct, kw_only=True):
     output_ids: list[int]
     meta_info: MetaInfo
     index: int | msgspec.UnsetType = msgspec.UNSET
+
+
+class TokenizeRequest(msgspec.Struct, kw_only=True):
+    """The body of `POST /tokenize`: one text, or several."""
+
+    prompt: str | list[str]
+    add_special_tokens: bool = True
+
+
+class DetokenizeRequest(msgspec.Struct, kw_only=True):
+    """The body of `POST /detokenize`: the tokens of one text, or of several."""
+
+    tokens: list[int | list[int]]
+    skip_special_tokens: bool = True
 
 
 class AbortRequest(msgspec.Struct, kw_only=True):

@@ -35,11 +35,11 @@ class TextCodec:
         """The tokenizer of transformers; there exactly when `_backend` is not."""
         self.eos_ids = _eos_ids(directory, self)
 
-    def encode(self, text: str) -> list[int]:
-        """Return token ids, with the special tokens the tokenizer adds on its own."""
+    def encode(self, text: str, *, special: bool = True) -> list[int]:
+        """Return token ids; with `special`, those too that the tokenizer adds on its own."""
         if self._backend is None:
-            return self._slow.encode(text)
-        return self._backend.encode(text).ids
+            return self._slow.encode(text, add_special_tokens=special)
+        return self._backend.encode(text, add_special_tokens=special).ids
 
     def token_id(self, token: str) -> int | None:
         """Return the id of one token by its text."""
