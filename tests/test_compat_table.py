@@ -61,6 +61,8 @@ CALLS = {
     "rollout.rm_hub.async_rm": [RM, ((A, A), {"evaluation": True})],
     "rollout.rm_hub.batched_async_rm": [RM, ((A, []), {"inplace_set_reward_field": True})],
     "rollout.rm_hub.grade_answer_verl": [(("", ""), {})],
+    "rollout.rm_hub.remote_rm": [RM],
+    "rollout.rm_hub.compute_score_dapo": [(("", ""), {})],
     "rollout.rm_hub.extract_boxed_answer": [(("",), {})],
     "rollout.rm_hub.f1_score": [(("", ""), {})],
     "rollout.rm_hub.f1.f1_score": [(("", ""), {})],
@@ -96,6 +98,12 @@ CALLS = {
     "utils.ppo_utils.compute_policy_loss": [((A, A, 0.2, 0.28), {}), ((A, A, 0.2, 0.28, 3.0), {})],
     "backends.training_utils.parallel.get_parallel_state": [((), {})],
 }  # fmt: skip
+for old, calls in {
+    "gpqa.compute_gpqa_reward": [(("", "A"), {"metadata": {}})],
+    "ifbench.compute_ifbench_reward": [(("", ""), {"metadata": {}})],
+    "deepscaler.get_deepscaler_rule_based_reward": [(("", ""), {})],
+}.items():
+    CALLS |= {f"rollout.rm_hub.{old}": calls, f"rollout.rm_hub.{old.partition('.')[2]}": calls}
 for module in ("training_utils", "megatron_utils"):
     CALLS |= {
         f"backends.{module}.cp_utils.all_gather_with_cp": [CP, ((A, 3, 2), {}), ((A, 3, 2, "thd", None), {})],

@@ -1,5 +1,6 @@
 """The pages of docs/ against all packages; what miles-api alone can tell is in that package's tests."""
 
+import json
 import re
 import shutil
 import sys
@@ -39,6 +40,18 @@ def test_the_blocks_of_writing_a_hook_that_start_runs_run_and_say_what_is_shown(
     assert run_blocks(ROOT / "docs" / "writing-a-hook.md", tmp_path, sections) > 15
 
 
+def test_the_runs_of_the_page_on_tools_and_agents_are_ready_to_start(quickstart_data, tmp_path):
+    model = tmp_path / "model"
+    shutil.copytree(quickstart_data / "model", model)
+    (model / "chat_template.jinja").write_text("{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}")
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps({**config, "max_position_embeddings": 512}))
+    text = (ROOT / "docs" / "tools-and-agents.md").read_text()
+    # The model of the page is a download, and its runs take minutes.
+    (tmp_path / "page.md").write_text(re.sub(r"^\$ (hatch|mkdir|miles train) .*\n", "", text, flags=re.MULTILINE))
+    assert run_blocks(tmp_path / "page.md", tmp_path) > 3
+
+
 def test_the_table_of_failures_follows_who_calls_each_hook():
     deadlines = {names: deadline for names, deadline, *_ in FAILURES}
     assert BY_LOOP == CALLED_BY_LOOP
@@ -67,6 +80,14 @@ def test_the_number_of_threads_and_of_saved_samples_are_those_that_the_page_name
     assert (failures._THREADS, failures._SAVED) == (8, 16)
     assert "a thread, of which there are eight" in text
     assert "up to sixteen of them" in text
+
+
+def test_the_index_names_every_page_package_and_example():
+    text = (ROOT / "docs" / "README.md").read_text()
+    pages = [page.name for page in (ROOT / "docs").glob("*.md") if page.name != "README.md"]
+    others = [*ROOT.glob("packages/*/README.md"), *ROOT.glob("examples/*/README.md")]
+    pages += [f"../{page.relative_to(ROOT)}" for page in others]
+    assert [page for page in pages if f"]({page})" not in text] == []
 
 
 def test_every_file_that_the_page_on_security_names_is_there():

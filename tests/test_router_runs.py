@@ -1,5 +1,6 @@
 """The router's middleware with real engines and a real run: conversations keep their tokens, a run can be replayed."""
 
+import asyncio
 import json
 import subprocess
 import sys
@@ -7,13 +8,17 @@ import urllib.error
 import urllib.request
 
 import pytest
+from uvicorn.server import ServerState
 
 from miles_api.record import read_dump
 from miles_api.services import Placement
 from miles_rollout.engines.local.fleet import LocalFleet
 from miles_rollout.engines.local.options import LocalEngineOptions
+from miles_rollout.requests import Requests
 from miles_router import Router, RouterOptions
+from miles_router.app import RouterApp
 from miles_router.options import READY_PREFIX
+from miles_router.server import _uvicorn_config
 
 TIMEOUT = 280
 
@@ -59,6 +64,41 @@ def engines(quickstart_data):
         yield fleet.endpoints()
     finally:
         fleet.stop()
+
+
+@pytest.mark.parametrize(
+    ("options", "short"), [({}, True), ({"router_token": "t"}, True), ({"router_max_requests": 9}, False)]
+)
+def test_a_runs_own_requests_go_the_short_way_unless_there_are_limits(engines, options, short):
+    long_ways = []
+
+    class App(RouterApp):
+        async def __call__(self, scope, receive, send):
+            long_ways.append(scope["path"])
+            await super().__call__(scope, receive, send)
+
+    async def main():
+        settings = RouterOptions(**options)
+        app = App(settings)
+        app.registry.add(engines[0].url)
+        config = _uvicorn_config(app, settings)
+        config.load()
+        state = ServerState()
+        server = await asyncio.get_running_loop().create_server(
+            lambda: config.http_protocol_class(config=config, server_state=state, app_state={}), "127.0.0.1", 0
+        )
+        url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
+        requests = Requests(url, {"Authorization": "Bearer t"}, 60, 4)
+        sampling = {"max_new_tokens": 3, "temperature": 0}
+        for rid in ("short", "x" * 500_000):  # which comes in several pieces
+            await requests.post("/generate", {"input_ids": [1, 2, 3], "sampling_params": sampling, "rid": rid})
+        await requests.close()
+        server.close()
+        await app.close()
+        return app.metrics.statuses
+
+    assert asyncio.run(main()) == {200: 2}
+    assert long_ways == ([] if short else ["/generate"] * 2)
 
 
 def test_each_turn_of_a_conversation_sent_as_text_goes_on_from_the_tokens_that_were_generated(engines):

@@ -9,7 +9,8 @@ import pytest
 from miles_api.hooks import REGISTRY
 from miles_api.loading.bind import resolve
 
-DOCS = Path(__file__).parents[3] / "docs"
+ROOT = Path(__file__).parents[3]
+DOCS = ROOT / "docs"
 sys.path.append(str(DOCS))
 
 from generate import HOOKS_PAGE, hooks_page  # noqa: E402
@@ -66,11 +67,12 @@ def slug(heading):
     return re.sub(r"[^\w\- ]", "", heading.strip().lower()).replace(" ", "-")
 
 
-@pytest.mark.parametrize(
-    "page", ["README.md", "ABI.md", "CONTRIBUTING.md", *(f"docs/{p.name}" for p in DOCS.glob("*.md"))]
-)
+PLACES = ["*.md", "docs/*.md", "packages/*/README.md", "examples/*/README.md", "benchmarks/*.md"]
+
+
+@pytest.mark.parametrize("page", [str(p.relative_to(ROOT)) for place in PLACES for p in sorted(ROOT.glob(place))])
 def test_every_link_leads_somewhere(page):
-    file = DOCS.parent / page
+    file = ROOT / page
     text = re.sub(r"^```.*?^```", "", file.read_text(), flags=re.MULTILINE | re.DOTALL)
     for target in re.findall(r"\]\(([^)\s]+)\)", text):
         path, _, anchor = target.partition("#")

@@ -59,6 +59,12 @@ def test_the_command_line_wins_over_the_file_and_the_file_over_the_default(run_f
     assert config.sources == {"toy_size": "command line", "seed": "run.toml"}
 
 
+def test_an_object_on_the_command_line_that_is_no_json_is_told_how_one_is_written():
+    said = problems(["--toy-extra", "x=1"])
+    assert "--toy-extra = 'x=1': Expected an object in JSON" in said
+    assert """'{"name": 1}'""" in said
+
+
 def test_all_problems_come_in_one_report_with_the_nearest_names(run_file):
     text = problems(
         [run_file('[toy]\ntoy_sise = 1\ntoy_on = "yes"\n[rum]\nx = 1\n[run]\ntoy_size = 2\n'), "--toy-sze", "4",

@@ -255,7 +255,16 @@ def test_dapo_scores_labels_of_any_kind(response, label, score):
 
 
 def test_graders_of_older_stacks_say_right_or_wrong():
-    from miles_rollout.compat.rewards import compute_score, extract_answer, f1_score, grade_answer_verl, remove_boxed
+    from miles_rollout.compat.rewards import (
+        compute_gpqa_reward,
+        compute_ifbench_reward,
+        compute_score,
+        extract_answer,
+        f1_score,
+        get_deepscaler_rule_based_reward,
+        grade_answer_verl,
+        remove_boxed,
+    )
 
     assert grade_answer_verl("thus \\boxed{0.5}", "\\boxed{\\frac{1}{2}}")
     assert not grade_answer_verl("thus 0.5", "0.5")
@@ -265,6 +274,10 @@ def test_graders_of_older_stacks_say_right_or_wrong():
     assert f1_score("the cat sat", "a cat") == (2 / 3, 1 / 2, 1.0)
     assert f1_score("yes indeed", "yes") == (0.0, 0.0, 0.0)
     assert compute_score("\\boxed{3}", "3", strict_box_verify=True)["score"] == 1.0
+    assert [compute_gpqa_reward(said, "B") for said in ("Answer: B", None)] == [1.0, 0.0]
+    assert get_deepscaler_rule_based_reward("</think>\\boxed{1+x}", "x+1") == 1.0
+    followed = {"instruction_id_list": ["punctuation:no_comma"], "kwargs": [{}]}
+    assert [compute_ifbench_reward(said, "", followed) for said in ("fine", "not, so")] == [1.0, 0.0]
 
 
 def test_a_processor_is_none_where_the_model_has_none(tokenizer_dir):

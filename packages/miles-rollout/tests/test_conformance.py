@@ -35,8 +35,12 @@ def registered():
     return defaults + short
 
 
-# These need a rollout's own hooks and a chat template, a recording, or weights: their own tests run them with those.
-_WITH_MORE = {("generate", "multi_turn"), ("generate", "agentic"), ("rollout", "recorded"), ("reward", "weighted")}
+# These need a rollout's own hooks and a chat template, held-out prompts, a recording, or weights: their own tests run
+# them with those.
+_WITH_MORE = {
+    ("generate", "multi_turn"), ("generate", "agentic"), ("eval_rollout", "inference"), ("rollout", "recorded"),
+    ("reward", "weighted"),
+}  # fmt: skip
 _LABELS = [make_sample(label=label) for label in ("7", "1/2", "A", ["x", "y"])]
 
 

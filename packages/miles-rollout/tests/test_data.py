@@ -121,6 +121,17 @@ def test_prompts_that_are_too_long_are_left_out_and_all_of_them_is_an_error(args
         RolloutDataSourceWithBuffer(args_of(prompt_data=file, rollout_max_prompt_len=2))
 
 
+def test_chat_prompts_are_as_long_as_the_chat_template_makes_them(args_of, tmp_path):
+    chats = [[{"role": "user", "content": "a" * n}] for n in (3, 9)]
+    file = write(tmp_path, *[json.dumps({"prompt": chat, "label": "x"}) for chat in chats])
+    options = {"prompt_data": file, "rollout_max_prompt_len": 5, "custom_generate_function_path": "mine.py:chat"}
+    template = {"chat_template": "{% for m in messages %}{{ m.content }}{% endfor %}{{ '>' }}"}
+    source = RolloutDataSourceWithBuffer(args_of(**options, apply_chat_template_kwargs=template))
+    assert [group[0].prompt for group in source.get_samples(2)] == [chats[0]] * 2
+    with pytest.raises(DataError, match=r"--rollout-max-prompt-len: .*no chat template"):
+        RolloutDataSourceWithBuffer(args_of(**options))
+
+
 def test_a_source_without_a_file_is_a_clear_error(args_of):
     with pytest.raises(ConfigError, match="--prompt-data is not set"):
         RolloutDataSourceWithBuffer(args_of(prompt_data=None))

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from miles_api import GenerateState
 from miles_api.errors import ConfigError, HookResultError
 from miles_api.record import read_dump
 from miles_api.testing import hook_args
@@ -32,6 +33,15 @@ def test_an_own_loop_generates_scores_and_evaluates_with_the_hooks_of_the_run(wo
     assert one.evaluate(0, "1")["metrics"]["eval/prompts/reward"] == 2.0
 
 
+def test_the_default_loop_may_evaluate_for_a_rollout_of_ones_own(worker, hook, prompt_file):
+    body = "async def rollout(args, rollout_id, data_source, evaluation=False):\n    assert not evaluation\n"
+    one = worker(
+        rollout_function_path=hook(body, "rollout"), eval_function_path="inference", custom_rm_path=hook(SCORE),
+        rm_type=None, eval_prompt_data=prompt_file,
+    )  # fmt: skip
+    assert one.evaluate(0, "1")["metrics"]["eval/prompts/reward"] == 2.0
+
+
 def test_hooks_that_an_own_loop_calls_are_counted_like_those_of_the_default_loop(worker, hook):
     one = worker(rollout_function_path=hook(OWN, "rollout"), custom_rm_path=hook(SCORE), rm_type=None)
     result = one.generate(0, "1")
@@ -52,6 +62,11 @@ def test_what_a_hook_raises_in_an_own_loop_ends_the_run_with_the_sample_saved_fo
 def test_a_state_without_a_model_says_which_option_is_missing():
     with pytest.raises(ConfigError, match="--hf-checkpoint is not set"):
         state_of(hook_args())
+
+
+def test_a_state_is_not_built_as_in_older_stacks_and_the_error_says_where_it_comes_from():
+    with pytest.raises(TypeError, match=r"`input\.state`, .*`miles_rollout\.own_loop\.state_of\(args\)`"):
+        GenerateState(hook_args())
 
 
 def test_what_a_log_hook_adds_is_logged_with_the_built_in_metrics(worker, hook):

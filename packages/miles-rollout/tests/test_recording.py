@@ -1,8 +1,11 @@
 import random
+import re
+import socket
 
 import pytest
 
-from miles_api.errors import ConfigError, DataError
+from miles_api.cli import main
+from miles_api.errors import ConfigError, DataError, ServiceError
 from miles_api.record import read_dump
 
 
@@ -123,3 +126,14 @@ def test_a_rollout_whose_conversion_fails_is_recorded_as_it_was_before(worker, h
     (record,) = read_dump(path)
     assert record.groups[0].samples[0].reward == 0.0
     assert record.rewards == [0.0] * 6
+
+
+def test_the_command_that_replays_what_a_default_hook_failed_on_can_be_run(worker, capsys):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        url = f"http://127.0.0.1:{taken.getsockname()[1]}/"
+    running = worker(rm_type="remote_rm", rm_url=url, rm_url_timeout=0.1, hook_retries=0, hook_error_budget="0")
+    with pytest.raises(ServiceError) as caught:
+        running.generate(0, "1")
+    [command] = re.findall(r"replay with: miles (.+?)\)", str(caught.value))
+    assert main(command.split()) == 1
+    assert "gave no score within --rm-url-timeout" in "".join(capsys.readouterr())

@@ -152,3 +152,80 @@ def test_what_an_engine_sends_beyond_its_length_reaches_nobody(listen, routed, l
         assert connections == 3
 
     asyncio.run(main())
+
+
+@_WAYS
+@pytest.mark.parametrize(
+    "endless",
+    [
+        b"HTTP/1.1 200 OK\r\n%s" % (b"x-a: b\r\n" * 1000),
+        b"HTTP/1.1 200 OK\r\nx: ",
+        b"HTTP/1.1 100 Continue\r\n\r\n" * 500,
+    ],
+    ids=["headers", "one header", "informational"],
+)
+def test_an_answer_whose_head_does_not_end_while_it_comes_is_not_waited_for(listen, routed, endless, limits):
+    async def speak(reader, writer):
+        await reader.readuntil(b"\r\n\r\n")
+        while True:
+            writer.write(endless)
+            endless_more = b"x" * 10_000 if endless.endswith(b": ") else endless.removeprefix(b"HTTP/1.1 200 OK\r\n")
+            for _ in range(10):
+                writer.write(endless_more)
+            await writer.drain()
+
+    async def main():
+        async with listen(speak) as url, routed(url, **limits) as r:
+            answer = await r.post(content=b"{}")
+            assert (answer.status_code, answer.json()["error"]["type"]) == (502, "worker_lost")
+
+    asyncio.run(main())
+
+
+@_WAYS
+def test_trailers_that_do_not_end_cut_the_answer_off(listen, routed, limits):
+    async def speak(reader, writer):
+        await reader.readuntil(b"\r\n\r\n")
+        writer.write(b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n4\r\nhalf\r\n0\r\n")
+        while True:
+            writer.write(b"x-a: b\r\n" * 10_000)
+            await writer.drain()
+
+    async def main():
+        async with listen(speak) as url, routed(url, **limits) as r:
+            assert not (await _raw(r)).endswith(b"0\r\n\r\n")
+
+    asyncio.run(main())
+
+
+@_WAYS
+@pytest.mark.parametrize("status", [204, 304])
+def test_an_answer_that_has_no_body_is_whole_whatever_length_it_claims(listen, routed, status, limits):
+    async def speak(reader, writer):
+        while await reader.readuntil(b"\r\n\r\n{}"):
+            writer.write(b"HTTP/1.1 %d Bodiless\r\ncontent-length: 2\r\n\r\n" % status)
+
+    async def main():
+        async with listen(speak) as url, routed(url, **limits) as r:
+            answers = [await r.post(content=b"{}") for _ in range(2)]
+            assert [answer.status_code for answer in answers] == [status] * 2
+            assert r.app.metrics.statuses == {status: 2}
+
+    asyncio.run(main())
+
+
+@_WAYS
+@pytest.mark.parametrize("status", [b"099", b"600"])
+def test_a_status_that_does_not_exist_is_no_answer(listen, routed, status, limits):
+    async def main():
+        answer = b"HTTP/1.1 " + status + b" What\r\ncontent-length: 0\r\n\r\n"
+
+        async def speak(reader, writer):
+            await reader.readuntil(b"\r\n\r\n")
+            writer.write(answer)
+            await reader.read()
+
+        async with listen(speak) as url, routed(url, **limits) as r:
+            assert (await r.post(content=b"{}")).status_code == 502
+
+    asyncio.run(main())

@@ -7,7 +7,7 @@ import contextlib
 
 import pytest
 
-from miles_router.connection import LostError
+from miles_router.errors import LostError
 from miles_router.workers import WorkerRegistry
 
 
@@ -119,6 +119,19 @@ def test_a_request_whose_only_engine_cannot_be_connected_gets_503_naming_it(rout
         assert dead in second.json()["error"]["message"]
         assert first.headers["retry-after"] == second.headers["retry-after"] == "1"
         assert (health.status_code, health.json()["status"]) == (503, "unhealthy")
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize("limits", [{}, {"router_max_requests": 9}])
+@pytest.mark.parametrize("host", ["a..b", "a" * 64])
+def test_an_address_that_is_no_hosts_name_gets_503_naming_it(routed, host, limits):
+    async def main():
+        async with routed(f"http://{host}:9", **limits) as r:
+            answer = await r.post()
+            assert (answer.status_code, answer.json()["error"]["type"]) == (503, "worker_unreachable")
+            assert host in answer.json()["error"]["message"]
+            assert (await r.workers())[0]["outstanding"] == 0
 
     asyncio.run(main())
 

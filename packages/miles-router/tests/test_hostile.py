@@ -51,6 +51,8 @@ async def _send(r, data):
         b"POST /generate\x00 HTTP/1.1\r\nhost: h\r\n\r\n",
         b"POST /generate HTTP/9.9\r\nhost: h\r\n\r\n",
         b"POST generate HTTP/1.1\r\nhost: h\r\n\r\n",
+        b"POST http://h:99999/generate HTTP/1.1\r\nhost: h\r\ncontent-length: 0\r\n\r\n",
+        b"POST http://h HTTP/1.1\r\nhost: h\r\ncontent-length: 0\r\n\r\n",
         b"POST /generate HTTP/1.1 x\r\nhost: h\r\n\r\n",
         b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n",
         b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03",

@@ -8,7 +8,7 @@ import errno
 
 import pytest
 
-from miles_router.connection import LocalError
+from miles_router.errors import LocalError
 from miles_router.exchanges import Exchanges
 from miles_router.fetch import fetch
 from miles_router.workers import Worker

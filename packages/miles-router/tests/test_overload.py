@@ -8,7 +8,7 @@ import contextlib
 import pytest
 
 from miles_router import RouterOptions
-from miles_router.connection import LostError
+from miles_router.errors import LostError
 from miles_router.gate import make_gate
 from miles_router.policies import LeastOutstanding
 from miles_router.routing import Refusal, Route

@@ -21,7 +21,7 @@ import pytest
 from miles_api.config import RunConfig
 from miles_api.errors import ConfigError, ServiceError
 from miles_api.services import Endpoint, RouterService
-from miles_router import Router, RouterOptions
+from miles_router import Router, RouterOptions, service
 from miles_router.command import command
 from miles_router.options import READY_PREFIX, is_loopback
 from miles_router.service import create
@@ -175,7 +175,8 @@ def test_stop_ends_a_start_that_is_under_way(monkeypatch):
     assert len(pids) == 1
 
 
-def test_stop_does_not_wait_for_a_helper_that_middleware_started_and_that_holds_its_output(tmp_path):
+def test_stop_does_not_wait_for_a_helper_that_middleware_started_and_that_holds_its_output(tmp_path, monkeypatch):
+    monkeypatch.setattr(service, "_LAST_WORDS_S", 0.1)
     (tmp_path / "own.py").write_text(
         "import pathlib, subprocess\n"
         "class Helped:\n"

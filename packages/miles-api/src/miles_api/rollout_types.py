@@ -49,6 +49,15 @@ class GenerateState(Protocol):
     aborted: bool
     """True once the rollout stops: finish early, keep what there is."""
 
+    def __new__(cls, *_: Any, **__: Any) -> GenerateState:
+        """Refuse to be built from `args`, as in older stacks: there is one, of the rollout that runs."""
+        if cls is GenerateState:
+            raise TypeError(
+                "GenerateState is not built: a generate hook has it as `input.state`, a rollout hook gets it by "
+                "`miles_rollout.own_loop.state_of(args)`"
+            )
+        return super().__new__(cls)
+
     async def post(self, path: str, payload: dict[str, Any]) -> dict[str, Any]:
         """POST JSON to the router and return the decoded reply; raise `ServiceError` with status and body."""
         ...

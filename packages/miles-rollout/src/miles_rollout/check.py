@@ -30,9 +30,10 @@ if TYPE_CHECKING:
     from miles_api.config import RunConfig
     from miles_rollout.jsonl import Prompt
 
-__all__ = ["HOOKS", "check", "derived", "idle", "notes"]
+__all__ = ["HOOKS", "check", "derived", "idle", "notes", "parts"]
 
 HOOKS = frozenset(CALLED)
+parts = rewards.parts
 """The hooks that this package calls."""
 
 _LOOP = "inference"
@@ -59,9 +60,9 @@ def idle(config: RunConfig) -> dict[str, str]:
             (*CALLED_BY_LOOP, "eval_rollout", "eval_rollout_log"), "supervised, nothing is sampled"
         )
     elif translate(own_loop[0]) != _LOOP:
-        reasons |= dict.fromkeys(CALLED_BY_LOOP, "unless the rollout hook calls it")
+        reasons |= dict.fromkeys(CALLED_BY_LOOP, "that is up to the rollout hook")
     if "data_source" in configured:
-        reasons["buffer_filter"] = "unless the data source calls it"
+        reasons["buffer_filter"] = "that is up to the data source"
     return reasons
 
 

@@ -14,7 +14,7 @@ from miles_api.loading.hookset import HookSet
 from miles_api.options import options_from
 from miles_api.packing.packed import ArrayBlob
 from miles_api.sample import Sample
-from miles_rollout.jsonl import Prompt, read_prompts, takes_messages
+from miles_rollout.jsonl import Prompt, read_prompts, rendered, takes_messages
 from miles_rollout.options import DataOptions
 from miles_rollout.pristine import copied
 from miles_rollout.tokenizers import encode, load_prompt_tokenizer
@@ -64,12 +64,19 @@ class RolloutDataSourceWithBuffer:
         if limit is None:
             return prompts
         tokenizer = load_prompt_tokenizer(self._args.hf_checkpoint)
-        kept = [p for p in prompts if len(encode(tokenizer, str(p.prompt))) <= limit]
+        kept = [p for p in prompts if len(encode(tokenizer, self._shown(tokenizer, p))) <= limit]
         if not kept:
             raise DataError(f"{self._path}: all {len(prompts)} prompts exceed --rollout-max-prompt-len {limit}")
         if len(kept) < len(prompts):
             print(f"data: {len(prompts) - len(kept)} of {len(prompts)} prompts exceed --rollout-max-prompt-len {limit}")
         return kept
+
+    def _shown(self, tokenizer: Any, prompt: Prompt) -> str:
+        """Return a prompt as the model will see it; what tools add to chat messages is not known here."""
+        if isinstance(prompt.prompt, str):
+            return prompt.prompt
+        options: DataOptions = options_from(self._args, DataOptions)
+        return rendered(tokenizer, prompt.prompt, None, options, f"{self._path}: --rollout-max-prompt-len")
 
     def _order_of(self, epoch: int) -> list[int]:
         order = list(range(len(self._prompts)))

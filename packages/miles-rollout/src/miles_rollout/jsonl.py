@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from miles_api.args import Args
     from miles_rollout.options import DataOptions
 
-__all__ = ["Prompt", "read_prompts", "takes_messages"]
+__all__ = ["Prompt", "read_prompts", "rendered", "takes_messages"]
 
 
 class Prompt(msgspec.Struct, frozen=True):
@@ -76,17 +76,18 @@ def _prompt(
     if options.apply_chat_template:
         messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
         tools = row.get(options.tool_key) if options.tool_key else None
-        prompt = _rendered(tokenizer, messages, tools, options, where)
+        prompt = rendered(tokenizer, messages, tools, options, f"{where}: --apply-chat-template")
     return Prompt(prompt, row[options.label_key] if options.label_key else None, metadata)
 
 
-def _rendered(tokenizer: Any, messages: Any, tools: Any, options: DataOptions, where: str) -> str:
+def rendered(tokenizer: Any, messages: Any, tools: Any, options: DataOptions, where: str) -> str:
+    """Return chat messages as text in which the model speaks next; `DataError` if they do not fit the template."""
     try:
         return tokenizer.apply_chat_template(
             messages, tools=tools, tokenize=False, add_generation_prompt=True, **options.apply_chat_template_kwargs
         )
     except (ValueError, TypeError, jinja2.TemplateError) as error:
-        raise DataError(f"{where}: --apply-chat-template: {error}") from error
+        raise DataError(f"{where}: {error}") from error
 
 
 def _is_chat(prompt: Any) -> bool:

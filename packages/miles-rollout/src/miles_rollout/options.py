@@ -109,7 +109,8 @@ class RewardOptions(Options, frozen=True, kw_only=True):
     """Seconds a grading process may take for one answer before it is killed and replaced."""
     rm_on_timeout: Literal["error", "zero"] = "error"
     """An answer that gets no verdict: `error`, the reward fails and its group is tried again, as for any failing hook;
-    `zero`, it scores lowest (0, or -1 with dapo). Counted either way, as rollout/rm_timeouts and rollout/rm_deaths."""
+    `zero`, it scores lowest (0, or -1 with dapo). Counted either way, as rollout/rm_timeouts and rollout/rm_deaths. A
+    grader that raises is an error in any case, rollout/rm_errors."""
 
 
 class EngineFleetOptions(Options, frozen=True, kw_only=True):

@@ -5,6 +5,7 @@ A recording holds prompts, responses, labels and metadata as they are, and every
 
 from __future__ import annotations
 
+import inspect
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -89,7 +90,15 @@ def save_failed(args: Args, hook: BoundHook, subject: list[Sample]) -> str:
             writer.write(record)
     except (MilesError, OSError, TypeError, ValueError) as error:
         return f" (the sample could not be saved: {error})"
-    return f" (replay with: miles hooks run {hook.reference} --as {hook.spec.name} --samples {path})"
+    return f" (replay with: miles hooks run {_runnable(hook)} --as {hook.spec.name} --samples {path})"
+
+
+def _runnable(hook: BoundHook) -> str:
+    """Return a reference that a command takes; a default bears the name `default`, which none does."""
+    if hook.configured:
+        return hook.reference
+    named = hook.target if inspect.isroutine(hook.target) else type(hook.target)
+    return f"{named.__module__}:{named.__qualname__}"
 
 
 def _header(config: dict[str, Any]) -> DumpHeader:

@@ -136,9 +136,11 @@ class Bench:
         }  # fmt: skip
         return {"text": self.tokenizer.decode(ids, skip_special_tokens=True), "output_ids": ids, "meta_info": meta}
 
-    async def generate(self, prompt="hi", *, evaluation=False, index=0, limit=1000, metadata=None, as_text=False):
+    async def generate(
+        self, prompt="hi", *, evaluation=False, index=0, limit=1000, metadata=None, as_text=False, begun=None
+    ):
         prompt = prompt if as_text or not isinstance(prompt, str) else [{"role": "user", "content": prompt}]
-        sample = Sample(index=index, group_index=0, prompt=prompt, metadata=metadata or {})
+        sample = begun or Sample(index=index, group_index=0, prompt=prompt, metadata=metadata or {})
         params = {"temperature": 1.0, "top_p": 1.0, "top_k": -1, "max_new_tokens": limit, "skip_special_tokens": True}
         request = GenerateFnInput(state=self, sample=sample, sampling_params=params, evaluation=evaluation)
         output = await self.hooks.need("generate").acall(None, request)

@@ -234,6 +234,16 @@ def test_the_last_named_answer_of_a_conversation_decides_its_reward(branching, t
     assert [sample.reward for sample in samples] == [2.0, 1.0]
 
 
+def test_an_evaluation_counts_each_run_of_an_agent_once_by_its_last_conversation(agents, talk):
+    async def act(base_url, prompt, request_kwargs, metadata):
+        first = await talk.chat(base_url, prompt)
+        last = await talk.chat(base_url, [{"role": "system", "content": "judge"}, *prompt])
+        return {"rewards": {first["id"]: 1.0, last["id"]: 2.0}}
+
+    made = agents(act, ["one", "two"]).run([USER], evaluation=True)
+    assert (made.response, made.reward, made.metadata["branches"]) == ("two", 2.0, 2)
+
+
 @pytest.mark.parametrize(("rewards", "problem"), [({"chatcmpl-9": 1.0}, "chatcmpl-9"), ([1.0], "not a mapping")])
 def test_a_reward_for_nothing_that_was_said_is_an_error_of_the_agent(branching, talk, rewards, problem):
     async def act(base_url, prompt, request_kwargs, metadata):

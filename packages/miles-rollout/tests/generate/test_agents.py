@@ -91,6 +91,19 @@ def test_calls_in_the_answer_come_as_tool_calls_where_the_request_has_tools(agen
     assert '"name": "add"' in state.tokenizer.decode(sample.tokens[: -sample.response_length])
 
 
+@pytest.mark.parametrize("arguments", ['{"a": "\\ud83d"}', "[" * 3000])
+def test_a_call_that_no_client_could_be_sent_comes_as_text(agents, talk, arguments):
+    text = f'<tool_call>{{"name": "add", "arguments": {arguments}}}</tool_call>'
+
+    async def act(base_url, prompt, request_kwargs, metadata):
+        reply = await talk.said(base_url, prompt, tools=[TOOL])
+        assert reply == {"role": "assistant", "content": text}
+        await talk.said(base_url, [*prompt, reply, USER], tools=[TOOL])
+
+    sample = agents(act, [text, "done"]).run([USER], limit=5000)
+    assert sample.metadata["turns"] == 2
+
+
 @pytest.mark.parametrize(
     ("body", "problem"),
     [
@@ -189,6 +202,41 @@ def test_a_conversation_without_room_for_more_is_cut_off_as_a_whole(agents, talk
     assert (sample.status, sample.response, sample.response_length) == (Status.TRUNCATED, "one", 4)
 
 
+def test_empty_answers_count_among_the_answers_of_an_agent(agents, talk):
+    async def act(base_url, prompt, request_kwargs, metadata):
+        first = await talk.said(base_url, prompt)
+        longer = [*prompt, first, {"role": "user", "content": "x" * 100}]
+        for _ in range(2):
+            assert (await talk.said(base_url, longer))["content"] == ""
+        reply = await talk.chat(base_url, longer, expect=409)
+        assert "--agent-max-turns 3 answers" in reply["error"]["message"]
+
+    assert agents(act, ["one"], agent_max_turns=3).run([USER], limit=50).status == Status.TRUNCATED
+
+
+def test_a_sample_that_was_begun_starts_anew(agents, talk):
+    async def act(base_url, prompt, request_kwargs, metadata):
+        await talk.said(base_url, prompt)
+
+    half = agents(act, ["one"]).run([USER])
+    made = agents(act, ["other"]).run(begun=half)
+    assert (made.response, made.response_length, made.loss_mask) == ("other", 6, [1] * 6)
+
+
+def test_agents_are_served_in_each_of_several_event_loops(agents, talk):
+    async def act(base_url, prompt, request_kwargs, metadata):
+        await talk.said(base_url, prompt)
+
+    state = agents(act, ["one", "two", "three"])
+
+    async def rollout():
+        return (await asyncio.wait_for(state.generate([USER]), 20)).response
+
+    # As a rollout hook does that runs a loop of its own for each rollout.
+    assert [asyncio.run(rollout()) for _ in range(2)] == ["one", "two"]
+    assert state.run([USER]).response == "three"
+
+
 def test_an_answer_cut_by_its_limit_says_so(agents, talk):
     async def act(base_url, prompt, request_kwargs, metadata):
         reply = await talk.chat(base_url, prompt, max_completion_tokens=2)
@@ -207,6 +255,22 @@ def test_an_engine_that_fails_ends_the_generation_with_its_own_error(agents, tal
     with pytest.raises(ServiceError, match="engine is gone") as caught:
         agents(act, [ServiceError("engine is gone")]).run([USER])
     assert "my client gave up" in repr(caught.value.__cause__)
+
+
+def test_what_goes_wrong_within_a_session_is_the_error_of_the_generation(agents, talk):
+    async def act(base_url, prompt, request_kwargs, metadata):
+        for _ in range(2):
+            reply = await talk.chat(base_url, prompt, expect=500)
+        raise RuntimeError(reply["error"]["message"])
+
+    async def post(path, payload):
+        return {"text": "", "meta_info": {"finish_reason": {"type": "stop"}}}
+
+    state = agents(act, agent_max_samples=1)
+    state.post = post
+    with pytest.raises(KeyError, match="output_token_logprobs") as caught:
+        state.run([USER])
+    assert "KeyError('output_token_logprobs')" in str(caught.value.__cause__)
 
 
 def test_an_engine_that_recovers_is_no_error(agents, talk):

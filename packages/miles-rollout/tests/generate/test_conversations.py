@@ -33,6 +33,8 @@ async def wait(name, params):
         finally:
             done.append("cleaned up")
     return params["a"]
+async def name_of_a_file(name, params):
+    return b"\\xff.txt".decode(errors="surrogateescape")
 async def stubborn(name, params):
     while not release:
         try:
@@ -120,6 +122,14 @@ def test_an_answer_that_runs_past_its_deadline_truncates_the_conversation_before
     assert sum(sample.loss_mask) == len(call()) + 1
 
 
+def test_a_conversation_that_was_begun_starts_anew(bench, tools):
+    whole = bench([call("1"), "done"], **tools()).run(ASK)
+    half = bench([{"text": call("1")[:7], "finish": "abort"}], **tools()).run(ASK)
+    assert (half.response, half.status) == ("<tool_c", Status.ABORTED)
+    made = bench([call("1"), "done"], **tools()).run(begun=half)
+    assert (made.tokens, made.loss_mask, made.response) == (whole.tokens, whole.loss_mask, whole.response)
+
+
 def test_a_time_out_of_somebody_else_is_no_deadline_of_ours(bench, tools):
     with pytest.raises(TimeoutError, match="theirs"):
         bench([TimeoutError("theirs")], **tools()).run(ASK)
@@ -133,6 +143,11 @@ def test_a_call_of_no_tool_and_one_without_what_it_needs_are_told_to_the_model(b
     assert "wait lacks a\n" in sample.response
     assert sample.metadata["malformed_tool_calls"] == 2
     assert state.hooks.one("execute_tool").stats.calls == 0
+
+
+def test_tool_output_with_half_a_character_is_shown_without_it(bench, tools):
+    state = bench([call("x"), "done"], **tools("name_of_a_file"))
+    assert "<tool_response>\n?.txt\n" in state.run(ASK).response
 
 
 def test_long_tool_output_is_shown_by_its_beginning_and_its_end(bench, tools):

@@ -67,6 +67,7 @@ KV
 {%- if not loop.last %}, {% endif %}{% endfor %}){% if not loop.last %}, {% endif %}{% endfor %}]""",
 }
 NAMED_MISTRAL = """{% for c in calls %}[TOOL_CALLS]{{ c.name }}[ARGS]{{ c.arguments | tojson }}{% endfor %}"""
+OPENINGS = {"hermes": "<tool_call>", "llama3": "<|python_tag|>", "mistral": "[TOOL_CALLS]now[ARGS]"}
 ALONE = {"llama3"}
 """Families whose template writes one call at most."""
 
@@ -133,6 +134,11 @@ def test_a_call_whose_closing_special_tokens_are_cut_off_counts(name, text):
         ("deepseekv3", "<｜tool▁call▁begin｜>function<｜tool▁sep｜>now\n```json\n{\n```<｜tool▁call▁end｜>"),
         ("deepseekv31", "<｜tool▁call▁begin｜>now<｜tool▁sep｜>{<｜tool▁call▁end｜>"),
         ("kimi_k2", "<|tool_call_begin|>functions.now:0<|tool_call_argument_begin|>{<|tool_call_end|>"),
+        *((name, opening + '{"name": "now", "arguments": ' + "[" * 100_000) for name, opening in OPENINGS.items()),
+        ("hermes", '<tool_call>{"name": "now", "arguments": {"a": "\\ud83d"}}</tool_call>'),
+        ("hermes", '<tool_call>{"name": "\\ud83d", "arguments": {}}</tool_call>'),
+        ("pythonic", "[now(a='\\ud83d')]"),
+        ("pythonic", "[now(a=1j)]"),
         ("pythonic", "[now(]"),
         ("pythonic", "[now(3)]"),
         ("pythonic", "[now(a=b)]"),
@@ -159,6 +165,18 @@ def test_text_that_is_no_call_is_an_answer(name, text):
     assert parse(name, text) == (text, [])
 
 
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("qwen3_coder", "<function=search><parameter=query>\n1\n<parameter=query>\n2\n</function>"),
+        ("glm45", "<tool_call>search\n<arg_key>query</arg_key><arg_value>1\n<parameter=query>\n2</tool_call>"),
+    ],
+)
+def test_a_value_that_is_not_closed_ends_with_its_call(name, text):
+    _, (call,) = parse(name, text)
+    assert call.arguments["query"].split() == ["1", "<parameter=query>", "2"]
+
+
 def test_one_bad_call_leaves_the_others():
     text = "<tool_call>{</tool_call>" + written(TEMPLATES["hermes"], NOW)
     _, (bad, good) = parse("hermes", text)
@@ -180,6 +198,15 @@ def test_auto_tells_llama_and_deepseek_by_what_their_templates_say(args_of):
     assert parser_for(args_of(), tokenizer(llama)) is named_parser("llama3")
     assert parser_for(args_of(), tokenizer(deepseek)) is named_parser("deepseekv3")
     assert parser_for(args_of(), tokenizer({"default": "", "tool_use": TEMPLATES["glm45"]})) is named_parser("glm")
+
+
+def test_auto_tells_the_family_by_the_runs_own_chat_template_where_it_has_one(args_of, configure, write):
+    own = {"chat_template": TEMPLATES["glm45"]}
+    args = args_of(apply_chat_template_kwargs=own)
+    assert parser_for(args, tokenizer(TEMPLATES["hermes"])) is named_parser("glm45")
+    options = {"generate_execute_tool_function_path": write("async def run(n, p): ...")("run")}
+    options["custom_generate_function_path"] = "multi_turn"
+    assert not list(problems(configure(**options, apply_chat_template_kwargs=own)))
 
 
 def test_auto_prefers_the_response_template_that_a_tokenizer_brings(args_of):

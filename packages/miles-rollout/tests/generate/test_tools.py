@@ -245,7 +245,7 @@ def test_what_only_looks_like_a_call_is_a_bad_one(inside):
     assert isinstance(bad, BadToolCall)
 
 
-def test_a_tool_or_an_agent_hook_decides_which_generation_runs(configure, tools, write):
+def test_a_tool_or_an_agent_hook_decides_which_generation_runs(configure, tools, write, chat_dir):
     options = tools()
     del options["custom_generate_function_path"]
     agent = {"custom_agent_function_path": write("async def agent(u, p, r, m, **k): ...")("agent")}
@@ -258,17 +258,30 @@ def test_a_tool_or_an_agent_hook_decides_which_generation_runs(configure, tools,
     assert derived(configure(**options, rollout_function_path="inference"))
     assert set(idle(configure(**options))) == {"agent", "agent_abort"}
     assert set(idle(configure(**agent))) == {"execute_tool", "tool_specs"}
-    assert not list(problems(configure(**options)))
-    assert "drop one" in next(problems(configure(**options, **agent)))
+    assert not list(problems(configure(**options, hf_checkpoint=chat_dir)))
+    assert "drop one" in next(problems(configure(**options, **agent, hf_checkpoint=chat_dir)))
 
 
-def test_what_a_generation_lacks_is_named_before_anything_starts(configure, tools):
+def test_a_conversation_without_a_chat_template_is_refused_before_anything_starts(configure, tools, write, chat_dir):
+    agent = {"custom_agent_function_path": write("async def agent(u, p, r, m, **k): ...")("agent")}
+    for options in ({**agent, "custom_generate_function_path": "agentic"}, tools()):
+        (problem,) = problems(configure(**options))
+        assert "has no chat template: give one with --apply-chat-template-kwargs" in problem
+        assert not list(problems(configure(**options, hf_checkpoint=chat_dir)))
+        own = {"chat_template": "{{ messages }}"}
+        assert not list(problems(configure(**options, apply_chat_template_kwargs=own)))
+
+
+def test_what_a_generation_lacks_is_named_before_anything_starts(configure, tools, chat_dir):
+    def first(**options):
+        return next(problems(configure(hf_checkpoint=chat_dir, **options)), "nothing")
+
     for generate, flag in (("multi_turn", "--generate-execute-tool"), ("agentic", "--custom-agent")):
-        assert f"pass {flag}-function-path" in next(problems(configure(custom_generate_function_path=generate)))
-    assert "not an OpenAI tool specification" in next(problems(configure(**tools(specs="NOT_SPECS"))))
-    assert "is a function, not a list" in next(problems(configure(**tools(specs="run"))))
-    assert "leave it out" in next(problems(configure(**tools(specs="SPECS"), apply_chat_template=True)))
-    assert not list(problems(configure(**tools(specs="SPECS"))))
+        assert f"pass {flag}-function-path" in first(custom_generate_function_path=generate)
+    assert "not an OpenAI tool specification" in first(**tools(specs="NOT_SPECS"))
+    assert "is a function, not a list" in first(**tools(specs="run"))
+    assert "leave it out" in first(**tools(specs="SPECS"), apply_chat_template=True)
+    assert first(**tools(specs="SPECS")) == "nothing"
 
 
 def test_malformed_specifications_are_an_error_when_they_are_read(bench, tools):

@@ -183,6 +183,39 @@ def test_an_odd_answer_is_wrong_and_no_error(answer, label):
 
 
 @pytest.mark.parametrize(
+    "vast",
+    [
+        "9^{9^9}", "{9}^{{9}^{9}}", "9^9^9^9", "2^(3^(99))", "10^{10000000}", "2**9**9**9", "1+7^{-9^{99}}",
+        "999999999!", "9!!!",
+    ],
+)  # fmt: skip
+def test_a_tower_that_no_machine_computes_answers_its_own_text_and_nothing_else(vast):
+    assert quick_math(f"\\boxed{{{vast}}}", vast, {}) == 1.0
+    assert quick_math(f"\\boxed{{{vast}}}", ["7", "\\pi"], {}) == 0.0
+    assert quick_math("\\boxed{x+1}", vast, {}) == 0.0
+    assert grade("math", "so it is \\boxed{1+x}", [vast, "x+1"]) == 1.0
+
+
+@pytest.mark.parametrize("vast", ["9**9**9", "9^9^9", "999999999!", "9!!!", "9**99999999"])
+def test_deepscaler_leaves_towers_unasked_too(vast):
+    assert grade("deepscaler", f"</think>\\boxed{{x+{vast}}}", "x+1") == 0.0
+
+
+@pytest.mark.parametrize(
+    ("answer", "label"),
+    [("2^{3^2}", "512"), ("7^{7^2}", "7^{49}"), ("10^{20}-1", "99999999999999999999"), ("5!", "120")],
+)
+def test_powers_that_can_be_computed_are(answer, label):
+    assert grade("math", f"\\boxed{{{answer}}}", label) == 1.0
+
+
+@pytest.mark.parametrize("kind", ["math", "deepscaler", "dapo", "f1", "gpqa", "random", "boxed_math"])
+@pytest.mark.parametrize("response", [None, b"\xff\x00", "\ud800"])
+def test_a_response_that_is_no_text_is_wrong_and_no_error(kind, response):
+    assert grade(kind, response, ["A", "ten"][kind == "f1"]) in ((0.0, 1.0) if kind == "random" else (0.0, -1.0))
+
+
+@pytest.mark.parametrize(
     "code", ["__import__('os').getpid()", "().__class__", "x.real", "print(1)", "exec(1)", "(lambda:1)()"]
 )
 def test_an_answer_is_never_run_as_code(code):

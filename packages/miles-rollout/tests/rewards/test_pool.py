@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 
 from miles_api import Sample
+from miles_api.errors import DataError
+from miles_rollout import running
 from miles_rollout.rewards import dispatch, pool
 from miles_rollout.rewards.pool import GraderError, GraderPool
 
@@ -62,6 +64,13 @@ def test_a_grader_that_raises_is_no_verdict_either_and_its_process_stays(one):
     with pytest.raises(GraderError, match="KeyError: 'no such thing'"):
         graded(one, "raise")
     assert graded(one, "print") == 5.0
+
+
+def test_data_that_no_answer_can_be_graded_by_is_named_as_that_and_not_as_a_grader_that_fails(one):
+    one.take_counts()
+    with pytest.raises(DataError, match=r"^the label says too little$"):
+        graded(one, "say that the data is wrong")
+    assert one.take_counts() == {}
 
 
 def test_any_text_and_any_label_reach_the_grader(one):
@@ -116,6 +125,21 @@ def test_graders_die_with_a_parent_that_is_killed_at_the_latest_soon_after_the_d
     until(lambda: not lives(int(file.read_text())))
 
 
+def test_a_forked_process_has_graders_of_its_own():
+    """As where a data set is scored with `map(num_proc=2)` and the parent has graded before."""
+    script = """
+        import multiprocessing
+        from miles_rollout.rewards import grade
+        def right(n):
+            return grade("math", f"\\\\boxed{{x^2+{n}}}", f"{n}+x^2")
+        assert right(1) == 1.0
+        with multiprocessing.get_context("fork").Pool(2) as workers:
+            assert workers.map_async(right, [2, 3]).get(60) == [1.0, 1.0]
+        assert right(4) == 1.0
+    """
+    subprocess.run([sys.executable, "-c", textwrap.dedent(script)], check=True, timeout=120)
+
+
 def until(condition, seconds=60):
     end = time.monotonic() + seconds
     while not condition():
@@ -151,3 +175,78 @@ def test_an_answer_without_a_verdict_is_an_error_of_the_reward_or_scores_lowest_
     assert asyncio.run(dispatch.reward(hanging(), Sample(response="four"))) == 4.0
     assert pool.take_counts() == {"timeouts": 2}
     assert pool.take_counts() == {}
+
+
+def test_a_grader_that_raises_is_never_a_score_whatever_becomes_of_late_answers(hanging):
+    pool.take_counts()
+    with pytest.raises(GraderError, match="KeyError"):
+        asyncio.run(dispatch.reward(hanging(rm_on_timeout="zero"), Sample(response="raise")))
+    assert pool.take_counts() == {"errors": 1}
+
+
+def test_a_grader_that_cannot_be_started_is_never_a_score(hanging, monkeypatch, tmp_path):
+    (tmp_path / "broken_grader.py").write_text("import os\nos._exit(4)\n")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.setitem(dispatch.KINDS, "slow", dispatch.Kind("broken_grader:score", in_pool=True))
+    with pytest.raises(GraderError, match=r"did not start .*exit code 4"):
+        asyncio.run(dispatch.reward(hanging(rm_on_timeout="zero"), Sample(response="four")))
+
+
+def test_a_grader_is_sent_the_metadata_that_it_reads_and_no_more(hanging, monkeypatch):
+    sample = Sample(response="metadata", metadata={"wanted": 1, "trace": "x" * 100_000, ("odd",): {1}})
+    monkeypatch.setitem(dispatch.KINDS, "slow", dispatch.Kind(SLOW, in_pool=True, reads=("wanted", "absent")))
+    assert asyncio.run(dispatch.reward(hanging(), sample)) == 1.0
+    del sample.metadata["odd",]
+    monkeypatch.setitem(dispatch.KINDS, "slow", dispatch.Kind(SLOW, in_pool=True))
+    dispatch._found.cache_clear()
+    assert asyncio.run(dispatch.reward(hanging(), sample)) == 2.0
+
+
+@pytest.fixture
+def rollout(worker, fake_engine, monkeypatch, tmp_path):
+    """Generate one rollout of a group of one, whose grader hangs in its first calls; return it, and how many engine
+    requests it took."""
+    monkeypatch.setitem(dispatch.KINDS, "slow", dispatch.Kind("slow_grader:hangs_at_first", in_pool=True))
+    monkeypatch.setattr(running, "_latest", {})
+    dispatch._found.cache_clear()
+    monkeypatch.setenv("SLOW_GRADER_CALLS", str(tmp_path / "calls"))
+
+    def run(hangs, **options):
+        # Processes that run know the number of before.
+        pool.close_pools()
+        monkeypatch.setenv("SLOW_GRADER_HANGS", str(hangs))
+        sizes = {"rollout_batch_size": 1, "n_samples_per_prompt": 1, "hook_retries": 1, "hook_error_budget": "1"}
+        engine = fake_engine()
+        started = worker(engine, rm_type="slow", rm_workers=1, rm_timeout=0.5, **sizes, **options)
+        return started.generate(0, "1"), len(engine.requests)
+
+    yield run
+    dispatch._found.cache_clear()
+
+
+def test_an_answer_whose_grader_hung_is_graded_again(rollout):
+    result, requests = rollout(1)
+    assert result["batch"]["raw_reward"] == [1.0]
+    assert requests == 1
+    assert (result["metrics"]["rollout/rm_timeouts"], result["metrics"]["hooks/reward/retries"]) == (1.0, 1.0)
+
+
+def test_a_group_whose_grader_hangs_on_is_generated_anew_and_none_is_lost(rollout):
+    result, requests = rollout(2)
+    assert result["batch"]["raw_reward"] == [1.0]
+    assert (requests, result["metrics"]["rollout/rm_timeouts"]) == (2, 2.0)
+    assert "rollout/dropped/hook_error:reward" not in result["metrics"]
+
+
+def test_a_group_whose_grader_never_answers_is_dropped_and_the_run_stops_past_the_budget(rollout):
+    result, requests = rollout(4)
+    assert (requests, result["metrics"]["rollout/dropped/hook_error:reward"]) == (3, 1.0)
+    assert result["batch"]["group_indices"] == [1]
+    with pytest.raises(GraderError, match=r"no verdict within --rm-timeout 0.5 s(?s:.*)more than --hook-error-budget"):
+        rollout(99)
+
+
+def test_late_answers_that_score_lowest_lose_no_group(rollout):
+    result, requests = rollout(99, rm_on_timeout="zero")
+    assert (result["batch"]["raw_reward"], requests) == ([0.0], 1)
+    assert result["metrics"]["rollout/rm_timeouts"] == 1.0

@@ -10,7 +10,7 @@ from aiohttp import web
 from miles_api.errors import ConfigError, SampleError, ServiceError
 from miles_api.sample import Sample
 from miles_rollout.check import check
-from miles_rollout.rewards import grade, reward
+from miles_rollout.rewards import grade, remote, reward
 from miles_rollout.rewards.remote import close_remote, take_remote_metrics
 
 
@@ -183,6 +183,11 @@ def test_retry_after_is_waited_for(server, ask):
     scorer = server([(429, "later", {"Retry-After": "1"}), "0.5"])
     assert ask(scorer.url) == [0.5]
     assert scorer.times[1] - scorer.times[0] >= 1.0
+
+
+@pytest.mark.parametrize("after", ["soon", "\u00b2", "Mon, 01 Jan 2020 00:00:00 +99999999999999", "-3"])
+def test_a_retry_after_that_says_nothing_is_ignored(after):
+    assert remote._seconds(after) == 0.0
 
 
 def test_a_retry_after_beyond_the_deadline_is_not_waited_for(server, ask):

@@ -4,11 +4,13 @@ import sys
 import textwrap
 import threading
 
+import msgspec
 import pytest
 
-from miles_api.checks.check import derive
+from miles_api.checks.check import check_run, derive
 from miles_api.config import DERIVED
 from miles_api.errors import HookError, HookResultError, SampleError
+from miles_api.loading.hookset import differs
 from miles_api.options import field_docs
 from miles_api.parsing.parse import parse_run
 from miles_api.sample import Sample
@@ -131,6 +133,17 @@ def test_hooks_that_are_parts_appear_in_the_report_and_are_counted_once(weighing
     assert (part["reference"], part["calls"], part["part_of"]) == (reference, 6, "weighted")
     assert part["sha256"]
     assert result["metrics"]["hooks/reward/calls"] == 6
+
+
+def test_the_driver_hashes_the_parts_so_that_other_code_in_the_rollout_process_is_noticed(configure, weighing, hook):
+    reference = hook(LENGTH.replace("length", "fn"))
+    config = derive(configure(rm_type=None, rm_weights={"f1": 1.0, reference: 0.5}))
+    (row,) = [row for row in check_run(config).hooks if row.part_of]
+    assert (row.reference, row.part_of) == (reference, "weighted")
+    (part,) = [line for line in weighing({"f1": 1.0, reference: 0.5}).report() if "part_of" in line]
+    here = msgspec.to_builtins(row)
+    assert differs(here, part) is None
+    assert "file hash" in differs(here, {**part, "sha256": "of other code"})
 
 
 def test_a_class_may_be_a_part_and_is_built_and_closed_once(weighing, hook):

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from .connection import UpstreamError
+from .errors import UpstreamError
 from .fetch import fetch
 
 if TYPE_CHECKING:

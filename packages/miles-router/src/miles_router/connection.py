@@ -11,56 +11,24 @@ from typing import TYPE_CHECKING
 
 import httptools
 
+from .errors import LostError
 from .known_heads import cut_head
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from .errors import UpstreamError
     from .known_heads import KnownAnswers
     from .lane import Sink
     from .pool import ConnectionPool
 
-__all__ = [
-    "ClientGoneError", "ConnectError", "HungError", "LocalError", "LostError", "SilentError",
-    "UpstreamConnection", "UpstreamError",
-]  # fmt: skip
+__all__ = ["UpstreamConnection"]
 
 _PAUSE_ABOVE_BYTES = 1 << 20
 _JOIN_BELOW_BYTES = 1 << 16
-_FIRST_FINAL_STATUS = 200
-_LAST_STATUS = 599
-
-
-class UpstreamError(Exception):
-    """The base of what ends an exchange early."""
-
-
-class ConnectError(UpstreamError):
-    """No connection could be made; nothing was sent. `refused`: because nothing listens there."""
-
-    def __init__(self, message: str, *, refused: bool = False) -> None:
-        super().__init__(message)
-        self.refused = refused
-
-
-class LocalError(UpstreamError):
-    """This machine or process is short of what a connection takes, which is no engine's fault; nothing was sent."""
-
-
-class LostError(UpstreamError):
-    """The engine closed the connection or sent something that is not HTTP."""
-
-
-class SilentError(UpstreamError):
-    """The engine stayed silent for too long."""
-
-
-class HungError(UpstreamError):
-    """The engine does not even answer what costs it nothing."""
-
-
-class ClientGoneError(UpstreamError):
-    """The client left, so nobody waits for the answer."""
+_MAX_HEAD_BYTES = 1 << 20
+"""Most bytes before a body begins, and between two pieces of it: what the parser keeps of them is not passed on."""
+_FIRST_STATUS, _FIRST_FINAL_STATUS, _LAST_STATUS = 100, 200, 599
 
 
 class UpstreamConnection(asyncio.Protocol):
@@ -95,6 +63,7 @@ class UpstreamConnection(asyncio.Protocol):
         self._error: UpstreamError | None = None
         self._chunks: list[bytes] = []
         self._buffered = 0
+        self._between = 0
 
     # -- the side of who asks
 
@@ -221,10 +190,14 @@ class UpstreamConnection(asyncio.Protocol):
             if self._passes(data, self._known):
                 return
             self._known = None
+        self._between += len(data)
         try:
             self._parser.feed_data(data)  # type: ignore[union-attr]
         except (httptools.HttpParserError, httptools.HttpParserUpgrade) as exc:
             self.fail(LostError(f"sent an answer that is not plain HTTP/1.1: {exc}"))
+            return
+        if self._between > _MAX_HEAD_BYTES and not self.complete:
+            self.fail(LostError(f"sent {self._between} bytes of an answer and nothing of its body"))
             return
         if self._buffered > _PAUSE_ABOVE_BYTES and self._sink is None and not self.complete:
             self.pause()
@@ -280,11 +253,11 @@ class UpstreamConnection(asyncio.Protocol):
 
     def on_headers_complete(self) -> None:
         status = self._parser.get_status_code()  # type: ignore[union-attr]
+        if not _FIRST_STATUS <= status <= _LAST_STATUS:
+            raise ValueError(f"status {status}")
         if status < _FIRST_FINAL_STATUS:  # informational: the answer follows
             self.headers = []
             return
-        if status > _LAST_STATUS:
-            raise ValueError(f"status {status}")
         self.status = status
         self.answered = True
         if self._head_only:
@@ -293,6 +266,7 @@ class UpstreamConnection(asyncio.Protocol):
     def on_body(self, chunk: bytes) -> None:
         if not self.complete:
             self.speaks = True
+            self._between = 0
             self._chunks.append(chunk)
             self._buffered += len(chunk)
 

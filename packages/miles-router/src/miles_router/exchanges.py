@@ -5,10 +5,11 @@ from __future__ import annotations
 import asyncio
 from typing import TYPE_CHECKING
 
-from .connection import SilentError
+from .errors import SilentError
 
 if TYPE_CHECKING:
-    from .connection import UpstreamConnection, UpstreamError
+    from .connection import UpstreamConnection
+    from .errors import UpstreamError
     from .workers import Worker
 
 __all__ = ["Exchanges"]

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 from typing import TYPE_CHECKING
 
-from .connection import ClientGoneError, LocalError, LostError, UpstreamError
+from .errors import ClientGoneError, LocalError, LostError, UpstreamError
 from .heads import client_head
 from .known_heads import cut_head
 from .lane import Handed
@@ -41,7 +41,7 @@ class Express:
 
     __slots__ = (
         "_behind", "_body_at", "_chunked", "_client", "_connecting", "_connection", "_head", "_held", "_lane", "_left",
-        "_loop", "_pieces", "_reused", "_size", "_started", "_worker",
+        "_loop", "_pieces", "_reused", "_size", "_started", "_waits", "_worker",
         "keep_alive", "more_body", "response_complete", "response_started", "waiting_for_100_continue",
     )  # fmt: skip
 
@@ -58,6 +58,7 @@ class Express:
         self._pieces: list[bytes] = []
         self._behind: list[bytes] = []
         self._left = self._held = 0
+        self._waits = False
 
     # -- the client's side
 
@@ -167,6 +168,8 @@ class Express:
         """Go on: the client has read what was sent to it."""
         if self._connection is not None:
             self._connection.resume()
+        elif self._waits:
+            self._go_on()
 
     def leave(self) -> None:
         """Take note that the client has left."""
@@ -181,6 +184,7 @@ class Express:
             self._lane.metrics.observe(CLIENT_LEFT, self._loop.time() - self._started)
         self._forget()
         self._behind = []
+        self._waits = False
 
     # -- the engine's side
 
@@ -240,10 +244,18 @@ class Express:
 
     def _end(self) -> None:
         self.response_complete = True
-        behind, self._behind = self._behind, []
         if not self.keep_alive:
             self._client.transport.close()
         else:
+            self._go_on()
+
+    def _go_on(self) -> None:
+        """Let the client ask again; one that does not read its answers gets no more of them into the memory."""
+        self._waits = self._client.flow.write_paused
+        if self._waits:
+            self._client.flow.pause_reading()
+        else:
+            behind, self._behind = self._behind, []
             self._client.answered(behind)
 
     def failed(self, error: UpstreamError) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from .connection import LostError
+from .errors import LostError
 
 if TYPE_CHECKING:
     from .connection import UpstreamConnection

@@ -88,4 +88,6 @@ def client_head(connection: UpstreamConnection, *, keep_alive: bool) -> tuple[by
 def _returned(connection: UpstreamConnection) -> list[tuple[bytes, bytes]]:
     nominated = _nominated(connection.headers)
     dropped = NOT_RETURNED | nominated if nominated else NOT_RETURNED
+    if connection.status in BODILESS:  # whose length is that of a body which is not there
+        dropped |= {b"content-length"}
     return [pair for pair in connection.headers if pair[0].lower() not in dropped]

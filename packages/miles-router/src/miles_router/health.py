@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
-from .connection import ConnectError, HungError, LocalError, LostError, UpstreamError
+from .errors import ConnectError, HungError, LocalError, LostError, UpstreamError
 from .fetch import fetch
 from .model_info import MODEL_INFO_PATHS, model_info
 

@@ -92,9 +92,12 @@ class KnownRequests:
         names = {name for name, _ in seen.headers}
         if not seen.plain or seen.parser.get_method() != b"POST" or b"expect" in names or b"host" not in names:
             return None
-        url = httptools.parse_url(seen.url)
-        path = url.path.decode("ascii")
-        if "%" in path or not self._admit(path, seen.headers):
+        try:
+            url = httptools.parse_url(seen.url)
+        except httptools.HttpParserInvalidURLError:
+            return None
+        path = (url.path or b"").decode("ascii")  # llhttp lets no other bytes into a target
+        if not path or "%" in path or not self._admit(path, seen.headers):
             return None
         scope = {"method": "POST", "raw_path": url.path, "query_string": url.query or b"", "headers": seen.headers}
         head = request_head(scope, b"", 0, self._without)

@@ -8,7 +8,8 @@ if TYPE_CHECKING:
     import asyncio
     from collections.abc import Sequence
 
-    from .connection import UpstreamConnection, UpstreamError
+    from .connection import UpstreamConnection
+    from .errors import UpstreamError
     from .exchanges import Exchanges
     from .known_heads import KnownAnswers, KnownRequests
     from .memory import BodyMemory

@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import errno
 
-from .connection import ConnectError, LocalError, UpstreamConnection
+from .connection import UpstreamConnection
+from .errors import ConnectError, LocalError
 
 __all__ = ["CONNECT_TIMEOUT_S", "ConnectionPool"]
 
@@ -34,6 +35,8 @@ class ConnectionPool:
                 _, connection = await loop.create_connection(lambda: UpstreamConnection(self), self._host, self._port)
         except TimeoutError:
             raise ConnectError(f"did not accept a connection within {CONNECT_TIMEOUT_S:g} s") from None
+        except UnicodeError as exc:  # a label of more than 63 letters, or of none
+            raise ConnectError(f"cannot be connected: {self._host!r} is no host's name") from exc
         except OSError as exc:
             if exc.errno in _LOCAL:
                 raise LocalError(f"the router cannot open a connection: {exc.strerror}") from exc

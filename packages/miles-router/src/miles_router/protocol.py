@@ -18,6 +18,8 @@ from .lane import HANDED
 if TYPE_CHECKING:
     from collections.abc import Collection, Sequence
 
+    from uvicorn.protocols.http.httptools_impl import RequestResponseCycle
+
     from .lane import Handed, Lane
 
 __all__ = ["BODY_TIMEOUT_S", "HEAD_TIMEOUT_S", "KEEP_ALIVE_S", "MAX_HEAD_BYTES", "BoundedProtocol", "expire_slow"]
@@ -60,6 +62,7 @@ class BoundedProtocol(HttpToolsProtocol):
         self._express: Express | None = None
         self._handed: Handed | None = None
         self._between_messages = True
+        self._running: RequestResponseCycle | None = None
 
     def connection_lost(self, exc: Exception | None) -> None:
         if self._express is not None:
@@ -67,6 +70,9 @@ class BoundedProtocol(HttpToolsProtocol):
                 self.cycle = None  # type: ignore[assignment]
             self._express.leave()
         super().connection_lost(exc)
+        if self._running is not None and not self._running.response_complete:  # `cycle` may be one that waits behind it
+            self._running.disconnected = True
+            self._running.message_event.set()
 
     def data_received(self, data: bytes) -> None:
         if self._lane is None or not self._goes_short(data, self._lane):
@@ -80,10 +86,11 @@ class BoundedProtocol(HttpToolsProtocol):
             if express is None:
                 express = self._express = Express(self, lane, self.loop)
             self.cycle = express  # type: ignore[assignment]
+            # before: where nobody can serve the request the parser gets it now, and may end up in the next one's head
+            in_head, self._in_head = self._in_head, False
             if not express.begin(data):
-                self.cycle = cycle
+                self.cycle, self._in_head = cycle, in_head
                 return False
-            self._in_head = False
             if express.more_body:
                 self._since = self.loop.time()
         elif express is None or cycle is not express:
@@ -160,6 +167,7 @@ class BoundedProtocol(HttpToolsProtocol):
 
     def on_response_complete(self) -> None:
         """Go on with the next request. Not uvicorn's, which sets a timer for each."""
+        self._running = None
         self.server_state.total_requests += 1
         if self.transport.is_closing():
             return
@@ -169,6 +177,10 @@ class BoundedProtocol(HttpToolsProtocol):
             self._start_asgi_task(cycle, app)
         else:
             self._idle_since = self.loop.time()
+
+    def _start_asgi_task(self, cycle: RequestResponseCycle, app: Any) -> None:
+        self._running = cycle
+        super()._start_asgi_task(cycle, app)
 
     def _length_of_head(self) -> int:
         return len(self.url) + sum(len(name) + len(value) + 4 for name, value in self.headers)
@@ -194,10 +206,10 @@ class BoundedProtocol(HttpToolsProtocol):
 
     def expire(self, now: float, write_timeout: float) -> None:
         """Close the connection if its client takes too long to send a request, or to read an answer."""
-        if self.transport.is_closing():
-            return
-        if self._unread and self._reads_nothing(now, write_timeout):
+        if self._reads_nothing(now, write_timeout):
             self.transport.abort()
+        elif self.transport.is_closing():
+            return
         elif self._in_head:
             if self.cycle is not None and not self.cycle.response_complete:
                 self._since = now  # what follows an answer under way has time until that is over
@@ -210,12 +222,15 @@ class BoundedProtocol(HttpToolsProtocol):
 
     def _reads_nothing(self, now: float, timeout: float) -> bool:
         unread = self.transport.get_write_buffer_size()
-        if unread < self._unread:
+        # what is left to be sent holds a connection that closes open
+        if unread < self._unread or (self.transport.is_closing() and not self._unread):
             self._unread_since, self._unread = now, unread
-        return now - self._unread_since > timeout
+        return self._unread > 0 and now - self._unread_since > timeout
 
     def _is_idle(self, now: float) -> bool:
-        return self.cycle.response_complete and not self.cycle.more_body and now - self._idle_since > KEEP_ALIVE_S
+        cycle = self.cycle
+        waits = not cycle.response_complete or cycle.more_body or self.flow.write_paused
+        return not waits and now - self._idle_since > KEEP_ALIVE_S
 
     def _is_late(self, now: float) -> bool:
         cycle = self.cycle

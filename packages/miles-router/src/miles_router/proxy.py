@@ -12,7 +12,7 @@ import asyncio
 import logging
 from typing import TYPE_CHECKING
 
-from .connection import ClientGoneError, LocalError, LostError, UpstreamConnection, UpstreamError
+from .errors import ClientGoneError, LocalError, LostError, UpstreamError
 from .exchanges import Exchanges
 from .express import CLIENT_LEFT, CUT_SHORT
 from .heads import not_forwarded, request_head, response_start
@@ -21,6 +21,7 @@ from .messages import read_body, send_json, until_gone
 from .routing import Refusal, Route
 
 if TYPE_CHECKING:
+    from .connection import UpstreamConnection
     from .gate import Gate
     from .lane import Handed
     from .memory import BodyMemory

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from .connection import ConnectError, HungError, LostError, SilentError, UpstreamError
+from .errors import ConnectError, HungError, LostError, SilentError, UpstreamError
 from .messages import CHOSEN, PREFERRED
 from .policies import RouteRequest
 

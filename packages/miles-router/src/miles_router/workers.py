@@ -10,7 +10,7 @@ from urllib.parse import urlsplit
 
 from miles_api.errors import ConfigError
 
-from .connection import ConnectError
+from .errors import ConnectError
 from .pool import ConnectionPool
 
 if TYPE_CHECKING:

@@ -86,6 +86,13 @@ def test_a_hook_that_no_process_loaded_is_told_from_one_that_was_not_called():
     ]
 
 
+def test_the_calls_of_a_hook_within_another_are_that_ones_business():
+    whole, part = row("reward"), row("reward", reference="my.py:part", part_of="weighted")
+    assert not_fired([whole, part], {"rollout": [said("reward", 3)]}, "rollout") == []
+    reports = {"driver": [said("reward", sha256="b" * 64)], "rollout": [said("reward", part_of="weighted")]}
+    assert len(code_differences(reports)) == 1
+
+
 def test_a_class_is_used_once_it_is_loaded():
     assert not_fired([row("data_source")], {"rollout": [said("data_source")]}, "start") == []
     assert not_fired([row("data_source")], {"rollout": []}, "start") != []

@@ -193,6 +193,14 @@ def test_weights_that_nobody_trains_are_known_by_what_the_engines_call_them(engi
     assert engines[0].requests(UPDATE) == []
 
 
+def test_weights_that_engines_give_no_name_have_none_and_every_engine_may_serve(engines):
+    for engine in engines:
+        engine.version = None
+    fixed = FixedWeights([engine.endpoint for engine in engines])
+    assert fixed.served(3) == ""  # what a router takes for no requirement
+    fixed.bring(engines[0].endpoint)
+
+
 def test_weights_travel_in_memory_only_where_they_fit(tmp_path, monkeypatch):
     memory = tmp_path / "shm"
     memory.mkdir()

@@ -3,7 +3,8 @@
 An installed package takes part with a module under the entry-point group `miles.checks`, named after the side it runs:
 `HOOKS`, the hooks it can call; `idle(config)`, those of them that this run does not call, with the reason;
 `check(config)`, which yields problems. If it likes it also has `derived(config)`, options that follow from others, by
-name, and `notes(config)`, lines for the plan. Checks import neither torch nor Ray, and start nothing.
+name, `notes(config)`, lines for the plan, and `parts(config)`, hooks that a hook of its own calls. Checks import
+neither torch nor Ray, and start nothing.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from miles_api.checks.derive import derive_batch, derive_rollout
-from miles_api.checks.hook_rows import HookRow, rows_of
+from miles_api.checks.hook_rows import HookRow, part_rows, rows_of
 from miles_api.checks.run_checks import check_run_options, idle_by_run_options
 from miles_api.config import DERIVED, RunConfig
 from miles_api.errors import ConfigError, MilesDeprecationWarning, MilesError
@@ -130,6 +131,7 @@ def check_run(config: RunConfig) -> CheckReport:
         for owner, module in checkers.values():
             problems += _problems(_found_by(module, config), owner)
             notes += module.notes(config) if hasattr(module, "notes") else []
+            rows += part_rows(module.parts(config)) if hasattr(module, "parts") else []
     missing = [f"{what}: {owner} is not installed" for side, (owner, what) in _SIDES.items() if side not in checkers]
     unique = {problem.message: problem for problem in reversed(problems)}
     return CheckReport(config, list(unique.values())[::-1], rows, notes, missing)

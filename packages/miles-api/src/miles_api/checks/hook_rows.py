@@ -16,10 +16,12 @@ from miles_api.loading.hookset import configured_hooks
 from miles_api.loading.load import TRAINER_PACKAGES
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from miles_api.config import RunConfig
     from miles_api.spec import HookSpec
 
-__all__ = ["HookRow", "rows_of"]
+__all__ = ["HookRow", "part_rows", "rows_of"]
 
 
 class HookRow(msgspec.Struct, kw_only=True):
@@ -40,6 +42,8 @@ class HookRow(msgspec.Struct, kw_only=True):
     """Whether this run calls it by itself."""
     note: str = ""
     """Why it is not called, or where it will be checked."""
+    part_of: str = ""
+    """The hook that calls it, for one that is named in options of its own; the run counts the calls of that one."""
 
 
 def rows_of(config: RunConfig, idle: dict[str, str]) -> tuple[list[HookRow], list[str]]:
@@ -60,6 +64,16 @@ def rows_of(config: RunConfig, idle: dict[str, str]) -> tuple[list[HookRow], lis
         if row.hook in idle:
             row.called, row.note = False, "; ".join(filter(None, (idle[row.hook], row.note)))
     return rows, problems
+
+
+def part_rows(parts: Iterable[tuple[str, BoundHook]]) -> list[HookRow]:
+    """Return the rows of hooks that others call, each given with the short name of the one that does."""
+    rows = []
+    for whole, bound in parts:
+        row = _row(bound)
+        row.flag, row.part_of, row.note = None, whole, f"called by {whole}"
+        rows.append(row)
+    return rows
 
 
 def _found(spec: HookSpec, reference: str) -> list[HookRow]:

@@ -27,6 +27,10 @@ _CP = (
     "slice_log_prob_with_cp", "slice_loss_masks_for_local_cp", "slice_with_cp",
 )  # fmt: skip
 _GRADERS = ("extract_answer", "grade_answer_verl", "last_boxed_only_string", "remove_boxed")
+_BY_KIND = (
+    ("gpqa.", "compute_gpqa_reward"), ("ifbench.", "compute_ifbench_reward"),
+    ("deepscaler.", "get_deepscaler_rule_based_reward"),
+)  # fmt: skip
 _LEGACY_ROLLOUT = (
     "GenerateState", "eval_rollout", "generate", "generate_and_rm", "generate_and_rm_group", "generate_rollout",
 )  # fmt: skip
@@ -51,7 +55,9 @@ _BOTH = {
     **_all("rollout.sglang_rollout", _FUNCTIONS, "get_model_url"),
     **_all("rollout.data_source", _TYPES, "DataSource"),
     **_all("rollout.data_source", _ENGINE, "RolloutDataSource", "RolloutDataSourceWithBuffer", "pop_first"),
-    **_all("rollout.rm_hub", _ENGINE, "async_rm", "batched_async_rm", "grade_answer_verl"),
+    **_all("rollout.rm_hub", _ENGINE, "async_rm", "batched_async_rm", "grade_answer_verl", "remote_rm"),
+    **{f"rollout.rm_hub.{within}{name}": f"{_ENGINE}:{name}" for module, name in _BY_KIND for within in ("", module)},
+    "rollout.rm_hub.compute_score_dapo": f"{_ENGINE}:compute_score",
     "rollout.rm_hub.extract_boxed_answer": f"{_ENGINE}:extract_answer",
     "rollout.rm_hub.f1_score": f"{_ENGINE}:f1_score",
     "rollout.rm_hub.f1.f1_score": f"{_ENGINE}:f1_score",

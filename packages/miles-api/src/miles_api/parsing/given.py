@@ -104,7 +104,7 @@ def _refuse_non_finite(value: Any, default: Any) -> None:
 
 def _raw(item: Given, shape: OptionKind) -> Any:
     if item.source == COMMAND_LINE and shape.base is dict:
-        return json.loads(item.value)
+        return _object(item.value)
     # Numbers and booleans in a TOML file are typed already: a quoted one is a mistake worth naming.
     quoted = item.source != COMMAND_LINE and isinstance(item.value, str)
     if quoted and shape.base in (int, float, bool):
@@ -112,6 +112,13 @@ def _raw(item: Given, shape: OptionKind) -> Any:
     if shape.base is bool and not isinstance(item.value, bool):
         raise ValueError(f"Expected `bool`, got `{type(item.value).__name__}`")
     return item.value
+
+
+def _object(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ValueError("""Expected an object in JSON, quoted for the shell: '{"name": 1}'""") from error
 
 
 def _path(value: Any, shape: OptionKind, item: Given) -> Any:

@@ -19,9 +19,12 @@ if TYPE_CHECKING:
 __all__ = [
     "async_rm",
     "batched_async_rm",
+    "compute_gpqa_reward",
+    "compute_ifbench_reward",
     "compute_score",
     "extract_answer",
     "f1_score",
+    "get_deepscaler_rule_based_reward",
     "grade_answer_verl",
     "last_boxed_only_string",
     "remove_boxed",
@@ -93,6 +96,21 @@ def compute_score(
         answer = dapo_answer(solution_str)
         right, shown = answer is not None and dapo_right(answer, ground_truth), answer and minerva(answer)
     return {"score": 1.0 if right else -1.0, "acc": right, "pred": "[INVALID]" if shown is None else shown}
+
+
+def compute_gpqa_reward(response: str | None, label: Any, metadata: dict[str, Any] | None = None) -> float:
+    """Return 1.0 if a response names the right choice of a question, else 0.0: `--rm-type gpqa`."""
+    return grade("gpqa", response, label, metadata)
+
+
+def compute_ifbench_reward(response: str | None, label: Any, metadata: dict[str, Any] | None = None) -> float:
+    """Return 1.0 if a response follows every instruction in `metadata`, else 0.0: `--rm-type ifbench`."""
+    return grade("ifbench", response, label, metadata)
+
+
+def get_deepscaler_rule_based_reward(response: str, label: Any) -> float:
+    """Return 1.0 if the box after the thinking is the label, else 0.0: `--rm-type deepscaler`."""
+    return grade("deepscaler", response, label)
 
 
 _VERDICTS = ("yes", "no", "noanswer")

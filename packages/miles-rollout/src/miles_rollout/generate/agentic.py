@@ -30,25 +30,42 @@ class Agentic:
     """
 
     def __init__(self) -> None:
-        self._server = SessionServer()
+        self._servers: dict[asyncio.AbstractEventLoop, SessionServer] = {}
         self._aborted = False
 
     async def __call__(self, input: GenerateFnInput) -> GenerateFnOutput:  # noqa: A002
-        """Run the agent once and return its conversations, each as one sample."""
+        """Run the agent once and return its conversations, each as one sample.
+
+        In evaluation it is the last conversation alone, so that each run of an agent counts once.
+        """
         agent, sample = input.state.hooks.need("agent"), input.sample
+        # An agent cannot be taken back to where it was: a sample that was begun starts anew.
+        if sample.response_length:
+            sample.reset_for_retry()
         if not input.state.aborted:
             self._aborted = False
         session = Session(input)
         started = time.perf_counter()
-        async with self._server.serving(session) as base_url:
+        async with self._server().serving(session) as base_url:
             result = await self._run(agent, input, session, base_url)
-        sample.non_generation_time += time.perf_counter() - started - session.engine_seconds
+        sample.non_generation_time += time.perf_counter() - started - session.at_engines.seconds
         samples = _samples(agent, input, session, _checked(agent, input, session, result))
-        return GenerateFnOutput(samples=samples if len(samples) > 1 else samples[0])
+        return GenerateFnOutput(samples=samples if len(samples) > 1 and not input.evaluation else samples[-1])
 
     async def aclose(self) -> None:
-        """Stop the server of the sessions."""
-        await self._server.aclose()
+        """Stop the servers of the sessions."""
+        servers, self._servers = self._servers, {}
+        for loop, server in servers.items():
+            if loop is asyncio.get_running_loop():
+                await server.aclose()
+            else:
+                server.abandon()
+
+    def _server(self) -> SessionServer:
+        """Return the server of the running event loop: a rollout hook may run one for each rollout."""
+        for loop in [loop for loop in self._servers if loop.is_closed()]:
+            self._servers.pop(loop).abandon()
+        return self._servers.setdefault(asyncio.get_running_loop(), SessionServer())
 
     async def _run(self, agent: BoundHook, request: GenerateFnInput, session: Session, base_url: str) -> Any:
         sample = request.sample

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from miles_api.compat import translate
-from miles_api.errors import HookError, problem_of
+from miles_api.errors import ConfigError, HookError, problem_of
 from miles_api.hooks import REGISTRY
 from miles_api.loading.bind import resolve
 from miles_api.loading.hookset import configured_hooks
@@ -13,6 +14,7 @@ from miles_api.run_options import RunOptions
 from miles_rollout.generate.options import GenerateOptions
 from miles_rollout.generate.tool_parsers import check_parser
 from miles_rollout.generate.tool_specs import checked_specs
+from miles_rollout.tokenizer_files import ChatTemplate
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -45,7 +47,7 @@ def idle(config: RunConfig) -> dict[str, str]:
     """Return the hooks for tools and agents that this run's generate hook does not call, with the reason."""
     runs = _generate(config)
     return {
-        hook: f"{runs} does not call it" if runs in _CALLED_BY.values() else "unless the generate hook calls it"
+        hook: f"{runs} does not call it" if runs in _CALLED_BY.values() else "that is up to the generate hook"
         for hook, by in _CALLED_BY.items()
         if by != runs
     }
@@ -63,6 +65,8 @@ def problems(config: RunConfig) -> Iterator[str]:
             "--custom-agent-function-path and --generate-execute-tool-function-path are both set, and an agent runs "
             "its own tools: drop one"
         )
+    if runs in (_MULTI_TURN, _AGENTIC):
+        yield from problem_of(lambda: _require_template(config))
     if runs == _MULTI_TURN:
         yield from _tool_problems(config)
     for reference in hooks.get("tool_specs", ()):
@@ -75,11 +79,26 @@ def problems(config: RunConfig) -> Iterator[str]:
 
 def _tool_problems(config: RunConfig) -> Iterator[str]:
     name, folder = config.group(GenerateOptions).generate_tool_call_parser, config.group(RunOptions).hf_checkpoint
-    yield from problem_of(lambda: check_parser(name, str(folder)))
+    yield from problem_of(lambda: check_parser(name, str(folder), _own_template(config)))
     if "tool_specs" in configured_hooks(config.args) and config.flat()["apply_chat_template"]:
         yield (
             "--apply-chat-template turns prompts into text before --generate-tool-specs-path can describe the tools in "
             "them: leave it out and give chat messages"
+        )
+
+
+def _own_template(config: RunConfig) -> str | None:
+    return config.flat()["apply_chat_template_kwargs"].get("chat_template")
+
+
+def _require_template(config: RunConfig) -> None:
+    """Raise `ConfigError` for a model directory without a chat template: turns cannot be told apart without one."""
+    folder = str(config.group(RunOptions).hf_checkpoint)
+    if Path(folder).is_dir() and not (_own_template(config) or ChatTemplate(folder).text):
+        raise ConfigError(
+            f"{_generate(config)} holds conversations, and the tokenizer in --hf-checkpoint {folder} has no chat "
+            'template: give one with --apply-chat-template-kwargs \'{"chat_template": "…"}\', or name a generate hook '
+            "that needs none"
         )
 
 

@@ -44,6 +44,9 @@ class MultiTurn:
         """Hold one conversation and return it as one sample, or with `--generate-multi-samples` as one an answer."""
         run = self._run = self._run or _begin(input)
         sample = input.sample
+        # What tools did until then and where the last answer broke off is not in it: one that was begun starts anew.
+        if sample.response_length:
+            sample.reset_for_retry()
         if not sample.tokens:
             sample.tokens = prompt_ids(input.state.tokenizer, input.args, sample, run.tools.specs)
         samples = await Conversation(input, *run).hold()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import secrets
-import time
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from miles_api.errors import ConfigError, DataError, ServiceError
@@ -23,14 +22,13 @@ from miles_rollout.generate.chat_api import (
     read_request,
 )
 from miles_rollout.generate.options import GenerateOptions
+from miles_rollout.generate.stopwatch import Stopwatch
 from miles_rollout.generate.tool_parsers import parser_for
 from miles_rollout.generate.turn import Answer, ask
 from miles_rollout.generate.turn_tree import Turn, TurnTree
 from miles_rollout.group import gather
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
     from miles_api.rollout_types import GenerateFnInput
     from miles_rollout.generate.tool_calls import Parser
 
@@ -51,11 +49,11 @@ class Session:
     def __init__(self, request: GenerateFnInput) -> None:
         self.id = secrets.token_urlsafe(24)
         """Whoever knows it may use the session."""
-        self.error: ServiceError | None = None
-        """What an engine failed with at last; None once a later request went well."""
+        self.error: Exception | None = None
+        """What an engine failed with at last, or this session; None once a later request went well."""
         self.aborted = False
         """Whether a request came to nothing because the rollout was over."""
-        self.engine_seconds = 0.0
+        self.at_engines = Stopwatch()
         """How long engines worked for it, once where they did so for several requests."""
         self.turns = 0
         """How many answers were given."""
@@ -64,8 +62,7 @@ class Session:
         self._tree = TurnTree(tolerant=self._options.agent_message_matching == "tolerant")
         self._gate = asyncio.Semaphore(_AT_ONCE)
         self._tasks: set[asyncio.Task[Any]] = set()
-        self._number = self._under_way = self._working = 0
-        self._since = 0.0
+        self._number = self._under_way = 0
         self._closed = ""
 
     def leaves(self) -> list[Turn]:
@@ -86,6 +83,12 @@ class Session:
             if self._closed:
                 raise self._gone() from None
             raise
+        except RequestError:
+            raise
+        except Exception as error:
+            # The agent's client would hide where it comes from.
+            self.error = error
+            raise RequestError(500, "internal", repr(error)) from error
 
     def models(self) -> dict[str, Any]:
         """Return the list of models: the one that is trained."""
@@ -118,7 +121,13 @@ class Session:
             return chat, self._full(chat, turns[0])
         self._begin(chat, turns)
         answers = await self._answers(chat, turns, min(left, chat.max_tokens or left))
-        return chat, self._reply(chat, template, turns, answers)
+        try:
+            return chat, self._reply(chat, template, turns, answers)
+        except RequestError:
+            raise
+        except Exception:
+            self._drop(turns)
+            raise
 
     def _parser(self, chat: ChatRequest) -> Parser | None:
         """Return what reads the calls of a request's tools. Raises `RequestError` where the model's form is unknown."""
@@ -165,19 +174,24 @@ class Session:
 
     def _begin(self, chat: ChatRequest, turns: list[Turn]) -> None:
         """Put the turns of a request into the tree, within the limits. Raises `RequestError`."""
-        options, parent = self._options, turns[0].parent
-        if self.turns + self._under_way + len(turns) > options.agent_max_turns:
-            if parent is not None:
-                parent.cut = Status.TRUNCATED
-            raise RequestError(409, "limit", f"--agent-max-turns {options.agent_max_turns} answers were given")
+        parent = turns[0].parent
+        self._require_turns(len(turns), parent)
         continued = parent is not None and not parent.children
-        if self._tree.ends() + len(turns) - continued > options.agent_max_samples:
+        if self._tree.ends() + len(turns) - continued > self._options.agent_max_samples:
             raise self._too_many(chat)
         name = f"chatcmpl-{self._number + 1}"
         for choice, turn in enumerate(turns):
             self._number += 1
             turn.names = (f"{name}/{choice}", name)
             self._tree.add(turn, self._number)
+
+    def _require_turns(self, count: int, parent: Turn | None) -> None:
+        """Raise `RequestError` if so many more answers are too many; the conversation then ends at `parent`."""
+        most = self._options.agent_max_turns
+        if self.turns + self._under_way + count > most:
+            if parent is not None:
+                parent.cut = Status.TRUNCATED
+            raise RequestError(409, "limit", f"--agent-max-turns {most} answers were given")
 
     def _too_many(self, chat: ChatRequest) -> RequestError:
         most = self._options.agent_max_samples
@@ -204,11 +218,10 @@ class Session:
     async def _answers(self, chat: ChatRequest, turns: list[Turn], limit: int) -> list[Answer]:
         self._under_way += len(turns)
         try:
-            with self._timed():
+            with self.at_engines.running():
                 answers = await gather(*(self._ask(chat, turn, limit) for turn in turns))
         except BaseException as error:
-            for turn in turns:
-                self._tree.remove(turn)
+            self._drop(turns)
             if isinstance(error, ServiceError):
                 self.error = error
                 raise RequestError(502, "engine", str(error)) from error
@@ -218,23 +231,15 @@ class Session:
         self.error = None
         return answers
 
+    def _drop(self, turns: list[Turn]) -> None:
+        """Forget the turns of a request that came to nothing."""
+        for turn in turns:
+            self._tree.remove(turn)
+
     async def _ask(self, chat: ChatRequest, turn: Turn, limit: int) -> Answer:
         ids = [*(turn.parent.ids() if turn.parent else ()), *turn.shown]
         async with self._gate:
             return await ask(self._request, ids, limit, int.from_bytes(turn.key), **chat.sampling)
-
-    @contextlib.contextmanager
-    def _timed(self) -> Iterator[None]:
-        """Count the time until the end as the engines', once for requests at the same time."""
-        if self._working == 0:
-            self._since = time.perf_counter()
-        self._working += 1
-        try:
-            yield
-        finally:
-            self._working -= 1
-            if self._working == 0:
-                self.engine_seconds += time.perf_counter() - self._since
 
     def _reply(
         self, chat: ChatRequest, template: ChatTemplate, turns: list[Turn], answers: list[Answer]
@@ -266,6 +271,7 @@ class Session:
             turn.answer, turn.message = Answer([], [], "", {"finish_reason": {"type": "length"}}), message
             name = turn.names[-1]
         else:
+            self._require_turns(1, turn.parent)
             turn.parent.cut = Status.TRUNCATED
             name = turn.parent.names[-1]
         self.turns += 1

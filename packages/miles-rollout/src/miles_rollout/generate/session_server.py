@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import socket
 from typing import TYPE_CHECKING
 
 import msgspec
@@ -25,7 +26,7 @@ _FINAL = {"x-should-retry": "false"}
 
 
 class SessionServer:
-    """Serves sessions under `http://127.0.0.1:PORT/sessions/<id>/v1`; starts with the first one.
+    """Serves sessions under `http://127.0.0.1:PORT/sessions/<id>/v1`, in one event loop; starts with the first one.
 
     The id is the key: it is long, random and known to the session's agent alone.
     """
@@ -33,6 +34,7 @@ class SessionServer:
     def __init__(self) -> None:
         self._sessions: dict[str, Session] = {}
         self._runner: web.AppRunner | None = None
+        self._socket: socket.socket | None = None
         self._starting = asyncio.Lock()
         self._url = ""
 
@@ -55,6 +57,11 @@ class SessionServer:
         if runner is not None:
             await runner.cleanup()
 
+    def abandon(self) -> None:
+        """Let go of the port after the event loop was closed: nobody may wait there for an answer."""
+        if self._socket is not None:
+            self._socket.close()
+
     async def _start(self) -> None:
         app = web.Application(client_max_size=_MAX_BODY)
         app.router.add_post("/sessions/{id}/v1/chat/completions", self._complete)
@@ -65,7 +72,8 @@ class SessionServer:
             app, handle_signals=False, access_log=None, shutdown_timeout=_SHUTDOWN_S, handler_cancellation=True
         )
         await runner.setup()
-        await web.TCPSite(runner, "127.0.0.1", 0).start()
+        self._socket = socket.create_server(("127.0.0.1", 0))
+        await web.SockSite(runner, self._socket).start()
         host, port = runner.addresses[0][:2]
         self._runner, self._url = runner, f"http://{host}:{port}"
 

@@ -39,4 +39,14 @@ def parse_tool_calls(text: str, parser: Parser, tools: Sequence[dict[str, Any]] 
     before, calls = parser(spoken, tools)
     if not calls:
         return text, []
-    return (text[: len(text) - len(spoken)] + before).rstrip(), calls
+    return (text[: len(text) - len(spoken)] + before).rstrip(), [_writable(call) for call in calls]
+
+
+def _writable(call: ToolCall | BadToolCall) -> ToolCall | BadToolCall:
+    """Return a call that can be passed on: not one with half a character, or with a value that JSON does not know."""
+    if isinstance(call, ToolCall):
+        try:
+            msgspec.json.encode(call)
+        except (ValueError, TypeError, RecursionError) as error:
+            return BadToolCall(ascii(call.name), f"not text and JSON values: {error}")
+    return call

@@ -67,6 +67,8 @@ class Tools:
         if output is None:
             sample.metadata["tool_timeouts"] += 1
             output = f"error: {call.name} timed out after {self._limit:g} s"
+        # Halves of characters, as in names of files that are no text, cannot be tokenised.
+        output = output.encode(errors="replace").decode()
         return {"role": "tool", "name": call.name, "content": self._bounded(output)}
 
     async def _within(self, call: ToolCall) -> str | None:

@@ -27,7 +27,7 @@ class Answer(NamedTuple):
     """In nats, one for each id."""
     text: str
     meta: dict[str, Any]
-    """The engine's `meta_info`."""
+    """The engine's `meta_info` without the log-probs: agents' answers are kept until their conversation is over."""
 
     def append_to(self, sample: Sample) -> None:
         """Append the tokens to the sample's response as trained ones; take over status, versions and cache counts."""
@@ -72,8 +72,8 @@ async def ask(
             f"sample {sample.index}: the engine saw a prompt of {seen} tokens, and {len(tokens)} were sent: what it "
             "continued is not what the sample records"
         )
-    log_probs = [entry[0] for entry in meta["output_token_logprobs"]]
-    ids = [entry[1] for entry in meta["output_token_logprobs"]]
+    pairs = meta.pop("output_token_logprobs")
+    log_probs, ids = [entry[0] for entry in pairs], [entry[1] for entry in pairs]
     if "output_ids" in reply and reply["output_ids"] != ids:
         raise ServiceError(f"sample {sample.index}: the engine's output_ids and output_token_logprobs differ")
     return Answer(ids, log_probs, reply["text"], meta)

@@ -16,8 +16,8 @@ __all__ = ["boxed_answer", "open_pairs", "quick_deepscaler"]
 
 _BRACKETS = "()[]"
 _FRACTION = re.compile(r"-?[0-9]+.?/0*[1-9][0-9]*.?")
-_TOWER = re.compile(r"\^\(|\^\{|\^[0-9]+\^|\^[0-9][0-9]|[0-9]\.?e[-+]?[0-9]{3}")
-"""Powers and exponents that sympy might compute for ever."""
+_TOWER = re.compile(r"\^\(|\^\{|\^[0-9]+\^|\^[0-9][0-9]|[0-9]\.?e[-+]?[0-9]{3}|[0-9]{6}!|!\)*!\)*!")
+"""Powers, exponents and factorials that sympy might compute for ever."""
 _MOST_LETTERS = 2
 _LONGEST = 1000
 """Characters of an answer that sympy is asked about."""
@@ -65,7 +65,7 @@ def _comparable(a: str, b: str) -> bool:
         return False
     both = f"{a} {b}"
     letters = {character for character in both.replace("sqrt", "").replace("frac", "") if character.isalpha()}
-    return len(letters) <= _MOST_LETTERS and not _TOWER.search(both)
+    return len(letters) <= _MOST_LETTERS and not _TOWER.search(both.replace("**", "^"))
 
 
 def _parts(text: str) -> list[str]:

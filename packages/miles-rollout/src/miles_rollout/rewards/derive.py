@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from miles_api.errors import problem_of
+from miles_api.errors import MilesError, problem_of
 from miles_api.loading.hookset import configured_hooks
 from miles_api.run_options import RunOptions
 from miles_rollout.options import RewardOptions
@@ -16,8 +16,9 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
     from miles_api.config import RunConfig
+    from miles_api.loading.bind import BoundHook
 
-__all__ = ["derived", "goes_by_kind", "notes", "own_parts", "problems"]
+__all__ = ["derived", "goes_by_kind", "notes", "own_parts", "parts", "problems"]
 
 _OUR_GENERATES = ("single_turn", "multi_turn")
 """Generate hooks that leave the reward to the reward hook."""
@@ -44,6 +45,19 @@ def notes(config: RunConfig) -> list[str]:
 def own_parts(config: RunConfig) -> list[str]:
     """Return the references among `--rm-weights` that are no short names: a user's own hooks."""
     return [part for part in config.group(RewardOptions).rm_weights if ":" in part or "." in part]
+
+
+def parts(config: RunConfig) -> list[tuple[str, BoundHook]]:
+    """Return the hooks among `--rm-weights`, with the hook that calls them; none where `problems` says what is wrong.
+
+    They are hashed in the driver too, so that other code in the rollout process is noticed before the first rollout.
+    """
+    if configured_hooks(config.args).get("reward") != [NAME]:
+        return []
+    try:
+        return [(NAME, hook) for hook in resolve_parts(config.args)]
+    except MilesError:
+        return []
 
 
 def goes_by_kind(config: RunConfig) -> bool:

@@ -14,10 +14,11 @@ from miles_api.errors import ConfigError, did_you_mean
 from miles_api.options import options_from
 from miles_rollout.options import RewardOptions
 from miles_rollout.rewards.boxes import last_boxed
-from miles_rollout.rewards.pool import GraderError, default_pool, pool_of
+from miles_rollout.rewards.pool import GraderError, GraderPool, default_pool, pool_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from concurrent.futures import Future
 
     from miles_api.args import Args
     from miles_api.sample import Sample
@@ -42,6 +43,8 @@ class Kind(msgspec.Struct, frozen=True):
     """What a wrong answer scores."""
     check: str | None = None
     """`check(label, metadata)`: raises `DataError` where no response could be scored; asked for each prompt."""
+    reads: tuple[str, ...] | None = None
+    """The entries of metadata that a `score` in the pool is given: others, a trace of megabytes say, are not sent."""
     asks: bool = False
     """`score` is `async (args, sample) -> float | dict` instead: it asks somebody else, and only a run can use it."""
 
@@ -55,6 +58,7 @@ KINDS: dict[str, Kind] = {
         needs=("math_verify",),
         quick=_HERE + "math:quick_math",
         check=_HERE + "math_text:check_answers",
+        reads=(),
         alone="\\boxed{{{}}}",
     ),
     "deepscaler": Kind(
@@ -63,6 +67,7 @@ KINDS: dict[str, Kind] = {
         needs=("sympy",),
         quick=_HERE + "deepscaler:quick_deepscaler",
         check=_HERE + "math_text:check_answers",
+        reads=(),
         alone="</think>\\boxed{{{}}}",
     ),
     "dapo": Kind(_HERE + "dapo:dapo_score", check=_HERE + "math_text:check_answers", alone="Answer: {}", lowest=-1.0),
@@ -74,6 +79,7 @@ KINDS: dict[str, Kind] = {
         needs=("if_verifiable", "langdetect", "nltk"),
         quick=_HERE + "ifbench:quick_ifbench",
         check=_HERE + "ifbench_checkers:ifbench_check",
+        reads=("instruction_id_list", "kwargs"),
     ),
     "random": Kind(_HERE + "chance:random_score"),
     "remote_rm": Kind(_HERE + "remote:remote_rm", asks=True),
@@ -125,27 +131,35 @@ def _function(reference: str) -> Callable[..., Any]:
     return getattr(importlib.import_module(module), name)
 
 
-def _here(rm_type: str, response: str, label: Any, metadata: dict[str, Any]) -> tuple[Kind, str, float | None]:
+def _here(rm_type: str, response: Any, label: Any, metadata: dict[str, Any]) -> tuple[Kind, str, float | None]:
     """Return the kind, what it grades, and the score if it can be told without the pool."""
     kind, function = _found(rm_type)
+    if not isinstance(response, str):
+        response = "" if response is None else bytes(response).decode(errors="replace")
     if rm_type.startswith(_BOXED):
         answer = last_boxed(response)
         response = "" if answer is None else kind.alone.format(answer)
     return kind, response, None if function is None else function(response, label, metadata)
 
 
-def grade(rm_type: str, response: str, label: Any, metadata: dict[str, Any] | None = None) -> float:
+def _submitted(pool: GraderPool, kind: Kind, response: str, label: Any, metadata: dict[str, Any]) -> Future[float]:
+    sent = metadata if kind.reads is None else {name: metadata[name] for name in kind.reads if name in metadata}
+    return pool.submit(kind.score, response, label, sent)
+
+
+def grade(rm_type: str, response: str | bytes | None, label: Any, metadata: dict[str, Any] | None = None) -> float:
     """Score `response` against `label` as `--rm-type` does; `boxed_…` grades the content of the last `\\boxed{}`.
 
-    `metadata` is for graders that need more than a label. May be called from any thread; not from an event loop, which
-    would stand still meanwhile. Raises `ConfigError` for an unknown kind, one whose library is not installed, or one
-    that asks a server; `GraderError` when no verdict came within the deadline or the grader died.
+    None is an empty response, and bytes are one in UTF-8. `metadata` is for graders that need more than a label. May be
+    called from any thread; not from an event loop, which would stand still meanwhile. Raises `ConfigError` for an
+    unknown kind, one whose library is not installed, or one that asks a server; `DataError` for a label or metadata
+    that says too little; `GraderError` when no verdict came within the deadline or the grader died.
     """
     if _found(rm_type)[0].asks:
         raise ConfigError(f"--rm-type {rm_type} asks a server: it scores the samples of a run, see rewards.reward")
     kind, response, score = _here(rm_type, response, label, metadata or {})
     if score is None:
-        score = default_pool().submit(kind.score, response, label, metadata or {}).result()
+        score = _submitted(default_pool(), kind, response, label, metadata or {}).result()
     return score
 
 
@@ -171,8 +185,9 @@ async def score_by(rm_type: str, args: Args, sample: Sample) -> float | dict[str
         return score
     options: RewardOptions = options_from(args, RewardOptions)
     try:
-        return await asyncio.wrap_future(pool_of(options).submit(kind.score, response, sample.label, sample.metadata))
-    except GraderError:
-        if options.rm_on_timeout == "error":
+        return await asyncio.wrap_future(_submitted(pool_of(options), kind, response, sample.label, sample.metadata))
+    except GraderError as error:
+        # A grader that raises is broken, whatever the answer: that is never a score.
+        if options.rm_on_timeout == "error" or error.count not in ("timeouts", "deaths"):
             raise
         return kind.lowest

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from fractions import Fraction
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 from miles_rollout.rewards.boxes import last_boxed
 from miles_rollout.rewards.math_text import accepted_answers, latex_as_text, same_text, without_thousands
 
-__all__ = ["final_answer", "quick_math", "same_number"]
+__all__ = ["computable", "final_answer", "quick_math", "same_number"]
 
 _NUMBER = re.compile(r"([-+]?)(\d{1,40}(?:\.\d{0,40})?|\.\d{1,40}|\d{1,40}/\d{1,40})(%?)")
 _MIXED = re.compile(r"\d +\d")
@@ -17,6 +18,11 @@ _SHORT = 200
 """Characters of a response that may be an answer and nothing else."""
 _LONGEST = 1000
 """Characters of an answer; a longer one is wrong unasked, unless the label is as long."""
+_GROUPING = re.compile(r"[{}\s]|\\left|\\right")
+_CHAIN = re.compile(r"\d++(?:(?:\^|\*\*)\(*[-+]?\d+)+")
+_DIGITS_ALONE = re.compile(r"\d+")
+_VAST_FACTORIAL = re.compile(r"\d{6}!|!\)*!\)*!")
+_MOST_DIGITS = 1e6
 _DIGITS = 6
 """Decimals to which a decimal number must agree, as in math-verify: 0.333333 is a third."""
 
@@ -34,6 +40,9 @@ def quick_math(response: str, label: Any, metadata: dict[str, Any]) -> float | N
         return 0.0
     if any(same_text(answer, wanted) for wanted in accepted):
         return 1.0
+    accepted = computable(accepted)
+    if not accepted or not computable([answer]):
+        return 0.0
     same = [same_number(answer, wanted) for wanted in accepted]
     return 1.0 if True in same else None if None in same else 0.0
 
@@ -56,6 +65,29 @@ def same_number(answer: str, wanted: str) -> bool | None:
         # 9% may answer 9, but 1/2 is nothing else.
         return bool(ours & theirs)
     return any(round(a, _DIGITS) == round(b, _DIGITS) for a in ours for b in theirs)
+
+
+def computable(texts: list[str]) -> list[str]:
+    """Return the texts without towers of powers and factorials that no machine computes: `9^{9^9}`.
+
+    To sympy they are numbers to be written out. Such a one answers a label of the same text, and nothing else.
+    """
+    return [text for text in texts if not _has_vast(_GROUPING.sub("", text))]
+
+
+def _has_vast(text: str) -> bool:
+    return bool(_VAST_FACTORIAL.search(text)) or any(map(_is_vast, _CHAIN.findall(text)))
+
+
+def _is_vast(chain: str) -> bool:
+    """Say whether a power, or a power of a power, has more than a million digits."""
+    first, *others, last = map(float, _DIGITS_ALONE.findall(chain))
+    try:
+        for base in reversed(others):
+            last = base**last
+    except OverflowError:
+        return True
+    return last * math.log10(max(first, 1.0)) > _MOST_DIGITS
 
 
 def _number(text: str) -> set[Fraction] | None:

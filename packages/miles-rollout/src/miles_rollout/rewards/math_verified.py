@@ -7,7 +7,7 @@ from typing import Any
 
 from math_verify import ExprExtractionConfig, LatexExtractionConfig, parse, verify
 
-from miles_rollout.rewards.math import final_answer, quick_math
+from miles_rollout.rewards.math import computable, final_answer, quick_math
 from miles_rollout.rewards.math_text import accepted_answers
 
 __all__ = ["math_score"]
@@ -31,7 +31,7 @@ def math_score(response: str, label: Any, metadata: dict[str, Any]) -> float:
         return quick
     answer = final_answer(response)
     text = response[-_TAIL:] if answer is None else _boxed(answer)
-    return float(any(_equal(text, wanted) for wanted in accepted_answers(label)))
+    return float(any(_equal(text, wanted) for wanted in computable(accepted_answers(label))))
 
 
 # The samples of a group share their label, and many of them their answer.

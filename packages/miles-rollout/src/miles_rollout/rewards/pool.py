@@ -30,6 +30,11 @@ _MOST_WORKERS = 8
 class GraderError(HookError):
     """No verdict: the grader ran past its deadline, died, ran out of memory or raised."""
 
+    def __init__(self, message: str, *, count: str = "") -> None:
+        super().__init__(message)
+        self.count = count
+        """`timeouts`, `deaths` or `errors`, as it was counted; empty where the pool was closed."""
+
 
 class GraderPool:
     """Up to `workers` processes, started as they are needed, that grade within `timeout` seconds an answer."""
@@ -37,7 +42,7 @@ class GraderPool:
     def __init__(self, workers: int, timeout: float) -> None:
         self.size, self.timeout = workers, timeout
         self.counts: Counter[str] = Counter()
-        """`timeouts` and `deaths` since somebody took them."""
+        """`timeouts`, `deaths` and `errors` since somebody took them."""
         self._queue: queue.SimpleQueue[tuple[Future[float], str, bytes] | None] = queue.SimpleQueue()
         self._lock = threading.Lock()
         self._unfinished = 0
@@ -92,11 +97,15 @@ class GraderPool:
             return process
         if process is not None:
             self._end(process)
+        # Outside the lock: starting takes a moment, and event loops wait for it in `submit`.
+        process = GraderProcess()
         with self._lock:
-            if self._closed:
-                raise GraderError("the rollout was closed before this answer was graded")
-            process = GraderProcess()
-            self._processes.add(process)
+            closed = self._closed
+            if not closed:
+                self._processes.add(process)
+        if closed:
+            process.kill()
+            raise GraderError("the rollout was closed before this answer was graded")
         return process
 
     def _end(self, process: GraderProcess) -> None:
@@ -107,11 +116,17 @@ class GraderPool:
     def _explained(self, why: NoAnswer, score: str, size: int) -> GraderError:
         if self._closed:
             return GraderError("the rollout was closed before this answer was graded")
-        self.counts[why.count] += 1
+        with self._lock:
+            self.counts[why.count] += 1
         late = f" within --rm-timeout {self.timeout:g} s" if why.count == "timeouts" else ""
-        return GraderError(
-            f"{score}: {why}{late}, on a question of {size} bytes (--rm-on-timeout zero scores such answers lowest)"
-        )
+        way_out = "" if why.count == "errors" else " (--rm-on-timeout zero scores such answers lowest)"
+        return GraderError(f"{score}: {why}{late}, on a question of {size} bytes{way_out}", count=why.count)
+
+    def take_counts(self) -> Counter[str]:
+        """Return `counts` and begin them anew."""
+        with self._lock:
+            taken, self.counts = self.counts, Counter()
+        return taken
 
     def pids(self) -> list[int]:
         """Return the processes that run now."""
@@ -153,12 +168,8 @@ def default_pool() -> GraderPool:
 
 
 def take_counts() -> Counter[str]:
-    """Return how many graders ran past their deadline or died since the last call: `timeouts`, `deaths`."""
-    total: Counter[str] = Counter()
-    for pool in tuple(_pools.values()):
-        total += pool.counts
-        pool.counts.clear()
-    return total
+    """Return how many graders ran past their deadline, died or raised: `timeouts`, `deaths`, `errors` since then."""
+    return sum((pool.take_counts() for pool in tuple(_pools.values())), Counter())
 
 
 @atexit.register
@@ -169,3 +180,13 @@ def close_pools() -> None:
         _pools.clear()
     for pool in pools:
         pool.close()
+
+
+def _forget_pools() -> None:
+    """Start anew in a forked process: the threads that feed the graders did not come along, and these are not ours."""
+    global _pools_lock  # noqa: PLW0603  a fork may come while it is held
+    _pools_lock = threading.Lock()
+    _pools.clear()
+
+
+os.register_at_fork(after_in_child=_forget_pools)

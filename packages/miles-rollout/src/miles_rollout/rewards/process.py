@@ -10,13 +10,15 @@ import sys
 import time
 from typing import Any
 
-from miles_api.errors import ConfigError
+from miles_api.errors import ConfigError, DataError
 
 __all__ = ["GraderProcess", "NoAnswer"]
 
 _STARTING = 120.0
 """Seconds in which a process must start and import a grader; sympy takes one, on a busy machine many."""
 _CHUNK = 1 << 16
+_ONE_THREAD = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
+"""Each process is one of several: a thread for each core in each of them is of no use."""
 
 
 class NoAnswer(Exception):  # noqa: N818  an outcome that the pool words and counts
@@ -33,7 +35,8 @@ class GraderProcess:
     def __init__(self) -> None:
         # -P: the directory that the run was started in may hold a math.py of the user's.
         command = [sys.executable, "-P", "-m", "miles_rollout.rewards.worker", str(os.getpid())]
-        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        env = os.environ | dict.fromkeys(_ONE_THREAD, "1")
+        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=env)
         assert self._process.stdin is not None
         assert self._process.stdout is not None
         self._to, self._from = self._process.stdin.fileno(), self._process.stdout.fileno()
@@ -44,9 +47,17 @@ class GraderProcess:
         """False once it was late or died: what it says next might be the answer to an earlier question."""
 
     def grade(self, score: str, message: bytes, seconds: float) -> float:
-        """Return the score; importing the grader does not count towards `seconds`. Raises `NoAnswer`."""
+        """Return the score; importing the grader does not count towards `seconds`.
+
+        Raises `NoAnswer`; `DataError` for a label or metadata that no answer can be graded by; `ConfigError` for a
+        library that is absent.
+        """
         if score not in self._loaded:
-            self._ask(json.dumps([score]).encode(), _STARTING)
+            try:
+                self._ask(json.dumps([score]).encode(), _STARTING)
+            except NoAnswer as why:
+                # No answer is to blame for that.
+                raise NoAnswer(f"a grading process did not start within {_STARTING:g} s: {why}", "errors") from why
             self._loaded.add(score)
         return float(self._ask(message, seconds))
 
@@ -66,6 +77,8 @@ class GraderProcess:
         if answer["count"] == "memory":
             self.kill()
             raise NoAnswer(f"the grading process ran out of memory: {answer['error']}", "deaths")
+        if answer["count"] == "data":
+            raise DataError(answer["error"])
         if answer["count"] == "import":
             raise ConfigError(f"{answer['error']}: pip install 'miles-rollout[rewards]'")
         raise NoAnswer(f"the grader raised {answer['error']}", "errors")

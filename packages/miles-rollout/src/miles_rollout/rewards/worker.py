@@ -11,7 +11,10 @@ import signal
 import sys
 import threading
 import time
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from miles_api.errors import DataError
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -19,7 +22,8 @@ if TYPE_CHECKING:
 __all__ = ["main"]
 
 _MEMORY = 2 << 30
-"""Bytes of address space; an answer that wants more gets no verdict."""
+"""Bytes of address space for the answers, beside what the graders themselves take; one that wants more gets no
+verdict."""
 _LOOK = 0.5
 """Seconds between two looks at whether the parent still lives."""
 _GRACE = 2.0
@@ -36,9 +40,6 @@ def main() -> None:
     logging.disable()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
-    # Of no use where the hard limit is lower already.
-    hard = resource.getrlimit(resource.RLIMIT_AS)[1]
-    resource.setrlimit(resource.RLIMIT_AS, (_MEMORY if hard == resource.RLIM_INFINITY else min(_MEMORY, hard), hard))
     known: dict[str, Callable[..., Any]] = {}
     for line in sys.stdin:
         seconds, _, question = line.partition(" ")
@@ -56,14 +57,26 @@ def _answered(known: dict[str, Callable[..., Any]], question: list[Any]) -> dict
         if not given:
             module, _, name = reference.partition(":")
             known[reference] = getattr(importlib.import_module(module), name)
+            _limit_memory()
             return {"score": 0.0}
         return {"score": float(known[reference](*given))}
+    except DataError as error:
+        return {"count": "data", "error": str(error)}
     except ImportError as error:
         return {"count": "import", "error": str(error)}
     except MemoryError as error:
         return {"count": "memory", "error": str(error) or "MemoryError"}
     except Exception as error:
         return {"count": "error", "error": f"{type(error).__name__}: {error}"[:500]}
+
+
+def _limit_memory() -> None:
+    # Not before the import: numpy alone maps gigabytes on a machine of many cores. Of no use where the hard limit is
+    # lower already, and elsewhere than on Linux the limit is not kept.
+    if sys.platform == "linux":
+        limit = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize() + _MEMORY
+        hard = resource.getrlimit(resource.RLIMIT_AS)[1]
+        resource.setrlimit(resource.RLIMIT_AS, (limit if hard == resource.RLIM_INFINITY else min(limit, hard), hard))
 
 
 def _leave_with(parent: int) -> None:

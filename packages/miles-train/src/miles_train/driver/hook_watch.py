@@ -60,7 +60,7 @@ def not_fired(
 
 
 def _due(hooks: Iterable[HookRow], moment: Moment) -> list[HookRow]:
-    return [row for row in hooks if row.called and REGISTRY[row.hook].moment == moment]
+    return [row for row in hooks if row.called and not row.part_of and REGISTRY[row.hook].moment == moment]
 
 
 class HookWatch:

@@ -54,8 +54,7 @@ def tiles(run: RunDirectory) -> list[Tile]:
     """Return the headline numbers that this run has."""
     shown = [_reward_tile(run), *_held_out_tiles(run), Tile("Rollouts", f"{len(run.rollouts):,}")]
     if run.started is not None and run.finished is not None:
-        startup = f"{duration(sum(run.startup.values()))} of it start-up" if run.startup else ""
-        shown.append(Tile("Duration", duration(run.finished - run.started), under=startup))
+        shown.append(Tile("Duration", duration(run.finished - run.started)))
     shown += [_tokens_tile(run), _gap_tile(run)]
     return [tile for tile in shown if tile is not None]
 
@@ -175,7 +174,7 @@ def time_shares(run: RunDirectory) -> TimeShares | None:
 
 
 def startup_text(run: RunDirectory) -> str:
-    """Return the start-up phases in words."""
+    """Return the start-up phases in words; some go on at the same time, so that their sum says nothing."""
     return ", ".join(f"{name.replace('_', ' ')} {duration(seconds)}" for name, seconds in run.startup.items())
 
 

@@ -19,7 +19,7 @@ class FixedWeights:
 
     def __init__(self, endpoints: list[Endpoint]) -> None:
         """Ask every engine for its version; raises `ServiceError` if they differ."""
-        versions = {endpoint.url: str(ask(endpoint, "/model_info").get("weight_version")) for endpoint in endpoints}
+        versions = {endpoint.url: _version_of(endpoint) for endpoint in endpoints}
         if len(set(versions.values())) > 1:
             raise ServiceError(f"the engines serve different weights: {versions}")
         self._version = next(iter(versions.values()))
@@ -29,7 +29,7 @@ class FixedWeights:
         return {}
 
     def served(self, version: int) -> str:  # noqa: ARG002  the trainer's count means nothing here
-        """Return the version of what the engines loaded."""
+        """Return the version of what the engines loaded; empty where they name none."""
         return self._version
 
     def replace(self, old: Endpoint, new: Endpoint) -> None:
@@ -37,7 +37,7 @@ class FixedWeights:
 
     def bring(self, endpoint: Endpoint) -> None:
         """Let a new engine serve what it loaded; until then it holds its requests. Raises `ServiceError`."""
-        served = str(ask(endpoint, "/model_info").get("weight_version"))
+        served = _version_of(endpoint)
         if served != self._version:
             raise ServiceError(f"the new engine {endpoint.url} serves weights {served!r}, not {self._version!r}")
         ask(endpoint, "/continue_generation", {})
@@ -47,3 +47,8 @@ class FixedWeights:
 
     def close(self) -> None:
         """Do nothing."""
+
+
+def _version_of(endpoint: Endpoint) -> str:
+    version = ask(endpoint, "/model_info").get("weight_version")
+    return "" if version is None else str(version)

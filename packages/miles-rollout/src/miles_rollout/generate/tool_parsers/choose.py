@@ -38,7 +38,7 @@ def parser_for(args: Args, tokenizer: Any) -> Parser:
     own = getattr(tokenizer, "response_template", None)
     if own is not None:
         return DeclaredParser(own)
-    template = tokenizer.chat_template
+    template = args.apply_chat_template_kwargs.get("chat_template") or tokenizer.chat_template
     return named_parser(_told_by(template if isinstance(template, str) else "\n".join((template or {}).values())))
 
 
@@ -61,17 +61,18 @@ def _parser(name: str) -> Parser:
     return parser
 
 
-def check_parser(name: str, folder: str) -> None:
+def check_parser(name: str, folder: str, template: str | None = None) -> None:
     """Raise `ConfigError` if `name` is no parser, or if it is `auto` and the files in `folder` do not tell which.
 
-    What is no folder is not looked at, and transformers is not imported.
+    `template` is what the run uses in place of the tokenizer's chat template. What is no folder is not looked at, and
+    transformers is not imported.
     """
     if name in (_PYTHONIC, *FORMATS, *ALIASES):
         return
     if name != _AUTO:
         named_parser(name)
     elif Path(folder).is_dir() and "response_template" not in read_object(Path(folder, "tokenizer_config.json")):
-        _told_by(ChatTemplate(folder).text)
+        _told_by(template or ChatTemplate(folder).text)
 
 
 def _told_by(template: str) -> str:

@@ -40,7 +40,7 @@ class DeclaredParser:
         try:
             events += parser.feed(text)
             events += parser.finalize()[1]
-        except (ValueError, KeyError) as error:
+        except (ValueError, KeyError, RecursionError) as error:
             return "", [BadToolCall(text, str(error))]
         before, calls = "", []
         for event in events:
@@ -72,6 +72,6 @@ def _bad(text: str) -> BadToolCall:
     """Return what is no JSON, with where it stops being some."""
     try:
         problem = f"a {type(msgspec.json.decode(text)).__name__}"
-    except (msgspec.DecodeError, UnicodeEncodeError) as error:
+    except (msgspec.DecodeError, UnicodeEncodeError, RecursionError) as error:
         problem = str(error)
     return BadToolCall(text, f"not a JSON object: {problem}")

@@ -33,7 +33,8 @@ FORMATS: dict[str, dict[str, Any]] = {
             "open_pattern": r"(?:<tool_call>\s*)?<function=(?P<name>[^>\n]*)>",
             "close_pattern": r"</function>(?:\s*</tool_call>)?",
             "content": "xml-inline",
-            "content_args": {"tag_pattern": r"<parameter=(?P<key>[^>\n]+)>\n?(?P<value>.*?)\n?</parameter>"},
+            # A value that is not closed ends with the call: to look for its end anew after each of many takes seconds.
+            "content_args": {"tag_pattern": r"<parameter=(?P<key>[^>\n]+)>\n?(?P<value>.*?)(?:\n?</parameter>|\Z)"},
             "transform": _NAMED,
         }
     ),
@@ -43,7 +44,9 @@ FORMATS: dict[str, dict[str, Any]] = {
             "open_pattern": r"<tool_call>\s*(?P<name>[^<\s]*)",
             "close": "</tool_call>",
             "content": "xml-inline",
-            "content_args": {"tag_pattern": r"<arg_key>(?P<key>.*?)</arg_key>\s*<arg_value>(?P<value>.*?)</arg_value>"},
+            "content_args": {
+                "tag_pattern": r"<arg_key>(?P<key>[^<]*)</arg_key>\s*<arg_value>(?P<value>.*?)(?:</arg_value>|\Z)"
+            },
             "transform": _NAMED,
         }
     ),
