@@ -22,8 +22,7 @@ def make_model(folder, characters=""):
     spec = importlib.util.spec_from_file_location("prepare", QUICKSTART / "prepare.py")
     prepare = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(prepare)
-    prepare.CHARACTERS += characters
-    prepare.make_model(folder, seed=1)
+    prepare.make_model(folder, seed=1, characters=prepare.CHARACTERS + characters)
     return folder
 
 

@@ -153,7 +153,7 @@ def prepared(tmp_path_factory):
 def policy(prepared):
     return Run(
         prepared, prepared / "model", "policy", POLICY_RUN, "--use-tis", "--over-sampling-batch-size", 5,
-        "--save-debug-train-data", prepared / "train.dump",
+        "--save-debug-train-data", prepared / "train.dump", "--generate-tool-call-parser", "hermes",
     )  # fmt: skip
 
 
@@ -321,7 +321,10 @@ def test_a_finished_checkpoint_is_shown_whole(policy):
 
 def test_an_agents_conversation_is_one_sample_that_a_generate_hook_may_mark(custom):
     assert {call["messages"] for call in custom.saw("agent")} == {4}
-    assert {call["turns"] for call in custom.saw("generate")} == {2}
+    turns = [call["turns"] for call in custom.saw("generate")]
+    # Some first answers leave no room for a second.
+    assert max(turns) == 2
+    assert min(turns) >= 1
 
 
 def test_every_generation_passes_through_the_middleware(policy):

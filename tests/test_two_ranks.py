@@ -52,8 +52,7 @@ def model(tmp_path_factory):
     spec = importlib.util.spec_from_file_location("prepare", QUICKSTART / "prepare.py")
     prepare = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(prepare)
-    prepare.CHARACTERS += "|"
-    prepare.make_model(folder, seed=0)
+    prepare.make_model(folder, seed=0, characters=prepare.CHARACTERS + "|")
     return folder
 
 
