@@ -286,6 +286,7 @@ def test_json_is_one_object_with_problems_plan_and_hooks(installed, hook_file, c
     (hook,) = said["hooks"]
     assert set(hook) == {
         "hook", "flag", "reference", "file", "sha256", "distribution", "version", "abi", "checkable", "called", "note",
+        "part_of",
     }  # fmt: skip
     assert hook["called"] is True
 
