@@ -2,6 +2,8 @@
 
 import json
 import sys
+import time
+from multiprocessing.connection import wait
 
 import pytest
 
@@ -12,6 +14,7 @@ from miles_api.hooks import REGISTRY
 from miles_api.record import DumpHeader, DumpWriter, RecordedGroup, RecordedRollout, RecordedTrainBatch
 from miles_api.replay import Request, replay
 from miles_api.replay import train as train_module
+from miles_api.replay import workers as workers_module
 from miles_api.replay.hooks import REFUSED, REPLAYERS
 from miles_api.sample import Sample, Status
 
@@ -370,6 +373,17 @@ def test_a_call_that_hangs_is_given_up_and_the_others_go_on(dump, function, work
     assert (found.calls, found.failed) == (7, 1)
     assert found.failures[0]["what"] == "sample 1 (rollout 0)"
     assert "ran past --timeout 0.6 s" in found.failures[0]["message"]
+
+
+def test_what_a_process_said_before_it_died_counts_however_late_it_is_read(dump, monkeypatch):
+    def when_it_is_dead(connections, timeout):
+        time.sleep(0.3)
+        return wait(connections, timeout)
+
+    dump()
+    monkeypatch.setattr(workers_module, "wait", when_it_is_dead)
+    found = run("reward", "dies", workers=1)
+    assert (found.calls, found.failed, found.facts["equal"]) == (7, 1, 3)
 
 
 def test_a_process_that_dies_costs_one_call(dump):

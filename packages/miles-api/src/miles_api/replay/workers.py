@@ -75,7 +75,7 @@ class InWorkers:
 
     def _hear(self, worker: _Worker, todo: deque[Subject], replies: list[Reply]) -> None:
         try:
-            replies += worker.hear()
+            worker.hear(replies)
         except EOFError:
             worker.process.join()
             failure = Failure("WorkerDied", f"its process ended with exit code {worker.process.exitcode}")
@@ -122,9 +122,8 @@ class _Worker:
         self.since = monotonic()
         self.connection.send_bytes(_encoded([*self.given]))
 
-    def hear(self) -> list[Reply]:
-        """Take what it has sent; `EOFError` if it has ended."""
-        found = []
+    def hear(self, replies: list[Reply]) -> None:
+        """Add what it has sent to `replies`; `EOFError`, after that, if it has ended."""
         while self.connection.poll():
             message = decode(self.connection.recv_bytes(), "a reply")
             self.since = monotonic()
@@ -134,8 +133,7 @@ class _Worker:
                 self.ready = True
                 continue
             self.given.popleft()
-            found.append(msgspec.convert(message, Reply))
-        return found
+            replies.append(msgspec.convert(message, Reply))
 
     def late(self, timeout: float) -> bool:
         """Say whether it is past the deadline of the call it is in, or of its start."""
