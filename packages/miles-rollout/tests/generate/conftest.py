@@ -9,12 +9,16 @@ from types import SimpleNamespace
 
 import httpx
 import pytest
+import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
 from miles_api.loading.hookset import HookSet
 from miles_api.rollout_types import GenerateFnInput, GenerateFnOutput
 from miles_api.sample import Sample
+from miles_api.services import Placement
+from miles_rollout.engines.local.fleet import LocalFleet
+from miles_rollout.engines.local.options import LocalEngineOptions
 from miles_rollout.hook_names import CALLED_BY_LOOP
 from miles_rollout.tokenizers import load_tokenizer
 
@@ -226,3 +230,21 @@ def talk():
 def kit():
     """The template, the tokens by id, and a function that saves a tokenizer of them."""
     return SimpleNamespace(template=TEMPLATE, tokens=TOKENS, save_tokenizer=save_tokenizer)
+
+
+@pytest.fixture(scope="session")
+def engine(tmp_path_factory, kit):
+    """A real engine with a tiny random model of this tokenizer: its directory and URL."""
+    folder = tmp_path_factory.mktemp("model")
+    kit.save_tokenizer(folder)
+    torch.manual_seed(0)
+    config = Qwen3Config(
+        vocab_size=len(kit.tokens), hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=16, max_position_embeddings=1024, eos_token_id=2, pad_token_id=0,
+        initializer_range=0.3,
+    )  # fmt: skip
+    Qwen3ForCausalLM(config).save_pretrained(folder)
+    fleet = LocalFleet(LocalEngineOptions(engine_start_timeout=120), str(folder), seed=0)
+    fleet.start([Placement(node="here")])
+    yield str(folder), fleet.endpoints()[0].url
+    fleet.stop()

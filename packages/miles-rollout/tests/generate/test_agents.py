@@ -10,8 +10,6 @@ from collections import Counter, defaultdict
 
 import httpx
 import pytest
-import torch
-from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from miles_api.errors import ConfigError, HookResultError, ServiceError
 from miles_api.hooks import REGISTRY
@@ -19,9 +17,6 @@ from miles_api.loading.beside import beside
 from miles_api.loading.bind import resolve
 from miles_api.loading.hookset import HookSet
 from miles_api.sample import Status
-from miles_api.services import Placement
-from miles_rollout.engines.local.fleet import LocalFleet
-from miles_rollout.engines.local.options import LocalEngineOptions
 from miles_rollout.generate.chat_api import read_request
 from miles_rollout.generate.derive import derived
 from miles_rollout.hook_names import CALLED_BY_LOOP
@@ -377,24 +372,6 @@ def test_an_abort_beside_the_agent_is_a_hook_of_its_own(args_of, write, stage):
     with pytest.raises(ConfigError, match=r"agent_abort .*:abort does not fit"):
         HookSet(args_of(custom_agent_function_path=wrong("agent")), CALLED_BY_LOOP, build=False)
     assert HookSet(args_of(), CALLED_BY_LOOP, build=False).one("agent_abort") is None
-
-
-@pytest.fixture(scope="module")
-def engine(tmp_path_factory, kit):
-    """A real engine with a tiny random model of this tokenizer: its directory and URL."""
-    folder = tmp_path_factory.mktemp("model")
-    kit.save_tokenizer(folder)
-    torch.manual_seed(0)
-    config = Qwen3Config(
-        vocab_size=len(kit.tokens), hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, head_dim=16, max_position_embeddings=512, eos_token_id=2, pad_token_id=0,
-        initializer_range=0.3,
-    )  # fmt: skip
-    Qwen3ForCausalLM(config).save_pretrained(folder)
-    fleet = LocalFleet(LocalEngineOptions(engine_start_timeout=120), str(folder), seed=0)
-    fleet.start([Placement(node="here")])
-    yield str(folder), fleet.endpoints()[0].url
-    fleet.stop()
 
 
 AGENT = """

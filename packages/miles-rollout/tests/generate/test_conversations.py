@@ -8,14 +8,9 @@ import json
 
 import httpx
 import pytest
-import torch
-from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from miles_api.errors import DataError, ServiceError
 from miles_api.sample import Sample, Status
-from miles_api.services import Placement
-from miles_rollout.engines.local.fleet import LocalFleet
-from miles_rollout.engines.local.options import LocalEngineOptions
 from miles_rollout.generate.turn import TAKES_LAST_REWARD
 from miles_rollout.service import RolloutWorker
 from miles_rollout.tokenizers import load_tokenizer
@@ -106,8 +101,7 @@ def test_a_tool_that_swallows_its_cancellation_is_left_behind(bench, tools, monk
     assert asyncio.run(main()).metadata["tool_timeouts"] == 1
 
 
-def test_an_answer_that_runs_past_its_deadline_truncates_the_conversation_before_it(bench, tools):
-    state = bench([call()], **tools(generate_turn_timeout=0.1))
+def stall_after_one_answer(state):
     answer = state.post
 
     async def post(path, payload):
@@ -116,6 +110,11 @@ def test_an_answer_that_runs_past_its_deadline_truncates_the_conversation_before
         return await answer(path, payload)
 
     state.post = post
+
+
+def test_an_answer_that_runs_past_its_deadline_truncates_the_conversation_before_it(bench, tools):
+    state = bench([call()], **tools(generate_turn_timeout=0.1))
+    stall_after_one_answer(state)
     sample = state.run(ASK)
     assert (sample.status, sample.metadata["turns"], sample.metadata["turn_timeouts"]) == (Status.TRUNCATED, 1, 1)
     assert sample.response.endswith("<tool_response>\nx\n</tool_response>\nassistant\n")
@@ -236,14 +235,7 @@ def test_one_sample_an_answer_has_the_room_of_one_conversation(bench, tools):
 
 def test_an_answer_that_never_came_is_no_sample_of_its_own(bench, tools):
     state = bench([call()], **tools(generate_multi_samples=True, generate_turn_timeout=0.1))
-    answer = state.post
-
-    async def post(path, payload):
-        if state.requests:
-            await asyncio.Event().wait()
-        return await answer(path, payload)
-
-    state.post = post
+    stall_after_one_answer(state)
     sample = state.run(ASK)
     assert (sample.status, sample.metadata["turn_timeouts"], sample.response) == (Status.TRUNCATED, 1, call())
 
@@ -300,24 +292,6 @@ def test_a_rollout_gives_all_answers_the_reward_of_the_last_and_reports_what_too
     assert metrics["rollout/tool_calls"] == 1
     assert metrics["rollout/malformed_tool_calls"] == metrics["rollout/tool_timeouts"] == 0
     assert metrics["rollout/observation_tokens"] == len(tokenizer.encode(shown, add_special_tokens=False))
-
-
-@pytest.fixture(scope="module")
-def engine(tmp_path_factory, kit):
-    """A real engine with a tiny random model of this tokenizer: its directory and URL."""
-    folder = tmp_path_factory.mktemp("model")
-    kit.save_tokenizer(folder)
-    torch.manual_seed(0)
-    config = Qwen3Config(
-        vocab_size=len(kit.tokens), hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, head_dim=16, max_position_embeddings=1024, eos_token_id=2, pad_token_id=0,
-        initializer_range=0.3,
-    )  # fmt: skip
-    Qwen3ForCausalLM(config).save_pretrained(folder)
-    fleet = LocalFleet(LocalEngineOptions(engine_start_timeout=120), str(folder), seed=0)
-    fleet.start([Placement(node="here")])
-    yield str(folder), fleet.endpoints()[0].url
-    fleet.stop()
 
 
 @pytest.mark.parametrize("fanned", [False, True])
