@@ -1,13 +1,20 @@
 """Tokens per second: the local engine over HTTP against `transformers.generate()`, same model, prompts and lengths.
 
 Both sample at temperature 1 on one thread; each answer has exactly --new tokens. Runs alternate, medians are compared.
+With --sglang PYTHON, of an environment that `miles sglang-cpu` made, SGLang serves the same as well, and the time from
+launch to the first answer is told of both engines.
 """
 
 import argparse
 import asyncio
+import os
+import socket
 import statistics
+import subprocess
 import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import aiohttp
@@ -18,6 +25,7 @@ from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 from miles_api.services import Placement
 from miles_rollout.engines.local.fleet import LocalFleet
 from miles_rollout.engines.local.options import LocalEngineOptions
+from miles_rollout.engines.sglang_cpu.command import ENVIRONMENT
 
 SIZES = {
     "tiny": {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2, "vocab_size": 32},
@@ -74,10 +82,11 @@ async def over_http(url: str, prompts: torch.Tensor, new: int, times: int) -> li
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--sizes", nargs="*", default=list(SIZES), choices=SIZES)
-    parser.add_argument("--batches", nargs="*", type=int, default=[8, 32, 128])
+    parser.add_argument("--batches", nargs="*", type=int, default=[1, 8, 32, 128])
     parser.add_argument("--prompt", type=int, default=16)
     parser.add_argument("--new", type=int, default=64)
     parser.add_argument("--times", type=int, default=5)
+    parser.add_argument("--sglang", metavar="PYTHON", help="also measure SGLang, which this Python has")
     options = parser.parse_args()
     torch.set_num_threads(1)
     for size in options.sizes:
@@ -85,27 +94,59 @@ def main() -> None:
             model = make_model(size, Path(folder))
             fleet = LocalFleet(LocalEngineOptions(engine_max_total_len=options.prompt + options.new), folder, 0)
             try:
+                started = time.perf_counter()
                 fleet.start([Placement()])
-                compare(size, model, fleet.endpoints()[0].url, options)
+                url = fleet.endpoints()[0].url
+                asyncio.run(over_http(url, torch.tensor([[2, 3]]), 2, 1))
+                print(f"{size:5} local engine: serves {time.perf_counter() - started:.1f} s after its launch")
+                with sglang(options.sglang, folder, size) as theirs:
+                    compare(size, model, {"engine": url, **theirs}, options)
             finally:
                 fleet.stop()
 
 
-def compare(size: str, model: Qwen3ForCausalLM, url: str, options: argparse.Namespace) -> None:
-    """Print tokens per second of both, and their ratio, for each batch size."""
+@contextmanager
+def sglang(python: str | None, folder: str, size: str) -> Iterator[dict[str, str]]:
+    """Serve the model by SGLang, if asked to, and give its address by name."""
+    if python is None:
+        yield {}
+        return
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        port = sock.getsockname()[1]
+    words = [python, "-m", "sglang.launch_server", "--model-path", folder, "--device", "cpu", "--dtype", "float32"]
+    words += ["--mem-fraction-static", "0.1", "--max-total-tokens", "32768", "--max-running-requests", "128"]
+    words += ["--host", "127.0.0.1", "--port", str(port), "--log-level", "error"]
+    url, started = f"http://127.0.0.1:{port}", time.perf_counter()
+    with subprocess.Popen(words, env={**os.environ, **ENVIRONMENT}, stdin=subprocess.DEVNULL) as server:
+        try:
+            while server.poll() is None:
+                with suppress(aiohttp.ClientError):
+                    asyncio.run(over_http(url, torch.tensor([[2, 3]]), 2, 1))
+                    break
+                time.sleep(0.2)
+            print(f"{size:5} SGLang: serves {time.perf_counter() - started:.1f} s after its launch", flush=True)
+            yield {"SGLang": url}
+        finally:
+            server.terminate()
+
+
+def compare(size: str, model: Qwen3ForCausalLM, urls: dict[str, str], options: argparse.Namespace) -> None:
+    """Print tokens per second of all, and their ratio to `generate()`, for each batch size."""
     for batch in options.batches:
         generator = torch.Generator().manual_seed(batch)
         prompts = torch.randint(2, SIZES[size]["vocab_size"], (batch, options.prompt), generator=generator)
         generate(model, prompts, 2)
-        asyncio.run(over_http(url, prompts, 2, 1))
-        theirs, ours = [], []
+        for url in urls.values():
+            asyncio.run(over_http(url, prompts, 2, 1))
+        seconds: dict[str, list[float]] = {"generate()": [], **{name: [] for name in urls}}
         for _ in range(options.times):
-            theirs.append(generate(model, prompts, options.new))
-            ours += asyncio.run(over_http(url, prompts, options.new, 1))
-        tokens = batch * options.new
-        plain, engine = (tokens / statistics.median(seconds) for seconds in (theirs, ours))
-        ratio = f"{engine / plain:.2f}×"
-        print(f"{size:5} batch {batch:4}: generate() {plain:7.0f} tok/s, engine {engine:7.0f} tok/s, {ratio}")
+            seconds["generate()"].append(generate(model, prompts, options.new))
+            for name, url in urls.items():
+                seconds[name] += asyncio.run(over_http(url, prompts, options.new, 1))
+        rate = {name: batch * options.new / statistics.median(each) for name, each in seconds.items()}
+        told = [f"{name} {each:7.0f} tok/s ({each / rate['generate()']:.2f}×)" for name, each in rate.items()]
+        print(f"{size:5} batch {batch:4}: {', '.join(told)}", flush=True)
 
 
 if __name__ == "__main__":

@@ -43,6 +43,8 @@ done = function(summary, latency, requests)
     latency:percentile(99), e.connect + e.read + e.write + e.status + e.timeout))
 end
 """
+SLOWEST = 250
+"""Requests a second below which the connections of an open loop fail before any latency can be told."""
 PARTS = (*BODIES, "open", "memory", "overload", "idle")
 SERVICE_S, EACH = 0.1, 40
 """What an engine takes for a request in the overload, and how many the router gives it at once."""
@@ -133,6 +135,9 @@ def open_loop(contestants: list[Contestant], seconds: int, folder: Path) -> None
     for one in contestants[1:]:
         wait_until_served(one.url, one.process)
         rate = wrk(one, "1 KB", 64, 2, folder).rate / 2
+        if rate < SLOWEST:
+            print(f"| {one.name} | {rate:,.0f}: not offered, it drops connections | | | | | |", flush=True)
+            continue
         alone = load(direct.url, rate, seconds, 256, folder)
         got = load(one.url, rate, seconds, 256, folder)
         wrong = {k: n for k, n in got["statuses"].items() if k != "200"} or got["unanswered"]

@@ -173,7 +173,7 @@ def test_nothing_outlives_a_driver_that_is_killed(start):
     assert run.left() == []
 
 
-@pytest.mark.parametrize("phase", ["ray", "trainer processes"])
+@pytest.mark.parametrize("phase", [pytest.param("ray", marks=pytest.mark.nightly), "trainer processes"])
 def test_ctrl_c_ends_a_run_that_starts(start, phase):
     run = start("never")
     run.wait(lambda: f"] starting {phase}" in run.said)
@@ -191,7 +191,12 @@ def driver(run):
 @pytest.mark.parametrize(
     ("moment", "signalled"),
     # Some schedulers signal every process of a job.
-    [("evaluate", driver), ("rollout", driver), ("train", Run.processes), ("save", driver)],
+    [
+        ("evaluate", driver),
+        pytest.param("rollout", driver, marks=pytest.mark.nightly),
+        ("train", Run.processes),
+        pytest.param("save", driver, marks=pytest.mark.nightly),
+    ],
 )
 def test_a_run_is_interrupted_at_any_moment_and_a_second_signal_changes_nothing(start, moment, signalled):
     run = start(moment, *["--debug-rollout-only"] * (moment == "evaluate")).reach()

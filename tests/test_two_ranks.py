@@ -102,7 +102,7 @@ def test_a_run_checks_its_first_weights_without_being_told_to(one_rank):
     assert one_rank[0]["sync/probe_gap_max"] < 1e-4
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", ["data", pytest.param("tensor", marks=pytest.mark.nightly)])
 def test_two_ranks_learn_from_recorded_rollouts_what_one_rank_learned(train, one_rank, layout):
     rows = train(layout, **LAYOUTS[layout], load_debug_rollout_data=train.folder / "recorded.miles")
     assert len(rows) == len(one_rank) == ROLLOUTS

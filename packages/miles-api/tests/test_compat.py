@@ -369,3 +369,12 @@ def test_the_origin_of_an_adapted_hook_is_its_own_file(tmp_path):
     hook = resolve(REGISTRY["convert_samples"], f"{tmp_path}/older.py:fn")
     assert hook.origin.file == str(tmp_path / "older.py")
     assert hook.target.__module__ == hook.target.__wrapped__.__module__
+
+
+def test_the_mismatch_example_of_the_older_stacks_means_our_hook_unless_its_file_is_there(tmp_path, monkeypatch):
+    old = "examples.train_infer_mismatch_helper.mis.compute_mis_weights_with_cp"
+    assert translate(old) == "mis"
+    (tmp_path / "examples" / "train_infer_mismatch_helper").mkdir(parents=True)
+    (tmp_path / "examples" / "train_infer_mismatch_helper" / "mis.py").touch()
+    monkeypatch.syspath_prepend(tmp_path)
+    assert translate(old) == old

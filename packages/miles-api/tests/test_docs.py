@@ -67,7 +67,7 @@ def slug(heading):
     return re.sub(r"[^\w\- ]", "", heading.strip().lower()).replace(" ", "-")
 
 
-PLACES = ["*.md", "docs/*.md", "packages/*/README.md", "examples/*/README.md", "benchmarks/*.md"]
+PLACES = ["*.md", "docs/*.md", "docs/contrib/*.md", "packages/*/README.md", "examples/*/README.md", "benchmarks/*.md"]
 
 
 @pytest.mark.parametrize("page", [str(p.relative_to(ROOT)) for place in PLACES for p in sorted(ROOT.glob(place))])

@@ -241,7 +241,7 @@ def test_a_launch_script_becomes_a_run_file_that_parses(folder, capsys):
     assert args.rollout_stop == ["</answer>", "two words"]
     assert args.prompt_data == "/data/train.jsonl"
     assert args.tensor_model_parallel_size == 2
-    assert args.rollout_num_engines == 2
+    assert (args.colocate, args.rollout_num_gpus_per_engine) == (True, 2)
     assert "models/tiny.sh is not here" in said.err
 
 
@@ -252,7 +252,7 @@ def test_every_flag_is_taken_over_or_named_with_its_line_and_a_reason(folder):
     assert migration.count == len(flags)
     assert migration.taken + len(migration.dropped) + len(migration.lacking) == len(flags)
     assert {left.flag.split()[0] for left in migration.dropped} == {
-        "--ref-load", "--load", "--optimizer", "--rollout-num-gpus-per-engine",
+        "--ref-load", "--load", "--optimizer",
     }  # fmt: skip
     line = 1 + LAUNCH.splitlines().index("   --sglang-mem-fraction-static 0.7")
     assert [(left.flag, left.place) for left in migration.lacking] == [

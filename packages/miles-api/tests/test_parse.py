@@ -9,7 +9,7 @@ import pytest
 from miles_api import config as config_module
 from miles_api.errors import ConfigError
 from miles_api.hook_options import HookOptions
-from miles_api.options import Options, UserPath
+from miles_api.options import ForeignOptions, Options, UserPath
 from miles_api.parsing import parse
 from miles_api.run_options import RunOptions
 
@@ -238,3 +238,64 @@ def test_a_default_that_is_not_finite_reads_back(run_file, tmp_path):
     )
     config = parse.parse_run([run_file('[hooks]\ncustom_rm_path = "bounded.py:score"\n')])
     assert parse.parse_run([run_file(config.to_toml())]).args.reward_most == math.inf
+
+
+class OtherOptions(Options, frozen=True, kw_only=True):
+    """How another program is started."""
+
+    other_python: str | None = None
+    other_size: int = 1
+    other_args: ForeignOptions = {}
+    """Any option of the other program."""
+
+
+@pytest.fixture
+def other(monkeypatch):
+    chosen = {"run": RunOptions, "hooks": HookOptions, "toy": ToyOptions, "other": OtherOptions}
+    monkeypatch.setattr(parse, "option_groups", lambda: chosen)
+    monkeypatch.setattr(config_module, "option_groups", lambda: chosen)
+
+
+def test_options_of_another_program_are_taken_as_they_stand_from_flags_and_file(other, run_file):
+    file = run_file('[other]\nother_python = "p"\ndtype = "half"\nmem-share = 0.5\ndebug = true\nseed = 3\n')
+    words = ["--other-mem-share", "0.25", "--other-names", "a", "-1", "1e-05", "007", file, "--other-size=2"]
+    config = parse.parse_run([*words, "--seed", "5", "--other-on", "--other-json={}", "--toy-size", "4"])
+    options = config.group(OtherOptions)
+    assert (options.other_python, options.other_size, config.group(ToyOptions).toy_size) == ("p", 2, 4)
+    assert config.group(RunOptions).seed == 5
+    assert options.other_args == {
+        "dtype": "half",
+        "mem_share": 0.25,
+        "debug": True,
+        "seed": 3,
+        "names": ["a", -1, 1e-05, "007"],
+        "on": True,
+        "json": "{}",
+    }
+    assert config.args.other_mem_share == 0.25
+    assert (config.sources["other_mem_share"], config.sources["other_dtype"]) == ("command line", "run.toml")
+
+
+def test_the_written_config_gives_another_program_the_same_options_and_says_whence(other, run_file, tmp_path):
+    file = run_file('[other]\ndtype = "half"\n')
+    config = parse.parse_run(
+        [file, "--other-on", "--other-names", "a", "7", "--other-share", "0.5", "--other-odd", "1.50"]
+    )
+    (tmp_path / "config.toml").write_text(config.to_toml())
+    assert 'dtype = "half"  # run.toml\n' in config.to_toml()
+    assert "share = 0.5  # command line\n" in config.to_toml()
+    again = parse.parse_run([str(tmp_path / "config.toml")])
+    assert again.group(OtherOptions) == config.group(OtherOptions)
+    assert config.public()["other_args"] == {
+        "dtype": "half",
+        "on": True,
+        "names": ["a", 7],
+        "share": 0.5,
+        "odd": "1.50",
+    }
+
+
+def test_an_option_of_ours_stays_ours_beside_those_of_another_program(other, run_file):
+    text = problems([run_file("[other]\nsize = 3\n"), "--other-size", "many"])
+    assert "run.toml [other]: unknown key 'size'; did you mean" in text
+    assert "--other-size = 'many'" in text

@@ -346,9 +346,9 @@ def test_what_a_dump_says_nothing_of_has_its_documented_default_and_can_be_set(d
         run("reward", "length", settings={"rollout_max_response_len": "many"})
 
 
-def test_an_older_option_is_still_what_the_recorded_run_says_in_newer_words(dump, tmp_path):
+def test_an_option_that_follows_from_others_is_what_the_recorded_run_says(dump, tmp_path):
     (tmp_path / "mine.py").write_text("def engines(args, sample):\n    return args.rollout_num_gpus\n")
-    dump(rollout_num_engines=3)
+    dump(rollout_num_engines=3, rollout_num_gpus=3)
     assert run("reward", "engines").facts["mean_new"] == 3
 
 

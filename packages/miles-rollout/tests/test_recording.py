@@ -137,3 +137,13 @@ def test_the_command_that_replays_what_a_default_hook_failed_on_can_be_run(worke
     [command] = re.findall(r"replay with: miles (.+?)\)", str(caught.value))
     assert main(command.split()) == 1
     assert "gave no score within --rm-url-timeout" in "".join(capsys.readouterr())
+
+
+def test_which_engine_answered_is_not_recorded_and_stays_known_to_the_run(worker, fake_engine, tmp_path):
+    engine = fake_engine()
+    engine.headers["x-miles-engine"] = "10.0.0.7:3000"
+    path = tmp_path / "rollouts.mdump"
+    rollouts = worker(engine, rm_type="f1", save_debug_rollout_data=str(path))
+    assert rollouts.generate(0, "1")["batch"]["engines"] == [["10.0.0.7:3000"]] * 6
+    [record] = read_dump(path)
+    assert [sample.metadata for group in record.groups for sample in group.samples] == [{}] * 6

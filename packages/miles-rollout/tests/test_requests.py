@@ -170,3 +170,11 @@ def test_samples_say_which_middleware_of_the_router_changed_their_tokens(
     rollouts.generate(1, "1")
     assert json.loads(seen.read_text()) == [{"changed_tokens_by": ["prefix_tokens", "caches/mäine.py:Cache"]}] * 6
     assert (engine.joint > 0) == (middleware is None)
+
+
+def test_samples_and_their_column_say_which_engine_answered(worker, fake_engine):
+    engine = fake_engine()
+    rollouts = worker(engine, rm_type="f1")
+    assert "engines" not in rollouts.generate(0, "1")["batch"]
+    engine.headers["x-miles-engine"] = "10.0.0.7:3000"
+    assert rollouts.generate(1, "1")["batch"]["engines"] == [["10.0.0.7:3000"]] * 6

@@ -104,6 +104,21 @@ def test_an_escaped_path_is_not_decoded_on_the_way(serve, routed, engine):
     asyncio.run(main())
 
 
+@pytest.mark.parametrize("path", ["/generate", "/v1/a%2Fb"])
+def test_an_answer_says_which_engine_it_is_from_and_no_engine_speaks_for_another(serve, routed, engine, path):
+    """On the short way and on the one through the application, for which a path with an escape is."""
+
+    async def main():
+        liar = engine(b"2", 200, [(b"x-miles-engine", b"somebody:else"), (b"x-own", b"1")])
+        async with serve(engine(b"1")) as first, serve(liar) as second, routed(first, second) as r:
+            answers = [await r.post(path, json={}) for _ in range(12)]
+        said = {(answer.content, *answer.headers.get_list("x-miles-engine")) for answer in answers}
+        urls = (first, second)
+        assert said == {(b"%d" % (i + 1), url.removeprefix("http://")) for i, url in enumerate(urls)}
+
+    asyncio.run(main())
+
+
 def test_status_headers_and_body_come_back_untouched(serve, routed, engine):
     async def main():
         headers = [(b"x-weights", b"7"), (b"set-cookie", b"a=1"), (b"set-cookie", b"b=2"), (b"server", b"sgl")]

@@ -42,9 +42,11 @@ def _layout_config(hf_dir, objective, ref_dir, *options, **run):
     return make_config(hf_dir, OBJECTIVES[objective], models, *options, **run)
 
 
-def _train_thrice(trainer, batch, out):
-    """Return the metrics of two rollouts, and of a third after an export and a checkpoint."""
-    rows = [trainer.train(i, batch).metrics for i in (0, 1)]
+def _train_thrice(trainer, batch, out, rank=0):
+    """Return the metrics of two rollouts, and of a third after export and checkpoint; the gaps lie beside `out`."""
+    reports = [trainer.train(i, batch) for i in (0, 1)]
+    rows = [report.metrics for report in reports]
+    torch.save(reports[0].token_gaps, f"{out}-gaps-{rank}.pt")
     trainer.export(str(out))
     trainer.save(1, f"{out}-checkpoint")
     return [*rows, trainer.train(2, batch).metrics]
@@ -59,7 +61,7 @@ def _layout_rank(rank, dirs, out, ports, batch):
         config = _layout_config(dirs[0], objective, dirs[1], LAYOUTS[layout], BatchingOptions(max_tokens_per_gpu=40))
         trainer = Trainer(config, **tiny.meeting(rank, ports))
         trainer.start()
-        rows = _train_thrice(trainer, batch, f"{out}/{layout}-{objective}")
+        rows = _train_thrice(trainer, batch, f"{out}/{layout}-{objective}", rank)
         trainer.stop()
         torch.save(rows, f"{out}/{layout}-{objective}-{rank}.pt")
 
@@ -70,13 +72,31 @@ def layouts(hf_dir, tmp_path_factory):
     directory = tmp_path_factory.mktemp("layouts")
     tiny.save_model(directory / "reference", seed=1)
     dirs = (hf_dir, str(directory / "reference"))
-    batch = make_batch(dead_groups=(1,))
+    batch = make_batch(dead_groups=(1,), engines=[["a:1"], ["b:2"], ["a:1"], ["a:1"]] * 4)
     for objective in OBJECTIVES:
         with Started(_layout_config(hf_dir, objective, dirs[1])) as trainer:
             torch.save(_train_thrice(trainer, batch, directory / objective), directory / f"{objective}.pt")
     ports = mp.get_context("spawn").SimpleQueue()
     mp.spawn(_layout_rank, args=(dirs, str(directory), ports, batch), nprocs=2)
     return directory
+
+
+@pytest.mark.parametrize(("layout", "objective"), CASES)
+def test_ranks_together_tell_the_token_gaps_that_one_rank_tells(layouts, layout, objective):
+    """Each token once, whichever ranks have it."""
+    found, same = (torch.load(layouts / f"{layout}-{objective}-gaps-{rank}.pt") for rank in range(2))
+    assert found == same
+    expected = torch.load(layouts / f"{objective}-gaps-0.pt")
+    for line in (found, expected):
+        line["sources"].sort(key=lambda source: source["engine"])
+    for source, one in zip(found["sources"], expected["sources"], strict=True):
+        sums = {name: (source.pop(name), one.pop(name)) for name in ("gap", "log_ratio", "largest")}
+        bins = zip(source.pop("bins"), one.pop("bins"), strict=True)
+        # Another order of sums may move a gap over the border of its bin.
+        assert sum(abs(a - b) for a, b in bins) <= 2
+        assert source == one
+        assert all(a == pytest.approx(b, rel=1e-4, abs=1e-4) for a, b in sums.values())
+    assert [token["gap"] for token in found["worst"]] == pytest.approx([t["gap"] for t in expected["worst"]], abs=1e-4)
 
 
 @pytest.mark.parametrize(("layout", "objective"), CASES)

@@ -31,6 +31,8 @@ class TrainBatch(TypedDict):
     multimodal_train_inputs: NotRequired[list[Any]]
     round_number: NotRequired[list[int]]
     weight_versions: NotRequired[list[list[str]]]
+    engines: NotRequired[list[list[str]]]
+    """Which engines answered for each sample, `host:port` in order of their first answer."""
 
 
 REQUIRED_COLUMNS: frozenset[str] = TrainBatch.__required_keys__

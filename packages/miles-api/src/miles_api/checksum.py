@@ -20,7 +20,10 @@ def checksums(tensors: Mapping[str, Any]) -> dict[str, str]:
 
     Tensors lie on the CPU.
     """
-    return {
-        name: hashlib.sha256(tensor.detach().float().contiguous().numpy().data).hexdigest()[:16]
-        for name, tensor in tensors.items()
-    }
+    return {name: _checksum(tensor) for name, tensor in tensors.items()}
+
+
+def _checksum(tensor: Any) -> str:
+    # Of a copy: memory that numpy has seen can never be released and taken again, as engines and trainer do in turns.
+    copy = tensor.detach().float().contiguous().clone()
+    return hashlib.sha256(copy.numpy().data).hexdigest()[:16]

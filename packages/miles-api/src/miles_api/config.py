@@ -13,7 +13,7 @@ import msgspec
 from miles_api.args import Args
 from miles_api.errors import ConfigError
 from miles_api.loading.load import entry_points
-from miles_api.options import Options, option_kind
+from miles_api.options import Options, foreign_fields, option_kind
 
 __all__ = ["DERIVED", "HookValues", "RunConfig", "option_groups"]
 
@@ -78,7 +78,12 @@ class RunConfig(msgspec.Struct, frozen=True):
     def flat(self) -> dict[str, Any]:
         """Return every option by name."""
         flat = {field: getattr(group, field) for group in self.groups.values() for field in group.__struct_fields__}
+        for table, field in self._foreign().items():
+            flat |= {f"{table}_{name}": value for name, value in flat[field].items()}
         return {**flat, **{field: value for brought in self.extra.values() for field, value in brought.values.items()}}
+
+    def _foreign(self) -> dict[str, str]:
+        return foreign_fields({name: type(group) for name, group in self.groups.items()})
 
     def public(self) -> dict[str, Any]:
         """Return every option by name but the secret ones: what may be written to files and sent to loggers."""
@@ -97,8 +102,13 @@ class RunConfig(msgspec.Struct, frozen=True):
     def to_toml(self) -> str:
         """Return the whole config as TOML that `miles train` reads back; each set value says where it came from."""
         lines: list[str] = ["# The resolved options of this run. Values without a remark are defaults."]
+        programs = self._foreign()
         for name, options in self.groups.items():
-            lines += ["", f"[{name}]", *_assignments(_public(options), self.sources, _public(type(options)()))]
+            values = _public(options)
+            theirs = values.pop(programs[name]) if name in programs else {}
+            lines += ["", f"[{name}]", *_assignments(values, self.sources, _public(type(options)()))]
+            sources = {key: self.sources[f"{name}_{key}"] for key in theirs if f"{name}_{key}" in self.sources}
+            lines += _assignments(theirs, sources, {})
         for name, options in self.extra.items():
             lines += ["", f"[hooks.{name}]", *_assignments(_public(options), self.sources, {})]
         return "\n".join(lines) + "\n"

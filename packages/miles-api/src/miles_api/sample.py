@@ -175,7 +175,7 @@ class Sample(msgspec.Struct, kw_only=True, dict=True, eq=True):
         self.response = tokenizer.decode(self.tokens[len(self.tokens) - self.response_length :])
 
     def reset_for_retry(self) -> None:
-        """Forget the response, its score and its statistics; keep prompt, label, metadata and identity."""
+        """Forget the response, its engines, its score and its statistics; keep prompt, label, metadata and identity."""
         if self.response_length:
             self.tokens = self.tokens[: -self.response_length]
         fresh = Sample()
@@ -185,11 +185,14 @@ class Sample(msgspec.Struct, kw_only=True, dict=True, eq=True):
             "spec_info", "prefix_cache_info",
         ):  # fmt: skip
             setattr(self, field, getattr(fresh, field))
+        if "engines" in self.metadata:
+            self.metadata = {key: value for key, value in self.metadata.items() if key != "engines"}
 
     def update_from_meta_info(self, *given: Any, meta_info: dict[str, Any] | None = None) -> None:
         """Take status, weight version and counts from an engine's `meta_info`, the last argument.
 
-        Router middleware that changed the tokens is named there, and then in the metadata, as `changed_tokens_by`.
+        The engine that answered and router middleware that changed the tokens are named there, and then in the
+        metadata, as `engines` and `changed_tokens_by`.
         Hooks written for Miles or slime pass `args` before it.
         """
         meta_info = given[-1] if meta_info is None else meta_info
@@ -203,9 +206,11 @@ class Sample(msgspec.Struct, kw_only=True, dict=True, eq=True):
         for version in spans or [meta_info.get("weight_version")]:
             if version is not None and self.weight_versions[-1:] != [str(version)]:
                 self.weight_versions = [*self.weight_versions, str(version)]
-        if changed := meta_info.get("changed_tokens_by"):
-            names = [*self.metadata.get("changed_tokens_by", ()), *changed]
-            self.metadata = {**self.metadata, "changed_tokens_by": list(dict.fromkeys(names))}
+        engine = meta_info.get("engine")
+        named = {"engines": [engine] if engine else (), "changed_tokens_by": meta_info.get("changed_tokens_by") or ()}
+        for key, names in named.items():
+            if names:
+                self.metadata = {**self.metadata, key: list(dict.fromkeys([*self.metadata.get(key, ()), *names]))}
         self.prefix_cache_info.add(meta_info)
         if "spec_verify_ct" in meta_info:
             self.spec_info.add(meta_info)

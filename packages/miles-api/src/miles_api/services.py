@@ -28,10 +28,17 @@ class Endpoint(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Placement(msgspec.Struct, frozen=True, kw_only=True):
-    """Where one engine may run. Without GPUs both tuples are empty and the engine uses CPU threads."""
+    """Where one engine, or its part on one of several nodes, may run. Without GPUs it uses CPU threads."""
 
     node: str = ""
+    """Address of the node, at which the engine must be reachable from the others; empty in a run of one machine."""
     gpu_ids: tuple[int, ...] = ()
+    """Numbers of the GPUs on that node, as the driver of the GPU counts them; empty without GPUs."""
+    node_rank: int = 0
+    """Which part of an engine that spans `num_nodes` nodes this is; only part 0 answers requests."""
+    num_nodes: int = 1
+    dist_init_addr: str = ""
+    """`host:port` at which the parts of an engine on several nodes meet; empty for an engine on one."""
 
 
 class TrainStepReport(msgspec.Struct, frozen=True, kw_only=True):
@@ -41,6 +48,8 @@ class TrainStepReport(msgspec.Struct, frozen=True, kw_only=True):
     """Scalars averaged over the optimizer steps of this rollout, by name (`train/loss`, `train/grad_norm`, …)."""
     seconds: dict[str, float]
     """Wall-clock seconds by phase (`log_probs`, `forward_backward`, `optimizer`)."""
+    token_gaps: dict[str, Any] = {}
+    """Where trainer and engines disagree about sampled tokens, as plain values: a line of `mismatch.jsonl`."""
 
 
 @runtime_checkable
@@ -48,10 +57,16 @@ class EngineFleet(Protocol):
     """The inference engines of a run: started, paused and replaced together."""
 
     def start(self, placements: list[Placement]) -> None:
-        """Start one engine for each placement; return when all answer `/health`, else raise `ServiceError`."""
+        """Start one engine for each placement; return when all answer `/health`, else raise `ServiceError`.
+
+        A fleet in the process of one node gets the placements of that node alone. A part with a `node_rank` above 0 is
+        started and watched like any other, and counts as ready as soon as it runs.
+        """
         ...
 
-    def endpoints(self) -> list[Endpoint]: ...
+    def endpoints(self) -> list[Endpoint]:
+        """Return the address of each engine, in the order of the placements; parts above 0 have none."""
+        ...
 
     def pause(self) -> None:
         """Stop admitting requests; those under way finish or abort, as the engine's mode says."""
@@ -184,6 +199,18 @@ class TrainService(Protocol):
 
         Raises `DataError` when it is missing or does not fit.
         """
+        ...
+
+    def offload(self, keep_weights: bool = False) -> dict[str, float]:
+        """Move models and optimizers to host memory, but for the weights of the policy with `keep_weights`.
+
+        Called with `--offload-train` when engines get the memory; a second call after one with `keep_weights` moves the
+        rest. Returns `{"bytes", "seconds"}` of what this call moved.
+        """
+        ...
+
+    def onload(self) -> dict[str, float]:
+        """Bring back what `offload` moved, bit for bit; returns as it does."""
         ...
 
     def report(self) -> list[dict[str, Any]]:

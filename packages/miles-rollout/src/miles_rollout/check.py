@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
+from miles_api.checks.run_checks import services_of
 from miles_api.compat import translate
 from miles_api.errors import problem_of
 from miles_api.loading.hookset import configured_hooks
@@ -16,10 +17,18 @@ from miles_rollout.budget import ErrorBudget
 from miles_rollout.engines.local.errors import CheckpointError, UnsupportedModelError
 from miles_rollout.engines.local.lean_config import LeanConfig
 from miles_rollout.engines.local.options import LocalEngineOptions, check_loopback
+from miles_rollout.engines.sglang.check import context_length, derived_engines, engine_notes, engine_problems
 from miles_rollout.generate import derive as generation
 from miles_rollout.hook_names import CALLED, CALLED_BY_LOOP
 from miles_rollout.jsonl import read_prompts, takes_messages
-from miles_rollout.options import DataOptions, EvalOptions, FailureOptions, RewardOptions, RolloutOptions
+from miles_rollout.options import (
+    DataOptions,
+    EngineFleetOptions,
+    EvalOptions,
+    FailureOptions,
+    RewardOptions,
+    RolloutOptions,
+)
 from miles_rollout.rewards import derive as rewards
 from miles_rollout.rewards.prompts import prompt_problems
 from miles_rollout.tokenizer_files import check_tokenizer
@@ -40,9 +49,9 @@ _LOOP = "inference"
 """The default loop's short name: configuring it changes nothing."""
 
 
-def derived(config: RunConfig) -> dict[str, str]:
-    """Return the generate and the reward hook that follow from other options."""
-    return generation.derived(config) | rewards.derived(config)
+def derived(config: RunConfig) -> dict[str, Any]:
+    """Return the generate and the reward hook, and the number of engines, that follow from other options."""
+    return generation.derived(config) | rewards.derived(config) | derived_engines(config)
 
 
 def idle(config: RunConfig) -> dict[str, str]:
@@ -69,6 +78,7 @@ def idle(config: RunConfig) -> dict[str, str]:
 def notes(config: RunConfig) -> list[str]:
     """Return what a weighted reward adds up, and what `--deterministic` cannot promise: hooks may look at the clock."""
     run, found = config.group(RunOptions), rewards.notes(config)
+    found += engine_notes(config) if "engines" in services_of(run) else []
     if not run.deterministic or run.load_debug_rollout_data is not None:
         return found
     # Short names are those of installed packages.
@@ -91,6 +101,7 @@ def check(config: RunConfig) -> Iterator[str]:
         yield from rewards.problems(config, kinds)
         yield from _lengths(config)
         yield from problem_of(lambda: check_loopback(config.group(LocalEngineOptions).engine_host))
+        yield from engine_problems(config)
         yield from _determinism(config)
 
 
@@ -122,23 +133,23 @@ def _data(config: RunConfig, kinds: set[str]) -> Iterator[str]:
 
 def _lengths(config: RunConfig) -> Iterator[str]:
     """Check that a response of full length leaves room for a prompt in what an engine can hold."""
-    run, engine = config.group(RunOptions), config.group(LocalEngineOptions)
+    run = config.group(RunOptions)
     file = Path(str(run.hf_checkpoint), "config.json")
-    room = engine.engine_max_total_len or (
+    room = context_length(config) or (
         msgspec.json.decode(file.read_bytes()).get("max_position_embeddings") if file.is_file() else None
     )
     wanted = config.group(RolloutOptions).rollout_max_response_len
     if room is not None and wanted >= room:
         yield (
             f"--rollout-max-response-len {wanted} leaves no room for a prompt: the engine holds {room} tokens "
-            "(--engine-max-total-len, or the model's max_position_embeddings)"
+            "(--engine-max-total-len, SGLang's --sglang-context-length, or the model's max_position_embeddings)"
         )
 
 
 def _determinism(config: RunConfig) -> Iterator[str]:
     """Check that the engines will run our own forward: transformers' rows depend on each other, to the last bit."""
     run, engine = config.group(RunOptions), config.group(LocalEngineOptions)
-    if not run.deterministic:
+    if not run.deterministic or config.group(EngineFleetOptions).rollout_engine != "local":
         return
     if engine.engine_impl == "hf":
         yield "--deterministic needs our own forward: --engine-impl lean or auto, not hf"

@@ -116,10 +116,17 @@ class RewardOptions(Options, frozen=True, kw_only=True):
 class EngineFleetOptions(Options, frozen=True, kw_only=True):
     """Which inference engine runs, and how many."""
 
-    rollout_engine: Literal["local"] = "local"
-    """`local`: our own server for small models, on CPU."""
+    rollout_engine: Literal["local", "sglang"] = "local"
+    """`local`: our own server for small models, on CPU. `sglang`: SGLang's, launched by the run or attached to."""
     rollout_num_engines: _Positive = 1
     """Engines behind the router."""
+    rollout_engine_urls: list[str] | None = None
+    """Addresses of SGLang servers that run already, `http://host:port`, also several with commas between: they are used
+    and watched, but never started, replaced or stopped. They must have been started with the model of --hf-checkpoint,
+    or one with its tokens."""
+    engine_health_timeout: Annotated[float, msgspec.Meta(ge=0, le=1e9)] = 300.0
+    """Seconds that an engine which lives may not react (to `/server_info`, which even a busy or paused one answers)
+    until it counts as dead. Longer than loading weights takes; 0 never asks."""
 
 
 class EvalOptions(Options, frozen=True, kw_only=True):

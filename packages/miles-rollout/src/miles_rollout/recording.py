@@ -1,10 +1,12 @@
 """Rollouts written to a file, for `miles hooks run` and --load-debug-rollout-data; and the samples that hooks fail on.
 
-A recording holds prompts, responses, labels and metadata as they are, and every option that is not marked secret.
+A recording holds prompts, responses, labels and metadata as they are, and every option that is not marked secret. Which
+engine answered is not in it: two runs that are otherwise the same have engines at different addresses.
 """
 
 from __future__ import annotations
 
+import copy
 import inspect
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -70,12 +72,25 @@ class Recorder:
         """Append one record."""
         self.open()
         assert self._writer is not None
-        self._writer.write(record)
+        groups = [RecordedGroup(samples=_without_engines(g.samples), dropped=g.dropped) for g in record.groups]
+        self._writer.write(msgspec.structs.replace(record, groups=groups))
 
     def close(self) -> None:
         """Close the file."""
         if self._writer is not None:
             self._writer.close()
+
+
+def _without_engines(group: Group) -> Group:
+    return [[_anonymous(s) for s in item] if isinstance(item, list) else _anonymous(item) for item in group]
+
+
+def _anonymous(sample: Sample) -> Sample:
+    if "engines" not in sample.metadata:
+        return sample
+    sample = copy.copy(sample)
+    sample.metadata = {key: value for key, value in sample.metadata.items() if key != "engines"}
+    return sample
 
 
 def save_failed(args: Args, hook: BoundHook, subject: list[Sample]) -> str:

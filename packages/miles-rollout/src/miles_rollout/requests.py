@@ -32,6 +32,8 @@ _FIRST_PAUSE, _LONGEST_PAUSE = 0.1, 2.0
 _ERROR_BODY = 500
 _CHANGED = "x-miles-changed-tokens"
 """The response header that names router middleware which changed the tokens."""
+_ENGINE = "x-miles-engine"
+"""The response header by which the router says which engine answered."""
 
 _encode = msgspec.json.Encoder().encode
 _decode = msgspec.json.Decoder().decode
@@ -64,7 +66,7 @@ class Requests:
         return aiohttp.ClientSession(connector=connector, timeout=aiohttp.ClientTimeout(total=self._timeout))
 
     async def post(self, path: str, payload: Mapping[str, Any]) -> dict[str, Any]:
-        """POST JSON and return the decoded answer; what says who changed its tokens is in each `meta_info`.
+        """POST JSON and return the decoded answer; who made and who changed its tokens is in each `meta_info`.
 
         Sent again where nobody served it. Raises `ServiceError` with status and body when it is refused, and with what
         was tried when the deadline is past.
@@ -86,7 +88,7 @@ class Requests:
         tried = f", though it was sent {tries} times; last seen: {problem}" if problem else ""
         raise ServiceError(f"{url} did not answer within --generate-timeout {self._timeout:g} s{tried}")
 
-    async def _once(self, url: str, body: bytes, seconds: float) -> tuple[bytes, str]:
+    async def _once(self, url: str, body: bytes, seconds: float) -> tuple[bytes, Mapping[str, str]]:
         timeout = aiohttp.ClientTimeout(total=seconds)
         try:
             async with self.session.post(url, data=body, headers=self.headers, timeout=timeout) as reply:
@@ -98,7 +100,7 @@ class Requests:
         except aiohttp.ClientError as error:
             raise ServiceError(f"{url}: {type(error).__name__}: {error}") from error
         if reply.status == _OK:
-            return answer, reply.headers.get(_CHANGED, "")
+            return answer, reply.headers
         said = f"answered {reply.status}: {answer[:_ERROR_BODY].decode(errors='replace')}"
         if reply.status in _NOT_SERVED:
             raise _NotServedError(said, _seconds(reply.headers.get("Retry-After", "")))
@@ -120,12 +122,13 @@ def _seconds(retry_after: str) -> float:
     return float(retry_after) if retry_after.isdecimal() else 0.0
 
 
-def _stamped(body: bytes, changed: str) -> Any:
-    """Decode an answer and note in each `meta_info`, as `changed_tokens_by`, whom the header names."""
+def _stamped(body: bytes, headers: Mapping[str, str]) -> Any:
+    """Decode an answer and note in each `meta_info` whom the headers name, as `engine` and `changed_tokens_by`."""
     answer = _decode(body)
-    if changed:
-        names = [unquote(name) for name in changed.split(",")]
-        for reply in answer if isinstance(answer, list) else [answer]:
-            if isinstance(reply, dict) and isinstance(reply.get("meta_info"), dict):
-                reply["meta_info"]["changed_tokens_by"] = names
+    said: dict[str, Any] = {"engine": engine} if (engine := headers.get(_ENGINE)) else {}
+    if changed := headers.get(_CHANGED):
+        said["changed_tokens_by"] = [unquote(name) for name in changed.split(",")]
+    for reply in answer if isinstance(answer, list) else [answer]:
+        if said and isinstance(reply, dict) and isinstance(reply.get("meta_info"), dict):
+            reply["meta_info"] |= said
     return answer

@@ -18,9 +18,9 @@ from miles_rollout.engines.local.lean import LeanModel
 from miles_rollout.engines.local.lean_fixed import slots
 from miles_rollout.engines.local.model import load_model
 from miles_rollout.engines.local.options import LocalEngineOptions
-from miles_rollout.engines.local.protocol import GenerateRequest, SamplingParams
 from miles_rollout.engines.local.scheduler import Limits, Scheduler
 from miles_rollout.engines.local.tokenizer import TextCodec
+from miles_rollout.engines.protocol import GenerateRequest, SamplingParams
 
 KINDS = ("qwen3", "llama", "llama3", "wide")
 
@@ -266,9 +266,19 @@ def test_an_engine_of_a_deterministic_run_says_so_and_answers_alike_alone_and_in
                 alone = client.post("/generate", json=ask).json()
                 assert alone["meta_info"]["output_token_logprobs"] == reply["meta_info"]["output_token_logprobs"]
             assert client.post("/generate", json={"input_ids": [5]}).status_code == 400
-            assert "abort or in_place" in client.post("/pause_generation", json={"mode": "retract"}).text
     finally:
         fleet.stop()
+
+
+def test_a_running_request_is_not_retracted(engine, make_job, prompts):
+    scheduler = engine()
+    scheduler.pause("retract")
+    scheduler.resume()
+    scheduler.add(make_job(prompts[0]))
+    scheduler.step()
+    with pytest.raises(RequestError, match="abort or in_place"):
+        scheduler.pause("retract")
+    assert not scheduler.paused
 
 
 def test_a_request_that_samples_without_a_seed_is_refused(kit):
@@ -277,13 +287,6 @@ def test_a_request_that_samples_without_a_seed_is_refused(kit):
         factory.expand(GenerateRequest(input_ids=[5], sampling_params=SamplingParams()))
     factory.expand(GenerateRequest(input_ids=[5], sampling_params=SamplingParams(temperature=0.0)))
     factory.expand(GenerateRequest(input_ids=[5], sampling_params=SamplingParams(sampling_seed=1)))
-
-
-def test_a_running_request_is_not_retracted(engine):
-    scheduler = engine()
-    with pytest.raises(RequestError, match="abort or in_place"):
-        scheduler.pause("retract")
-    assert not scheduler.paused
 
 
 def test_transformers_own_forward_is_refused(kit):

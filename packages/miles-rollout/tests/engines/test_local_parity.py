@@ -12,6 +12,7 @@ from miles_rollout.engines.local.lean_config import LeanConfig
 from miles_rollout.engines.local.model import load_model
 from miles_rollout.engines.local.scheduler import Limits, Scheduler
 from miles_rollout.engines.local.tokenizer import TextCodec
+from miles_rollout.engines.protocol import FinishReason
 
 KINDS = ("qwen3", "qwen2", "llama", "llama3")
 
@@ -30,7 +31,7 @@ def test_greedy_tokens_of_a_mixed_batch_equal_generate_one_by_one(kit, make_job,
         options = {"max_new_tokens": 20, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
         expected = kit.reference(kind).generate(torch.tensor([job.ids]), **options)[0, len(job.ids) :].tolist()
         assert job.output_ids == expected
-        assert job.finish == {"type": "length", "length": 20}
+        assert job.finish == FinishReason(type="length", length=20)
 
 
 @pytest.mark.parametrize("kind", KINDS)

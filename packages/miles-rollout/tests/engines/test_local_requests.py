@@ -5,8 +5,8 @@ import pytest
 
 from miles_rollout.engines.local.errors import RequestError
 from miles_rollout.engines.local.generate import JobFactory, decode_finished, make_reply
-from miles_rollout.engines.local.protocol import GenerateRequest
 from miles_rollout.engines.local.tokenizer import TextCodec
+from miles_rollout.engines.protocol import GenerateRequest
 
 
 @pytest.fixture(scope="module")

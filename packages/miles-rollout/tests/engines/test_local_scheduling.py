@@ -3,6 +3,7 @@ from __future__ import annotations
 import torch
 
 from miles_rollout.engines.local.kv import KVPool, Prefill, PromptCache
+from miles_rollout.engines.protocol import VersionSpan
 
 
 def test_jobs_that_join_and_leave_midway_get_the_tokens_they_get_alone(kit, make_job, drain, prompts):
@@ -65,7 +66,7 @@ def test_an_abort_returns_what_was_drawn_and_leaves_the_others_alone(kit, make_j
     assert set(map(id, gone)) == {id(running), id(waiting)}
     assert len(running.output_ids) == len(running.logprobs) == 4
     assert waiting.output_ids == []
-    assert running.finish["type"] == waiting.finish["type"] == "abort"
+    assert running.finish.type == waiting.finish.type == "abort"
     drain(scheduler)
     drain(kit.scheduler(), reference := make_job(prompts[1], max_new_tokens=20))
     assert kept.output_ids == reference.output_ids
@@ -85,7 +86,7 @@ def test_a_pause_in_place_or_by_retraction_changes_no_token(kit, make_job, drain
         drain(scheduler)
         assert job.output_ids == reference.output_ids
         assert len(job.logprobs) == 20
-        assert job.version_spans(20) == [{"version": "default", "start": 0, "end": 20}]
+        assert job.version_spans(20) == [VersionSpan(version="default", start=0, end=20)]
 
 
 def test_a_pause_that_aborts_ends_everything(kit, make_job, prompts):
@@ -93,7 +94,7 @@ def test_a_pause_that_aborts_ends_everything(kit, make_job, prompts):
     for ids in prompts[:3]:
         scheduler.add(make_job(ids))
     scheduler.step()
-    assert {job.finish["type"] for job in scheduler.pause("abort")} == {"abort"}
+    assert {job.finish.type for job in scheduler.pause("abort")} == {"abort"}
     assert not scheduler.busy
 
 

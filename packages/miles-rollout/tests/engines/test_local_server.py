@@ -17,8 +17,9 @@ import pytest
 
 from miles_api.errors import ConfigError, ServiceError
 from miles_api.services import EngineFleet, Placement
+from miles_rollout.engines.asking import request
 from miles_rollout.engines.local.__main__ import main as serve_engine
-from miles_rollout.engines.local.fleet import LocalFleet, _request
+from miles_rollout.engines.local.fleet import LocalFleet
 from miles_rollout.engines.local.options import LocalEngineOptions
 
 
@@ -218,7 +219,7 @@ def test_an_engine_that_breaks_off_its_answer_has_failed_like_one_that_gives_non
     with socket.create_server(("127.0.0.1", 0)) as listener:
         threading.Thread(target=serve, args=(listener,), daemon=True).start()
         with pytest.raises(OSError, match="broke off"):
-            _request(f"http://127.0.0.1:{listener.getsockname()[1]}/health", None, 10.0)
+            request(f"http://127.0.0.1:{listener.getsockname()[1]}/health", None, 10.0)
 
 
 def test_an_engine_that_cannot_start_shows_its_own_words(tmp_path):

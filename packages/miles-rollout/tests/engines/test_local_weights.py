@@ -9,6 +9,7 @@ from safetensors.torch import load_file, save_file
 from miles_api.checksum import checksums
 from miles_rollout.engines.local.errors import CheckpointError
 from miles_rollout.engines.local.weights import check_model_dir
+from miles_rollout.engines.protocol import VersionSpan
 
 
 @pytest.mark.parametrize("impl", ["lean", "hf"])
@@ -22,8 +23,8 @@ def test_an_update_gives_what_a_fresh_engine_gives_and_forgets_old_prompts(kit, 
     assert new.logprobs == fresh.logprobs
     assert new.output_ids[:8] != old.output_ids
     assert new.cached_tokens == 0
-    assert old.version_spans(8) == [{"version": "default", "start": 0, "end": 8}]
-    assert new.version_spans(20) == [{"version": "7", "start": 0, "end": 20}]
+    assert old.version_spans(8) == [VersionSpan(version="default", start=0, end=8)]
+    assert new.version_spans(20) == [VersionSpan(version="7", start=0, end=20)]
 
 
 def test_a_job_that_runs_across_an_update_goes_on_and_names_both_versions(kit, make_job, drain, prompts):
@@ -36,8 +37,8 @@ def test_a_job_that_runs_across_an_update_goes_on_and_names_both_versions(kit, m
     drain(scheduler)
     assert before == 1
     assert job.version_spans(10) == [
-        {"version": "default", "start": 0, "end": 4},
-        {"version": "2", "start": 4, "end": 10},
+        VersionSpan(version="default", start=0, end=4),
+        VersionSpan(version="2", start=4, end=10),
     ]
 
 
@@ -52,7 +53,7 @@ def test_a_job_retracted_for_an_update_is_computed_anew_with_the_new_weights(kit
     prefix = job.ids + job.output_ids[:2]
     drain(kit.scheduler(seed=1), fresh := make_job(prefix, max_new_tokens=8))
     assert job.output_ids[2:] == fresh.output_ids
-    assert [span["version"] for span in job.version_spans(10)] == ["default", "2"]
+    assert [span.version for span in job.version_spans(10)] == ["default", "2"]
 
 
 def damaged(kit, tmp_path, change):

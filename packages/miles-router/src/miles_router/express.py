@@ -189,10 +189,12 @@ class Express:
     # -- the engine's side
 
     def pass_on(self, data: bytes, *, last: bool) -> None:
-        """Send a piece of an answer that the client gets byte for byte."""
+        """Send a piece of an answer that the client gets byte for byte, but for the engine's name in its head."""
         if not self.response_started:
             self.response_started = True
             self._forget()
+            if self._connection is not None:
+                data = data.replace(b"\r\n\r\n", self._connection.pool.head_end, 1)
             if not self.keep_alive:
                 data = data.replace(b"\r\n\r\n", b"\r\nconnection: close\r\n\r\n", 1)
         self._write(data, last=last)

@@ -10,15 +10,17 @@ if TYPE_CHECKING:
     from .connection import UpstreamConnection
     from .messages import Message, Scope
 
-__all__ = ["BODILESS", "NOT_RETURNED", "client_head", "not_forwarded", "request_head", "response_start"]
+__all__ = ["BODILESS", "ENGINE", "NOT_RETURNED", "client_head", "not_forwarded", "request_head", "response_start"]
 
 # `expect` is not hop-by-hop, but the server in front has answered it and the body is here
 _NOT_FORWARDED = frozenset(
     b"connection keep-alive proxy-authenticate proxy-authorization proxy-connection te trailer trailers "
     b"transfer-encoding upgrade content-length expect".split()
 )
-NOT_RETURNED = _NOT_FORWARDED - {b"content-length", b"expect"}
-"""Names of headers that do not reach a client."""
+ENGINE = b"x-miles-engine"
+"""The response header that says which engine answered, `host:port`."""
+NOT_RETURNED = _NOT_FORWARDED - {b"content-length", b"expect"} | {ENGINE}
+"""Names of headers that do not reach a client; no engine speaks for another."""
 BODILESS = frozenset((204, 304))
 _NONE: frozenset[bytes] = frozenset()
 _CONNECTION_LENGTH = len(b"connection")
@@ -90,4 +92,4 @@ def _returned(connection: UpstreamConnection) -> list[tuple[bytes, bytes]]:
     dropped = NOT_RETURNED | nominated if nominated else NOT_RETURNED
     if connection.status in BODILESS:  # whose length is that of a body which is not there
         dropped |= {b"content-length"}
-    return [pair for pair in connection.headers if pair[0].lower() not in dropped]
+    return [*(pair for pair in connection.headers if pair[0].lower() not in dropped), (ENGINE, connection.pool.name)]

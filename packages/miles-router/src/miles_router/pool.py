@@ -7,6 +7,7 @@ import errno
 
 from .connection import UpstreamConnection
 from .errors import ConnectError, LocalError
+from .heads import ENGINE
 
 __all__ = ["CONNECT_TIMEOUT_S", "ConnectionPool"]
 
@@ -20,6 +21,10 @@ class ConnectionPool:
     def __init__(self, host: str, port: int) -> None:
         self._host = host
         self._port = port
+        self.name = f"{host}:{port}".encode()
+        """Which engine it is, for clients."""
+        self.head_end = b"\r\n%b: %b\r\n\r\n" % (ENGINE, self.name)
+        """What an answer's head ends with, where the rest is passed on as it is."""
         self._closed = False
         self._idle: dict[UpstreamConnection, None] = {}  # ordered, and drops a closed one in constant time
 

@@ -20,7 +20,7 @@ from miles_train.hook_calls import call_postprocess
 from miles_train.megatron import init
 from miles_train.megatron.attention import count_slots
 from miles_train.metrics import Metrics, PhaseClock
-from miles_train.mismatch import mismatch
+from miles_train.mismatch import compare
 from miles_train.model_columns import model_columns
 from miles_train.models_check import has_teacher
 from miles_train.needs import needs_old_log_probs_first
@@ -116,7 +116,7 @@ class Learner:
             if not critic_alone:
                 numbers |= {"samples_skipped": plan.samples_skipped, "skipped_steps": plan.steps_skipped}
             reported = report_metrics(numbers, self.num_steps - ran.steps_skipped)
-        return TrainStepReport(metrics=reported, seconds=clock.seconds)
+        return TrainStepReport(metrics=reported, seconds=clock.seconds, token_gaps=metrics.token_gaps.report())
 
     def _load_batch(self, batch: dict[str, Any]) -> tuple[dict[str, Any], list[list[int]], Siblings | None]:
         """Return this rank's samples as tensors, for each step their positions among them, and their siblings."""
@@ -247,7 +247,7 @@ class Learner:
             if fresh and not step.stand_in and not (self._recompute and "log_probs" in data):
                 # These samples' only pass on the weights that generated them.
                 for one in seen:
-                    metrics.add_all(mismatch(one.output_R, one.batch))
+                    compare(metrics, one.output_R, one.batch)
         with clock.phase("optimizer"):
             rate = optimizer.learning_rate
             _, grad_norm = optimizer.step()

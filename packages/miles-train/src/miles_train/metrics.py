@@ -11,6 +11,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from miles_train.token_gap_types import Source, WorstToken
+from miles_train.token_gaps import TokenGaps
+
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
@@ -31,6 +34,8 @@ class Metrics:
 
     def __init__(self) -> None:
         self._parts: dict[str, list[Tensor | float]] = {}
+        self.token_gaps = TokenGaps()
+        """Where trainer and engine disagree: on this rank, after `gather` on all."""
 
     def add(self, name: str, value: Tensor | float) -> None:
         """Add one part: a number, or a scalar tensor without gradient."""
@@ -47,9 +52,14 @@ class Metrics:
         Ranks that do not `contribute` (those whose numbers are copies of another's) still take part.
         """
         totals = _reduce_parts([self._local()] if contribute else [])
+        gaps = self.token_gaps if contribute else TokenGaps()
         if not dist.is_initialized() or dist.get_world_size() == 1:
             return totals
-        return _reduce_parts(_gather_dicts(totals, device))
+        ranks = _gather_ranks(_Rank(totals, list(gaps.sources.values()), gaps.worst), device)
+        self.token_gaps = TokenGaps()
+        for rank in ranks:
+            self.token_gaps.merge(rank.sources, rank.worst)
+        return _reduce_parts([rank.totals for rank in ranks])
 
     def _local(self) -> dict[str, float]:
         """Return this rank's totals, after one copy from the device."""
@@ -63,6 +73,14 @@ class Metrics:
         return totals
 
 
+class _Rank(msgspec.Struct):
+    """What one rank has to tell the others."""
+
+    totals: dict[str, float]
+    sources: list[Source]
+    worst: list[WorstToken]
+
+
 def _reduce_parts(ranks: list[dict[str, float]]) -> dict[str, float]:
     totals: dict[str, float] = {}
     for numbers in ranks:
@@ -74,8 +92,8 @@ def _reduce_parts(ranks: list[dict[str, float]]) -> dict[str, float]:
     return totals
 
 
-def _gather_dicts(mine: dict[str, float], device: torch.device | str) -> list[dict[str, float]]:
-    """Return every rank's numbers. Names differ between ranks (a pipeline's first stage has no loss), so they travel
+def _gather_ranks(mine: _Rank, device: torch.device | str) -> list[_Rank]:
+    """Return what every rank tells. Names differ between ranks (a pipeline's first stage has no loss), so they travel
     with their values."""
     payload = bytearray(msgspec.msgpack.encode(mine))
     size = torch.tensor([len(payload)], device=device)
@@ -87,7 +105,7 @@ def _gather_dicts(mine: dict[str, float], device: torch.device | str) -> list[di
     gathered = [torch.empty_like(packed) for _ in sizes]
     dist.all_gather(gathered, packed)
     texts = [bytes(t[:n].cpu().tolist()) for t, n in zip(gathered, lengths, strict=True)]
-    return [msgspec.msgpack.decode(text, type=dict[str, float]) for text in texts]
+    return [msgspec.msgpack.decode(text, type=_Rank) for text in texts]
 
 
 class PhaseClock:

@@ -21,7 +21,9 @@ from miles_train.reducers import segment_sums
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["MISMATCH_METRICS", "finish_mismatch", "mismatch"]
+    from miles_train.metrics import Metrics
+
+__all__ = ["MISMATCH_METRICS", "compare", "finish_mismatch", "mismatch"]
 
 _MOST = 300.0
 """Nats within which k3 takes a log-weight, so that its sum is a number."""
@@ -63,6 +65,12 @@ def mismatch(log_probs_R: Tensor, batch: dict[str, Any]) -> dict[str, Tensor]:
         "sample_ww": w_B.square().sum(),
     }
     return {"logprob_gap_max": gap_R.amax()} | {_PREFIX + name: value for name, value in sums.items()}
+
+
+def compare(metrics: Metrics, log_probs_R: Tensor, batch: dict[str, Any]) -> None:
+    """Add to a rollout's metrics how one micro-batch compares: the sums of `mismatch`, and where the gaps are."""
+    metrics.add_all(mismatch(log_probs_R, batch))
+    metrics.token_gaps.add(log_probs_R, batch)
 
 
 def finish_mismatch(numbers: dict[str, float]) -> dict[str, float]:

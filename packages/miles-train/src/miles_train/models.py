@@ -8,12 +8,13 @@ from miles_api.errors import ConfigError, DataError
 from miles_api.run_options import RunOptions
 from miles_train.megatron.critic import build_critic
 from miles_train.megatron.model import build_frozen_model, build_model
+from miles_train.megatron.offload import Lender
 from miles_train.megatron.optimizer import build_optimizer
 from miles_train.models_check import critic_options, model_directories
 from miles_train.options import ModelsOptions, OptimizerOptions, ParallelOptions
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
     from torch.nn import Module
 
@@ -38,6 +39,13 @@ class Models(NamedTuple):
     critic: Trained | None = None
     reference: list[Module] | None = None
     teacher: list[Module] | None = None
+
+    def lender(self) -> Lender:
+        """Return what moves all of them to host memory and back."""
+        trained = [one for one in (self.policy, self.critic) if one is not None]
+        critic = self.critic.model if self.critic else []
+        others: list[Sequence[Module]] = [critic, self.reference or [], self.teacher or []]
+        return Lender(self.policy.model, others, [one.optimizer for one in trained])
 
 
 def build_models(config: RunConfig, provider: Callable[..., Any] | None) -> Models:

@@ -185,8 +185,19 @@ class BatchingOptions(Options, frozen=True, kw_only=True):
 
 
 class WeightSyncOptions(Options, frozen=True, kw_only=True):
-    """How it is proved that the engines serve the trainer's weights."""
+    """How new weights get to the engines, and how it is proved that the engines serve them."""
 
+    update_weight_transfer_mode: Literal["auto", "disk", "tensor", "broadcast"] = "auto"
+    """`disk`: engines read a directory, in memory where there is room. `tensor`: they read memory that they share with
+    the trainer, on one machine. `broadcast`: a process group of trainer and engines (NCCL, on a CPU gloo). `auto`: on
+    GPUs `tensor` with --colocate and else `broadcast`; without GPUs `disk`."""
+    update_weight_buffer_size: _Positive = 512 * 1024**2
+    """Bytes of weights that are sent at a time, with `tensor` and `broadcast`; the trainer gathers the next ones
+    meanwhile, in a second buffer."""
+    pause_generation_mode: Literal["abort", "retract", "in_place"] = "retract"
+    """What happens to requests that run when new weights come. `retract`: they go on from where they are, and what was
+    computed for their tokens is computed anew with the new weights. `in_place`: they go on with what the old weights
+    computed. `abort`: they end with what they have."""
     weight_check_interval: Annotated[int, msgspec.Meta(ge=0)] = 10
     """Check each so many versions of the weights; 0 checks only the first push of a run, which is always checked, as is
     the one after an engine was replaced. A check compares a hash of every tensor with the engine's, where an engine
@@ -199,10 +210,24 @@ class WeightSyncOptions(Options, frozen=True, kw_only=True):
 
 
 class ClusterOptions(Options, frozen=True, kw_only=True):
-    """Where the run's processes live."""
+    """Where the run's processes live, and who has which GPUs when."""
 
     ray_address: str | None = None
     """Address of a running Ray cluster; default: a Ray of its own on this machine."""
+    rollout_schedule: Literal["sync", "one-step-off"] = "sync"
+    """`sync`: make a rollout, train on it. `one-step-off`: make the next rollout while this one trains, by weights that
+    are one version older than those that train on it; the metric rollout/staleness says so."""
+    colocate: bool = False
+    """Give engines the trainer's GPUs: the two take turns. Off: --rollout-num-gpus beside those of the trainer."""
+    rollout_num_gpus: _Positive | None = None
+    """GPUs of all engines together; default: --rollout-num-engines times --rollout-num-gpus-per-engine, with
+    --colocate all GPUs of the trainer."""
+    rollout_num_gpus_per_engine: _Positive = 1
+    """GPUs of each engine. Where there is no GPU, an engine and a trainer rank take one CPU slot for each."""
+    offload_train: bool | None = None
+    """Move the trainer's models and optimizers to host memory while engines generate; default: with --colocate."""
+    offload_rollout: bool | None = None
+    """Let engines give up weights and keys and values while the trainer trains; default: with --colocate."""
     trainer_timeout: Annotated[float, msgspec.Meta(gt=0)] = 1800.0
     """Seconds that the trainer ranks may take to start, to train one rollout or to save before the run stops, with the
     stacks of all processes in its directory."""
@@ -212,6 +237,16 @@ class ClusterOptions(Options, frozen=True, kw_only=True):
     engine_max_restarts: Annotated[int, msgspec.Meta(ge=0)] = 3
     """How often each engine, and the router, is replaced in one run when it dies; the next death stops the run. A few,
     for a stray kill or a moment without memory: what dies again and again has a cause that a restart does not mend."""
+
+    @property
+    def trainer_gives_way(self) -> bool:
+        """Whether the trainer's memory is freed while engines generate."""
+        return self.colocate if self.offload_train is None else self.offload_train
+
+    @property
+    def engines_give_way(self) -> bool:
+        """Whether the engines' memory is freed while the trainer trains."""
+        return self.colocate if self.offload_rollout is None else self.offload_rollout
 
 
 class LoggingOptions(Options, frozen=True, kw_only=True):

@@ -17,7 +17,7 @@ from miles_train.log_probs import packed_log_probs_and_entropy
 from miles_train.loss import value_loss
 from miles_train.megatron import forward
 from miles_train.megatron.core import parallel_state
-from miles_train.mismatch import mismatch
+from miles_train.mismatch import compare
 from miles_train.options import BatchingOptions, ObjectiveOptions
 from miles_train.reducers import reducer_of
 from miles_train.seen import Seen, watch_gradient
@@ -74,7 +74,7 @@ class Passes:
         found = self.log_probs(model, packed, "")
         for column in found.values():
             for pack, batch in zip(packed.packs, packed.batches, strict=True):
-                metrics.add_all(mismatch(torch.cat([column[i] for i in pack]), batch))
+                compare(metrics, torch.cat([column[i] for i in pack]), batch)
         return found
 
     def log_probs(self, model: list[Any], packed: Packed, prefix: str) -> dict[str, Column]:

@@ -17,14 +17,19 @@ from miles_train.models import build_models
 from miles_train.options import ParallelOptions
 from miles_train.train_hooks import TrainHooks
 from miles_train.train_record import TrainRecorder
+from miles_train.weight_sync.sender import Sender
 
 if TYPE_CHECKING:
     from miles_api.config import RunConfig
     from miles_api.services import TrainStepReport
     from miles_train.megatron.core import DistributedDataParallel
+    from miles_train.megatron.offload import Lender
     from miles_train.models import Models
+    from miles_train.weight_sync.plan import Plan, Sent
 
 __all__ = ["Trainer"]
+
+_AWAY = "the trainer's models are in host memory: they come back with onload"
 
 
 class Trainer:
@@ -63,6 +68,10 @@ class Trainer:
         self._recorder = TrainRecorder(config)
         self._learner = Learner(config, self._hooks, self._recorder)
         self._models: Models | None = None
+        self._sender = Sender()
+        self._sent_as: str | None = None
+        """By which version the engines know the weights of now; None once they have been trained."""
+        self._lender: Lender | None = None
 
     def start(self) -> None:
         """Initialise the process groups, load the models and build the optimizers."""
@@ -75,6 +84,7 @@ class Trainer:
         self._models = build_models(
             self._config, partial(hooks.call, provider, args=hooks.args) if provider is not None else None
         )
+        self._lender = self._models.lender()
         self._learner.attach(self._models)
         # The loaded modules stay: the collector need not look at them again in every step.
         gc.collect()
@@ -92,6 +102,7 @@ class Trainer:
             MilesError: NaN or infinity in rewards, log-probs, advantages, loss or gradients.
         """
         self._started()
+        self._sent_as = None
         return self._learner.train(rollout_id, batch)
 
     def export(self, directory: str, weights_only: bool = False, checksums: bool = False) -> dict[str, str]:
@@ -105,6 +116,25 @@ class Trainer:
             return hf.export_hf(self._model, source, directory, extra_files=extra, with_checksums=checksums)
         except (OSError, SafetensorError) as error:
             raise DataError(f"{directory} cannot be written: {error}") from error
+
+    def send_weights(self, plan: Plan) -> Sent:
+        """Send the current weights to engines that have opened a session for them; every rank calls it.
+
+        The result holds what this rank sent: hashes, if asked for, and engines that died or refused.
+        """
+        sent = self._sender.send(self._model, plan)
+        self._sent_as = plan.version
+        return sent
+
+    def snapshot(self, directory: str, version: str) -> bool:
+        """Export like `export`, if the weights are still those that were sent as `version`; say whether they are.
+
+        For an engine that starts anew while the run goes on; every rank calls it, and all give the same answer.
+        """
+        if self._sent_as != version or not self._lending().weights_here:
+            return False
+        self.export(directory, weights_only=True)
+        return True
 
     def score(self, tokens: list[list[int]]) -> list[list[float]]:
         """Return for each sequence the log-probs of its tokens after the first, at temperature 1; trains nothing.
@@ -147,6 +177,18 @@ class Trainer:
         )
         self._recorder.continue_after(rollout_id)
 
+    def offload(self, keep_weights: bool = False) -> dict[str, float]:
+        """Move models and optimizers to host memory, but for the policy's weights with `keep_weights`.
+
+        Called on every rank between two rollouts; until `onload` this rank trains, saves and loads nothing, and exports
+        and scores only while it has the weights. Returns the bytes it moved and the seconds it took.
+        """
+        return self._lending().lend(keep_weights=keep_weights)
+
+    def onload(self) -> dict[str, float]:
+        """Bring back what `offload` moved, bit for bit; returns bytes and seconds."""
+        return self._lending().take_back()
+
     def report(self) -> list[dict[str, Any]]:
         """Say which hooks this rank has, from where, and how they fared.
 
@@ -156,7 +198,8 @@ class Trainer:
 
     def stop(self) -> None:
         """Leave the process groups, drop the model and close hooks and records; safe to call twice."""
-        self._models = None
+        self._models = self._lender = None
+        self._sender.close()
         self._learner.attach(None)
         self._recorder.close()
         self._hooks.close()
@@ -171,9 +214,19 @@ class Trainer:
 
     @property
     def _model(self) -> list[DistributedDataParallel]:
-        return self._started().policy.model
+        """The policy, whose weights are here."""
+        if not self._lending().weights_here:
+            raise ServiceError(_AWAY)
+        assert self._models is not None
+        return self._models.policy.model
 
     def _started(self) -> Models:
-        if self._models is None:
-            raise ServiceError("the trainer is not started")
+        if not self._lending().all_here:
+            raise ServiceError(_AWAY)
+        assert self._models is not None
         return self._models
+
+    def _lending(self) -> Lender:
+        if self._lender is None:
+            raise ServiceError("the trainer is not started")
+        return self._lender

@@ -52,6 +52,9 @@ class World:
     def dead(self):
         return dict(self.words)
 
+    def awaiting(self):
+        return 0
+
     def kill(self, index, words="killed"):
         self.words[index] = words
 
@@ -339,3 +342,44 @@ def test_a_stop_ends_replacements_under_way_and_is_no_problem(supervised):
     assert supervisor.problem() is None
     assert world.events[-2:] == [("stop",), ("stop router",)]
     assert world.events.count(("restart", 0)) == 1
+
+
+def test_while_its_memory_is_held_a_dead_engine_waits_and_starts_when_it_is_let_go(supervised):
+    world, supervisor = supervised()
+    supervisor.hold()
+    world.kill(1)
+    world.until(lambda: ("unregister", "engine1.0") in world.events)
+    assert [endpoint.url for endpoint in supervisor.serving()] == ["engine0.0"]
+    assert ("restart", 1) not in world.events
+    supervisor.let_go()
+    world.until(lambda: ("register", "engine1.1") in world.events)
+    assert [endpoint.url for endpoint in supervisor.serving()] == ["engine0.0", "engine1.1"]
+
+
+def test_holding_waits_for_an_engine_that_starts_already(supervised):
+    world, supervisor = supervised()
+    starting, ready = threading.Event(), threading.Event()
+    world.on_restart = lambda index: (starting.set(), ready.wait(TIMEOUT))
+    world.kill(0)
+    assert starting.wait(TIMEOUT)
+    held = threading.Thread(target=supervisor.hold)
+    held.start()
+    assert held.is_alive()
+    ready.set()
+    held.join(TIMEOUT)
+    assert not held.is_alive()
+    assert supervisor.serving()[0].url == "engine0.1"
+
+
+def test_holding_does_not_wait_for_an_engine_that_waits_for_the_next_push(supervised):
+    world, supervisor = supervised()
+    waiting, pushed = threading.Event(), threading.Event()
+    world.on_bring = lambda endpoint: (waiting.set(), pushed.wait(TIMEOUT))
+    world.awaiting = lambda: int(waiting.is_set() and not pushed.is_set())
+    world.kill(0)
+    assert waiting.wait(TIMEOUT)
+    supervisor.hold()
+    # It has memory of its own by now, which it has to release like the others.
+    assert supervisor.serving()[0].url == "engine0.1"
+    pushed.set()
+    world.until(lambda: ("register", "engine0.1") in world.events)

@@ -13,7 +13,8 @@ import pytest
 from miles_api.checksum import CHECKSUM
 from miles_api.services import Endpoint
 from miles_train.options import WeightSyncOptions
-from miles_train.weight_sync.disk import DiskWeightSync, Source
+from miles_train.weight_sync.disk import DiskWay
+from miles_train.weight_sync.frame import Source, WeightSync
 
 TOKENS = [[1, 2, 3], [4, 5]]
 SUMS = {"embed": "aa", "norm": "bb"}
@@ -27,20 +28,29 @@ class FakeEngine:
         self.answer = (200, {"success": True})
         self.checks = (200, {"success": True, "checksums": dict(SUMS), "checksum_of": CHECKSUM})
         self.tokens, self.log_prob = TOKENS, -1.0
+        self.replies = {}
+        """What is answered to some paths, as status and body."""
         self.dies_at = None
         """Connections break from the first request of this path on."""
         self.endpoint = None
+
+    def paths(self):
+        return [path for path, _ in self.seen]
 
     def requests(self, path):
         return [body for seen, body in self.seen if seen == path]
 
     def reply(self, path, body):
         self.seen.append((path, body))
+        if path in self.replies:
+            return self.replies[path]
         if path == "/update_weights_from_disk":
             self.version = body["weight_version"]
             return self.answer
         if path == "/model_info":
             return 200, {"weight_version": self.stuck_at or self.version}
+        if path == "/server_info":
+            return 200, {}
         if path == "/weights_checker":
             return self.checks
         logs = [[[None, ids[0], None], *([self.log_prob, token, None] for token in ids[1:])] for ids in self.tokens]
@@ -125,7 +135,9 @@ def make_sync(engines, trainer, tmp_path):
         folder.mkdir()
         source = Source(export=trainer.export, score=trainer.score, tokens=TOKENS)
         endpoints = [engine.endpoint for engine in engines]
-        sync = DiskWeightSync(source, endpoints, folder, WeightSyncOptions(**options), patience=patience)
+        options = WeightSyncOptions(**options)
+        way = DiskWay(source, folder, options.pause_generation_mode)
+        sync = WeightSync(way, source, endpoints, options, patience=patience)
         made.append((sync, folder))
         return sync
 

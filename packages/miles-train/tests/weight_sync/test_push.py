@@ -11,10 +11,10 @@ import pytest
 
 from miles_api.errors import ServiceError
 from miles_api.services import Endpoint
-from miles_train.options import WeightSyncOptions
 from miles_train.weight_sync import disk
-from miles_train.weight_sync.disk import DiskWeightSync, Source
+from miles_train.weight_sync.disk import DiskWay
 from miles_train.weight_sync.fixed import FixedWeights
+from miles_train.weight_sync.frame import Source
 
 UPDATE = "/update_weights_from_disk"
 
@@ -228,10 +228,10 @@ def test_the_weights_of_a_run_whose_process_cannot_be_seen_from_here_are_left_al
     elsewhere = tmp_path / "miles-weights-999999999-abc"
     elsewhere.mkdir()
     source = Source(export=trainer.export, score=trainer.score, tokens=[])
-    sync = DiskWeightSync(source, [], elsewhere, WeightSyncOptions())
+    way = DiskWay(source, elsewhere, "retract")
     disk.make_folder(1, None, fallback=tmp_path / "run")
     assert elsewhere.exists()
-    sync.close()
+    way.close()
     assert not elsewhere.exists()
 
 

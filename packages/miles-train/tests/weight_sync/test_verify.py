@@ -67,6 +67,27 @@ def test_an_engine_that_offers_no_comparable_hashes_is_checked_by_log_probs_alon
         sync.push(2)
 
 
+def sglang_says(engine, sums, **info):
+    engine.checks = (200, {"success": True, "ranks": [{"checksums": sums}]})
+    engine.replies = {"/server_info": (200, {"device": "cpu", "dtype": "float32"} | info)}
+
+
+def test_sglangs_hashes_of_tensors_that_it_neither_fuses_nor_pads_are_compared_on_a_cpu(engines, make_sync):
+    for engine in engines:
+        sglang_says(engine, {"norm": "bb", "qkv_proj": "xx", "model.embed_tokens.weight": "padded"})
+    assert make_sync().push(1)["sync/checked_tensors"] == 1
+    sglang_says(engines[1], {"norm": "other"})
+    with pytest.raises(ServiceError, match=r"1 of other values: norm \(bb here, other there\)$"):
+        make_sync().push(2)
+
+
+@pytest.mark.parametrize("info", [{"device": "cuda"}, {"dtype": "bfloat16"}])
+def test_sglangs_hashes_of_another_kind_are_not_compared(engines, make_sync, info):
+    for engine in engines:
+        sglang_says(engine, {"norm": "other"}, **info)
+    assert make_sync().push(1)["sync/checked_tensors"] == 0
+
+
 def test_an_engine_that_fails_to_hash_stops_the_run(engines, make_sync):
     engines[0].checks = (400, {"success": False, "message": "the files are gone"})
     with pytest.raises(ServiceError, match=r"refused /weights_checker: 400 .*the files are gone"):

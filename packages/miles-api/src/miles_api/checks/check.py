@@ -41,7 +41,7 @@ _SIDES = {
 """Who implements each side, and what of a run only that package can check."""
 TABLES = {
     "train": ("parallel", "optimizer", "objective", "models", "batching", "weight_sync", "cluster", "logging"),
-    "rollout": ("rollout", "data", "reward", "engines", "local_engine", "eval", "failures", "generate"),
+    "rollout": ("rollout", "data", "reward", "engines", "local_engine", "sglang", "eval", "failures", "generate"),
     "router": ("router",),
 }
 """The TOML tables of each side: without its package they are left unread, not unknown."""

@@ -23,7 +23,7 @@ __all__ = ["main"]
 USAGE_ERROR = 2
 INTERRUPTED = 130
 _UNREAD = 1
-_ELSEWHERE = {"train": "miles-train", "report": "miles-train", "router": "miles-router"}
+_ELSEWHERE = {"train": "miles-train", "report": "miles-train", "router": "miles-router", "sglang-cpu": "miles-rollout"}
 """The commands of other packages."""
 _INSTALL = {"miles-train": "miles-train[full]"}
 

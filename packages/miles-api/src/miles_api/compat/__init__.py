@@ -6,9 +6,11 @@ first hook reference of the process and asked last, so a really installed `miles
 
 from __future__ import annotations
 
+import importlib.util
+
 from miles_api.compat.adapters import adapt
 from miles_api.compat.finder import install, stands_in_for
-from miles_api.compat.table import FLAG_VALUES, ROOTS, row_of
+from miles_api.compat.table import EXAMPLES, FLAG_VALUES, ROOTS, row_of
 
 __all__ = ["adapt", "translate"]
 
@@ -21,7 +23,17 @@ def translate(reference: str) -> str:
     if not any(mark in reference for mark in (".", ":", "/")):
         return reference
     install()
-    root, _, name = reference.replace(":", ".").partition(".")
+    dotted = reference.replace(":", ".")
+    if dotted in EXAMPLES:
+        return reference if _is_importable(dotted.rpartition(".")[0]) else EXAMPLES[dotted]
+    root, _, name = dotted.partition(".")
     if root not in ROOTS or "/" in reference or not stands_in_for(root):
         return reference
     return FLAG_VALUES.get(name) or row_of(root, name) or reference
+
+
+def _is_importable(module: str) -> bool:
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ModuleNotFoundError:
+        return False

@@ -6,7 +6,7 @@ import difflib
 import functools
 import itertools
 
-__all__ = ["FLAG_VALUES", "ROOTS", "ROWS", "modules_of", "nearest", "row_of", "rows"]
+__all__ = ["EXAMPLES", "FLAG_VALUES", "ROOTS", "ROWS", "modules_of", "nearest", "row_of", "rows"]
 
 ROOTS = ("miles", "slime")
 
@@ -114,6 +114,16 @@ FLAG_VALUES = {
     "rollout.data_source.RolloutDataSourceWithBuffer": f"{_ENGINE}:default_data_source",
 }
 """What a flag means by an old default path, where that is not what an import of the name gives."""
+
+EXAMPLES = dict.fromkeys(
+    (
+        f"examples.{folder}train_infer_mismatch_helper.mis.compute_mis_weights_{form}"
+        for folder in ("", "infra_features.")
+        for form in ("with_cp", "fsdp")
+    ),
+    "mis",
+)
+"""What a flag means by the path of an example of the older stacks, where that file is not importable."""
 
 
 def rows() -> list[tuple[str, str]]:

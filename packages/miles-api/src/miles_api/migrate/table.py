@@ -71,31 +71,6 @@ def _dump(key: str) -> Rule:
     return rule
 
 
-def _engines(flag: Flag, flags: Flags) -> Take | Drop | Lack:
-    """Count engines: GPUs for inference by GPUs for each of them."""
-    each = _number(flags, "--rollout-num-gpus-per-engine", 1)
-    if "--colocate" in flags:
-        gpus = _number(flags, "--actor-num-nodes", 1) * _number(flags, "--actor-num-gpus-per-node", 8)
-    elif "--rollout-num-gpus" in flags:
-        gpus = _number(flags, "--rollout-num-gpus", 0)
-    else:
-        return Lack("how many engines run depends on --rollout-num-gpus, which the script does not give")
-    if flag.name == "--rollout-num-gpus-per-engine" and ("--rollout-num-gpus" in flags or "--colocate" in flags):
-        return Drop("counted in rollout_num_engines")
-    if not gpus or not each or gpus % each:
-        return Lack(f"{gpus:g} GPUs in engines of {each:g}: set rollout_num_engines")
-    return Take("rollout_num_engines", [str(int(gpus // each))], f"{gpus:g} GPUs, {each:g} for each engine")
-
-
-def _colocate(flag: Flag, flags: Flags) -> Take | Drop | Lack:
-    return Drop("counted in rollout_num_engines") if "--rollout-num-gpus" in flags else _engines(flag, flags)
-
-
-def _number(flags: Flags, name: str, default: float) -> float:
-    number = flags[name].number if name in flags else default
-    return default if number is None else number
-
-
 def _same_as(name: str) -> Rule:
     def rule(flag: Flag, flags: Flags) -> Drop | Lack:
         if name in flags and flags[name].values == flag.values:
@@ -115,7 +90,7 @@ def _in_sft(flag: Flag, flags: Flags) -> Drop | Lack:
 def program_rule(program: str) -> Lack | None:
     """Judge the program that the script starts."""
     if program == "train_async.py":
-        return Lack("rollouts one step ahead of training: this build makes a rollout, then trains on it")
+        return Lack('set rollout_schedule = "one-step-off": rollouts one step ahead of training')
     return None if program in ("train.py", "") else Lack("only train.py is known here")
 
 
@@ -134,11 +109,8 @@ OURS: dict[str, Rule] = {
 
 THEIRS: dict[str, Rule] = {
     # Cluster
-    "--rollout-num-gpus": _engines,
-    "--rollout-num-gpus-per-engine": _engines,
-    "--colocate": _colocate,
     **drop(_PLACEMENT, "--num-gpus-per-node", "--distributed-backend", "--distributed-timeout-minutes"),
-    **drop(_MEMORY, "--offload", "--offload-train", "--offload-rollout", "--no-offload-train", "--no-offload-rollout"),
+    **lack("colocate gives up memory on both sides, offload_train and offload_rollout on one", "--offload"),
     **only("megatron", "Megatron-Core trains", "only Megatron-Core trains here", "--train-backend"),
     **drop("the driver sets what its processes need", "--train-env-vars"),
     **drop("weights go by files, whole, after each step", "--update-weight-buffer-size", "--update-weight-transport",
@@ -234,7 +206,11 @@ THEIRS: dict[str, Rule] = {
 PREFIXES: dict[str, Rule] = {
     **ROUTER_PREFIXES,
     **drop(_CONFIG, "--moe-", "--rope-", "--linear-"),
-    **lack("the engine here is `local`, which has no such setting", "--sglang-", "--eval-sglang-", "--vllm-"),
+    **lack(
+        "the engine here is `local`, which has no such setting; --rollout-engine sglang takes the flag as it is",
+        "--sglang-",
+    ),
+    **lack("the engine here is `local`, which has no such setting", "--eval-sglang-", "--vllm-"),
     **lack("adapters (LoRA) are not trained in this version", "--lora-", "--target-modules"),
     **lack("FSDP is no backend here", "--fsdp-"),
 }

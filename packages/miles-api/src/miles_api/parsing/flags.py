@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from miles_api.options import OptionKind, field_docs, flag_of, option_kind
+from miles_api.options import OptionKind, field_docs, flag_of, foreign_fields, option_kind, own_fields
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -21,16 +21,19 @@ def add_option_flags(parser: argparse.ArgumentParser, groups: Mapping[str, type[
     Values stay text: what converts and checks them is the Struct.
     """
     for name, kind in groups.items():
-        section = parser.add_argument_group(name, (kind.__doc__ or "").strip().partition("\n")[0])
         docs = field_docs(kind)
-        for field, info in zip(kind.__struct_fields__, msgspec.structs.fields(kind), strict=True):
-            section.add_argument(flag_of(field), **_settings(option_kind(info.type), info.default, docs, field))
+        about = [(kind.__doc__ or "").strip().partition("\n")[0]]
+        about += [f"--{name}-…: {docs.get(field, '')}" for field in foreign_fields({name: kind}).values()]
+        section = parser.add_argument_group(name, " ".join(" ".join(about).split()))
+        for info in own_fields(kind):
+            settings = _settings(option_kind(info.type), info.default, docs, info.name)
+            section.add_argument(flag_of(info.name), **settings)
 
 
 def option_strings(kind: type[msgspec.Struct]) -> dict[str, str]:
     """Return every flag that `add_option_flags` adds for a group, with its field."""
-    fields = {flag_of(info.name): info.name for info in msgspec.structs.fields(kind)}
-    switches = [info.name for info in msgspec.structs.fields(kind) if option_kind(info.type).base is bool]
+    fields = {flag_of(info.name): info.name for info in own_fields(kind)}
+    switches = [info.name for info in own_fields(kind) if option_kind(info.type).base is bool]
     return {**fields, **{"--no-" + flag_of(name)[2:]: name for name in switches}}
 
 

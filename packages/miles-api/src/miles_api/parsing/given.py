@@ -11,7 +11,7 @@ import msgspec
 
 from miles_api.errors import did_you_mean
 from miles_api.hook_options import specs_by_field
-from miles_api.options import OptionKind, flag_of, option_kind
+from miles_api.options import OptionKind, flag_of, option_kind, own_fields
 
 __all__ = ["COMMAND_LINE", "Given", "convert", "explain", "locate", "references"]
 
@@ -33,7 +33,7 @@ def convert(kind: type[msgspec.Struct], given: dict[str, Given], problems: list[
     """Convert the fields of one group, collecting a problem for each that does not fit."""
     values: dict[str, Any] = {}
     hook_fields = specs_by_field()
-    for info in msgspec.structs.fields(kind):
+    for info in own_fields(kind):
         item = given.get(info.name)
         shape = option_kind(info.type)
         if item is None:

@@ -9,7 +9,9 @@ import msgspec
 
 from miles_api.config import HookValues, RunConfig, option_groups
 from miles_api.errors import ConfigError, did_you_mean
+from miles_api.options import foreign_fields, own_fields
 from miles_api.parsing.flags import add_option_flags, option_strings
+from miles_api.parsing.foreign import foreign_values, take_foreign
 from miles_api.parsing.given import COMMAND_LINE, Given, convert
 from miles_api.parsing.hook_arguments import Brought, brought_by_hooks, without_clashes
 from miles_api.parsing.run_file import RunFile
@@ -49,12 +51,16 @@ def parse_run(argv: Sequence[str], *, prog: str = "miles train", problems: list[
     strict = problems is None
     problems = [] if problems is None else problems
     groups: Groups = dict(option_groups())
+    argv, foreign = take_foreign(argv, groups)
     words = _read(argv, groups, prog, strict)
     problems += words.problems
-    owners = _owners(groups, words.brought)
-    given = words.file.values(owners, problems)
-    given.update({name: Given(value, COMMAND_LINE) for name, value in words.flags.items() if name != "config"})
+    owners, programs = _owners(groups, words.brought), foreign_fields(groups)
+    given = words.file.values(owners, problems, programs)
+    flags = {**{name: value for name, value in words.flags.items() if name != "config"}, **foreign}
+    given.update({name: Given(value, COMMAND_LINE) for name, value in flags.items()})
     values = {name: convert(kind, given, problems) for name, kind in groups.items()}
+    for table, field in programs.items():
+        values[table][field] = foreign_values(table, given, owners)
     extra = _hook_values(words.brought, given, problems)
     problems += _unknown(words.unknown, groups, words.brought)
     if problems and strict:
@@ -109,7 +115,7 @@ def _likely_file(rest: list[str]) -> str | None:
 def _owners(groups: Groups, brought: list[Brought]) -> dict[str, tuple[str, ...]]:
     """Return the TOML tables in which each option may stand."""
     owners: dict[str, tuple[str, ...]] = {
-        field: (name,) for name, kind in groups.items() for field in kind.__struct_fields__
+        info.name: (name,) for name, kind in groups.items() for info in own_fields(kind)
     }
     for options in brought:
         owners |= dict.fromkeys(options.names.values(), tuple(f"hooks.{table}" for table in options.tables))

@@ -10,7 +10,7 @@ from miles_api.errors import did_you_mean
 from miles_api.parsing.given import Given
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Collection, Iterator, Mapping
 
 __all__ = ["RunFile"]
 
@@ -40,16 +40,22 @@ class RunFile:
     def _table(self, name: str) -> dict[str, Any]:
         return self._tables[name] if isinstance(self._tables.get(name), dict) else {}
 
-    def values(self, owners: Mapping[str, tuple[str, ...]], problems: list[str]) -> dict[str, Given]:
+    def values(
+        self, owners: Mapping[str, tuple[str, ...]], problems: list[str], foreign: Collection[str] = ()
+    ) -> dict[str, Given]:
         """Return what the file sets; `owners` names the tables in which each option may stand.
 
-        A key or table that belongs nowhere is a problem.
+        A key or table that belongs nowhere is a problem; in a table of `foreign` it is another program's, and returned
+        with the table's name in front.
         """
         found: dict[str, Given] = {}
-        groups = {table for tables in owners.values() for table in tables}
+        groups = {table for tables in owners.values() for table in tables} | set(foreign)
         for table, key, value in self._settings(owners, groups, problems):
             where = f"{self.name} [{table}]" if table else self.name
-            if key not in owners:
+            theirs = f"{table}_{key.replace('-', '_')}"
+            if table in foreign and table not in owners.get(key, ()) and theirs not in owners:
+                found[theirs] = Given(value, self.name, self.folder)
+            elif key not in owners:
                 problems.append(f"{where}: unknown key {key!r}{did_you_mean(key, owners)}")
             elif table is not None and table not in owners[key]:
                 problems.append(f"{where}: {key} belongs in [{owners[key][0]}]")

@@ -5,7 +5,10 @@ from __future__ import annotations
 import hashlib
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from msgspec import UNSET
+
 from miles_api.errors import DataError, ServiceError
+from miles_rollout.engines.protocol import parse_reply
 from miles_rollout.pristine import without_response
 from miles_rollout.state import State
 
@@ -64,19 +67,22 @@ async def ask(
         reply = await state.joint.generate(group, payload)
     else:
         reply = await state.post("/generate", payload)
-    meta = reply["meta_info"]
-    seen = meta.get("prompt_tokens", len(tokens))
+    read = parse_reply(reply)
+    meta, seen = reply["meta_info"], read.meta_info.prompt_tokens
     # Middleware that changes a prompt says so, and its name stands in the sample.
-    if seen != len(tokens) and not meta.get("changed_tokens_by"):
+    if seen not in (UNSET, len(tokens)) and not meta.get("changed_tokens_by"):
         raise ServiceError(
             f"sample {sample.index}: the engine saw a prompt of {seen} tokens, and {len(tokens)} were sent: what it "
             "continued is not what the sample records"
         )
-    pairs = meta.pop("output_token_logprobs")
+    pairs = read.meta_info.output_token_logprobs
+    if pairs is UNSET:
+        raise ServiceError(f"sample {sample.index}: the engine's answer has no output_token_logprobs")
     log_probs, ids = [entry[0] for entry in pairs], [entry[1] for entry in pairs]
-    if "output_ids" in reply and reply["output_ids"] != ids:
+    if read.output_ids not in (UNSET, ids):
         raise ServiceError(f"sample {sample.index}: the engine's output_ids and output_token_logprobs differ")
-    return Answer(ids, log_probs, reply["text"], meta)
+    del meta["output_token_logprobs"]
+    return Answer(ids, log_probs, read.text, meta)
 
 
 def room(request: GenerateFnInput, pending: int = 0, *, before: int = 0) -> int:

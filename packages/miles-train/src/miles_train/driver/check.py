@@ -15,6 +15,7 @@ from miles_api.run_options import RunOptions
 from miles_train.batching import check_batching
 from miles_train.driver import checkpoint
 from miles_train.driver.identity import changes, mismatches
+from miles_train.driver.layout import derived_engines, layout_notes, layout_problems
 from miles_train.driver.start import LOCK, SUMMARY, saves_where_it_loads, start_of
 from miles_train.megatron.hf_config import check_sizes, read_hf_config
 from miles_train.models_check import check_models, models_notes
@@ -35,7 +36,11 @@ HOOKS = frozenset(TRAIN_HOOKS)
 
 idle = idle_train_hooks
 
-derived = derived_rewards
+
+def derived(config: RunConfig) -> dict[str, bool | int]:
+    """Return what follows from the estimator for rewards, and from GPUs for engines."""
+    return derived_rewards(config) | derived_engines(config)
+
 
 _LEFT_BEHIND = (
     ("load_optim", False, "--no-load-optim", "with a fresh optimizer and schedule"),
@@ -52,7 +57,7 @@ def notes(config: RunConfig) -> list[str]:
     run, objective = config.group(RunOptions), config.group(ObjectiveOptions)
     if run.debug_rollout_only:
         return ["debug_rollout_only: nothing is trained, and no checkpoint is written"]
-    found = _origin(config)
+    found = [*_origin(config), *layout_notes(config)]
     if run.loss_type == "sft_loss":
         return found
     found += [*models_notes(config), *objective_notes(config)]
@@ -83,6 +88,7 @@ def check(config: RunConfig) -> Iterator[str]:
     """Yield what this package finds wrong: model directory, sizes, objective, sinks, directories."""
     run, parallel = config.group(RunOptions), config.group(ParallelOptions)
     yield from _parallel(parallel)
+    yield from layout_problems(config)
     if run.hf_checkpoint is None:
         yield "--hf-checkpoint is not set: name a Hugging Face model directory"
     else:

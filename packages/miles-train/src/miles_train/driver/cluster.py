@@ -14,17 +14,20 @@ from ray.exceptions import RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from miles_api import stacks
-from miles_api.errors import MilesError, ServiceError
 from miles_api.loading.load import provider
+from miles_train.driver.engine_hosts import EngineHost, Part, RayFleet
+from miles_train.driver.layout import layout_of, lives_on_ray
 from miles_train.driver.remote import Remote, Watch
+from miles_train.driver.room import Room
 from miles_train.driver.stuck import where_they_are
-from miles_train.options import ClusterOptions, ParallelOptions
+from miles_train.options import ClusterOptions
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection
     from pathlib import Path
 
     from miles_api.config import RunConfig
+    from miles_api.errors import MilesError
 
 __all__ = ["Cluster", "Remote"]
 
@@ -40,6 +43,10 @@ class _Host:
 
     def __init__(self, name: str, directory: str) -> None:
         stacks.register(name, directory)
+
+    def gpus(self) -> tuple[int, ...]:
+        """Return the numbers of the GPUs that Ray gave to this process."""
+        return tuple(int(gpu) for gpu in ray.get_gpu_ids())
 
     def listen(self) -> tuple[str, int, int]:
         """Listen at this node's address; return it with a port that is taken from now on, and the descriptor."""
@@ -64,22 +71,21 @@ class _Host:
 class Cluster:
     """A running Ray cluster, or one of our own on this machine."""
 
-    def __init__(self, config: RunConfig, check: Callable[[], None], stacks_in: Path, *, trains: bool = True) -> None:
-        """`trains` is false for a run without trainer ranks.
-
-        `check` is called in every wait and raises when the run was interrupted; processes that are late write their
-        stacks into `stacks_in`.
+    def __init__(self, config: RunConfig, check: Callable[[], None], stacks_in: Path) -> None:
+        """`check` is called in every wait and raises when the run was interrupted; processes that are late write their
+        stacks into `stacks_in`. Raises `ServiceError` for a cluster without room for the run.
         """
         self._config = config
-        self._parallel = config.group(ParallelOptions)
         self._options = config.group(ClusterOptions)
+        self._layout = layout_of(config)
         self._stacks_in = stacks_in
         self._watch = Watch(check, stacks_in)
         self._actors: list[Any] = []
-        world = self._parallel.world_size if trains else 0
+        self._ranks: Remote | None = None
+        slots = self._layout.slots if lives_on_ray(config) else self._layout.ranks
         own: dict[str, Any] = {
             # Workers of a small machine share its cores: Ray only counts them, one a process.
-            "num_cpus": max(world + 1, os.cpu_count() or 1),
+            "num_cpus": max(slots + 1, os.cpu_count() or 1),
             "object_store_memory": _OBJECT_STORE_BYTES,
             "include_dashboard": False,
         }
@@ -87,44 +93,73 @@ class Cluster:
         # "local": without --ray-address the run never joins a cluster that happens to be there (RAY_ADDRESS).
         try:
             _init_ray(address=address or "local", logging_level=logging.ERROR, **({} if address else own))
-            self._gpus = _gpus_for(world)
+            self._room = Room(self._layout, engines_too=lives_on_ray(config))
         except BaseException:
             ray.shutdown()
             raise
+
+    @property
+    def gpus(self) -> int:
+        """How many GPUs the cluster has."""
+        return self._room.gpus
 
     def rollout(self) -> Remote:
         """Start the one rollout process."""
         # Router and engines listen on this node's loopback address.
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
         deadline = ("--rollout-timeout", self._options.rollout_timeout)
-        remote = self._start("rollout", ["rollout"], deadline, scheduling_strategy=here)
+        remote = self._start("rollout", {"rollout": {"num_cpus": 1, "scheduling_strategy": here}}, deadline)
         remote.build(self._config, [{}])
         return remote
 
     def trainers(self) -> Remote:
-        """Start one process for each trainer rank; on GPUs where the cluster has them."""
-        ranks = range(self._parallel.world_size)
-        deadline = ("--trainer-timeout", self._options.trainer_timeout)
-        names = [f"trainer {rank}" for rank in ranks]
-        remote = self._start("train", names, deadline, num_gpus=1 if self._gpus else 0)
+        """Start one process for each trainer rank, unless they are there; on GPUs where the cluster has them."""
+        remote = self._rank_processes()
         host, port, listener = remote.listen()
+        per_node = self._layout.trainer_slots
         remote.build(
             self._config,
             [
                 {
                     "rank": rank,
-                    "world_size": self._parallel.world_size,
+                    "world_size": self._layout.ranks,
                     "master_addr": host,
                     "master_port": port,
                     "listen_fd": None if rank else listener,
                     "timeout": self._options.trainer_timeout + _AFTER_DEADLINE,
                     # Ray shows each process its own GPU as number 0.
-                    "local_rank": 0 if self._gpus else rank % self._parallel.actor_num_gpus_per_node,
+                    "local_rank": 0 if self._room.gpus else rank % per_node,
                 }
-                for rank in ranks
+                for rank in range(self._layout.ranks)
             ],
         )
         return remote
+
+    def engines(self) -> RayFleet:
+        """Return a fleet whose engines live in processes of this cluster, in slots of their own or the trainer's."""
+        shared = self._layout.shared and self._room.gpus
+        gpus = self._rank_processes().gpus() if shared else []
+        directory = str(self._stacks_in.resolve())
+
+        def create(index: int) -> list[Part]:
+            parts = []
+            for seat in self._room.seats(index, gpus):
+                # Threads: an engine can be asked, and stopped, while it starts.
+                options: dict[str, Any] = {"max_restarts": 0, "max_concurrency": 4, **seat.resources}
+                host: Any = ray.remote(**options)(EngineHost)
+                parts.append(Part(host.remote(f"engine-host-{index}", directory), seat.gpu_ids))
+            self._actors += [part.actor for part in parts]
+            return parts
+
+        return RayFleet(self._config, create, ray.util.get_node_ip_address(), self._stacks_in)
+
+    def _rank_processes(self) -> Remote:
+        """Start the trainer's processes in the order of their ranks, node by node; once."""
+        if self._ranks is None:
+            deadline = ("--trainer-timeout", self._options.trainer_timeout)
+            where = {f"trainer {rank}": self._room.of_rank(rank) for rank in range(self._layout.ranks)}
+            self._ranks = self._start("train", where, deadline)
+        return self._ranks
 
     def heed(self, problem: Callable[[], MilesError | None], during: Collection[str] | None = None) -> None:
         """Ask `problem` during every call from now on, or those of the methods `during`, and raise what it returns."""
@@ -142,10 +177,13 @@ class Cluster:
         finally:
             ray.shutdown()
 
-    def _start(self, service: str, names: list[str], deadline: tuple[str, float], **where: Any) -> Remote:
-        host = ray.remote(num_cpus=1, max_restarts=0, **where)(_Host)
+    def _start(self, service: str, where: dict[str, dict[str, Any]], deadline: tuple[str, float]) -> Remote:
+        """Start a process for each name, with what it takes and where."""
         directory = str(self._stacks_in.resolve())
-        actors = {name: host.remote(name.replace(" ", "-"), directory) for name in names}
+        actors = {
+            name: ray.remote(max_restarts=0, **options)(_Host).remote(name.replace(" ", "-"), directory)
+            for name, options in where.items()
+        }
         self._actors += actors.values()
         return Remote(service, actors, self._watch, deadline=deadline, stacks=self._where_they_are)
 
@@ -166,18 +204,6 @@ class Cluster:
             with suppress(RayError):
                 found |= ray.get(answer)
         return where_they_are(found, late, self._stacks_in)
-
-
-def _gpus_for(world: int) -> int:
-    """Return how many GPUs the cluster has; raises `ServiceError` if it is too small for `world` trainer ranks."""
-    resources = ray.cluster_resources()
-    gpus = int(resources.get("GPU", 0))
-    if resources.get("CPU", 0) < world + 1 or 0 < gpus < world:
-        raise ServiceError(
-            f"the Ray cluster has {resources.get('CPU', 0):g} CPUs and {gpus} GPUs; {world} trainer ranks "
-            "and the rollout process need one CPU each, and one GPU a rank where there are GPUs"
-        )
-    return gpus
 
 
 def _init_ray(**options: Any) -> None:

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     from miles_api.config import RunConfig
 
-__all__ = ["Remote", "Watch"]
+__all__ = ["Pending", "Remote", "Watch", "told"]
 
 _COLOUR = re.compile(r"\x1b\[\d*m")
 """Ray colours its tracebacks, whoever reads them."""
@@ -70,6 +70,21 @@ class Watch:
                     raise ServiceError(_death_of(name, doing, error, self.stacks_in)) from error
 
 
+class Pending:
+    """A call that goes on while the driver does something else."""
+
+    def __init__(self, part: Any, wait: Callable[[], dict[str, Any]]) -> None:
+        """`part` refers to what is left where it is, `wait` returns the rest."""
+        self._part, self._wait = part, wait
+        self._rest: dict[str, Any] | None = None
+
+    def result(self) -> tuple[Any, dict[str, Any]]:
+        """Wait for it; return the reference and the rest. Raises what the call raised; may be asked again."""
+        if self._rest is None:
+            self._rest = self._wait()
+        return self._part, self._rest
+
+
 class Remote:
     """One service in one or more worker processes: the ranks of the trainer, or the rollout process."""
 
@@ -92,6 +107,8 @@ class Remote:
         self._flag, self._timeout = deadline
         self._stacks = stacks
         self._late_in: str | None = None
+        # Two threads may call: every process must get their calls in one order, or collectives do not match.
+        self._order = threading.Lock()
         for name, actor in actors.items():
             watch.add(name, actor)
 
@@ -100,6 +117,10 @@ class Remote:
         name, actor = next(iter(self._actors.items()))
         return self._get("start", {actor.listen.remote(): name})[0]
 
+    def gpus(self) -> list[tuple[int, ...]]:
+        """Return the numbers of each process's GPUs, in rank order."""
+        return self._get("start", {actor.gpus.remote(): name for name, actor in self._actors.items()})
+
     def build(self, config: RunConfig, keywords: list[dict[str, Any]]) -> None:
         """Create the service in every process, each with its own keywords."""
         pairs = zip(self._actors.items(), keywords, strict=True)
@@ -107,20 +128,29 @@ class Remote:
 
     def call(self, method: str, *args: Any, timeout: float | None = None) -> list[Any]:
         """Call a method on every process and wait for all results, in rank order; `timeout` (s) replaces the usual."""
-        return self._get(method, {a.call.remote(method, *args): name for name, a in self._actors.items()}, timeout)
+        with self._order:
+            refs = {actor.call.remote(method, *args): name for name, actor in self._actors.items()}
+        return self._get(method, refs, timeout)
 
     def call_split(self, method: str, key: str, *args: Any) -> tuple[Any, dict[str, Any]]:
         """Call on the one process; return a reference to `result[key]`, left where it is, and the rest."""
+        return self.begin_split(method, key, *args).result()
+
+    def begin_split(self, method: str, key: str, *args: Any) -> Pending:
+        """Do as `call_split` does, without waiting: the deadline counts from now on."""
         ((name, actor),) = self._actors.items()
         part, rest = actor.call_split.options(num_returns=2).remote(method, key, *args)
-        return part, self._get(method, {rest: name})[0]
+        begun = time.monotonic()
+        return Pending(part, lambda: self._get(method, {rest: name}, begun=begun)[0])
 
-    def _get(self, method: str, refs: dict[Any, str], timeout: float | None = None) -> list[Any]:
+    def _get(
+        self, method: str, refs: dict[Any, str], timeout: float | None = None, begun: float | None = None
+    ) -> list[Any]:
         """Wait for all results within the deadline, or for the first failure of any process of the run."""
         doing = f"{self._service}.{method}"
         if self._late_in is not None:
             raise ServiceError(f"{doing} was not called: the process still hangs in {self._late_in}")
-        end = time.monotonic() + (timeout or self._timeout)
+        end = (begun or time.monotonic()) + (timeout or self._timeout)
         results: dict[Any, Any] = {}
         pending = dict(refs)
         while pending:
@@ -147,7 +177,7 @@ class Remote:
             if not isinstance(error, RayActorError):
                 # A rank that dies fails the others' collectives: what they saw of it is not what happened.
                 name, error = _death_among(pending) or (name, error)
-            raise _told(name, doing, error, self._watch.stacks_in) from error
+            raise told(name, doing, error, self._watch.stacks_in) from error
 
     def _late(self, names: list[str], doing: str, timeout: float | None) -> ServiceError:
         if timeout is not None:
@@ -176,7 +206,7 @@ def _death_among(pending: dict[Any, str]) -> tuple[str, RayError] | None:
     return None
 
 
-def _told(name: str, doing: str, error: RayError, stacks_in: Path) -> MilesError:
+def told(name: str, doing: str, error: RayError, stacks_in: Path) -> MilesError:
     """Return our own errors as they were raised, and of others what happened where."""
     if isinstance(error, RayActorError):
         return ServiceError(_death_of(name, doing, error, stacks_in))

@@ -17,6 +17,7 @@ from miles_api.run_options import RunOptions
 from miles_train.driver import checkpoint
 from miles_train.driver.start import LOCK, SUMMARY, read_summary, saves_in, start_of
 from miles_train.options import LoggingOptions
+from miles_train.view.gap_lines import GAPS
 from miles_train.view.json_lines import JsonLines, cut_after
 from miles_train.view.report import REPORT, write_report
 from miles_train.view.sinks import MetricsWriter, make_sinks
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
 
 __all__ = ["RunDir"]
 
-_ROWS = ("metrics.jsonl", "samples.jsonl")
+_ROWS = ("metrics.jsonl", "samples.jsonl", GAPS)
 _OTHERS = ("config.toml", "hooks.json", SUMMARY, REPORT)
 
 
@@ -76,6 +77,7 @@ class RunDir:
         self._replace("config.toml", again.to_toml())
         self._metrics = MetricsWriter(self.path / "metrics.jsonl")
         self._samples = JsonLines(self.path / "samples.jsonl")
+        self._gaps = JsonLines(self.path / GAPS)
         own = self.start is not None and self.start.own
         after = self.start.state.rollout_id if self.start and own else -1 if run.resume else None
         self._sinks = make_sinks(config.group(LoggingOptions), self.path, config.public(), run_id=self.id, after=after)
@@ -96,6 +98,11 @@ class RunDir:
         """Append what the report's sample browser shows."""
         self._samples.append({"kind": kind, "rollout_id": rollout_id, "samples": samples})
 
+    def token_gaps(self, rollout_id: int, gaps: dict[str, Any]) -> None:
+        """Append where trainer and engines disagreed about a rollout's tokens, if that is known."""
+        if gaps:
+            self._gaps.append({"kind": "rollout", "rollout_id": rollout_id, **gaps})
+
     def hooks(self, reports: Mapping[str, list[dict[str, Any]]]) -> None:
         """Write which hooks each process has, from where, and how they fared since the run was started or resumed."""
         lines = [{"process": process, **hook} for process, hooks in reports.items() for hook in hooks]
@@ -105,6 +112,7 @@ class RunDir:
         """Return when every row is on the disk: a checkpoint must not outlive what led to it."""
         self._metrics.sync()
         self._samples.sync()
+        self._gaps.sync()
 
     def close(self, status: str, error: str | None = None, exit_code: int = 0) -> Path:
         """Close the files, write the outcome and the report; return the report's path.
@@ -116,6 +124,7 @@ class RunDir:
         self._summary |= {"error": error} if error else {}
         self._metrics.close()
         self._samples.close()
+        self._gaps.close()
         try:
             self._write_summary()
             with self._writing(self.path / REPORT):

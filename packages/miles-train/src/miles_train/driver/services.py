@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import time
-from collections import ChainMap
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from contextlib import ExitStack, contextmanager, suppress
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-import msgspec
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from miles_api.checks.run_checks import services_of
 from miles_api.errors import MilesError, ServiceError
@@ -17,17 +15,19 @@ from miles_api.loading.load import provider
 from miles_api.run_options import RunOptions
 from miles_api.services import Endpoint, EngineFleet, Placement, RouterService
 from miles_train.driver.cluster import Cluster, Remote
+from miles_train.driver.layout import lives_on_ray
+from miles_train.driver.rollouts import Rollouts
 from miles_train.driver.supervisor import Supervisor
-from miles_train.megatron.hf_config import read_hf_config
-from miles_train.options import ClusterOptions, WeightSyncOptions
-from miles_train.weight_sync.disk import DiskWeightSync, Source, make_folder
-from miles_train.weight_sync.fixed import FixedWeights
-from miles_train.weight_sync.verify import probe_tokens
+from miles_train.driver.turns import ALL_TAGS, EngineMemory, Turns
+from miles_train.driver.weights import weight_sync
+from miles_train.options import ClusterOptions
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterator
 
     from miles_api.config import RunConfig
+    from miles_train.weight_sync.fixed import FixedWeights
+    from miles_train.weight_sync.frame import WeightSync
 
 __all__ = ["Services", "running"]
 
@@ -39,15 +39,18 @@ _LOOK = 0.2
 """Seconds between two looks at whether a start has to end."""
 
 
-class Services(msgspec.Struct, kw_only=True):
+class Services(NamedTuple):
     """The running parts of a run."""
 
     rollout: Remote
+    rollouts: Rollouts
+    """What `rollout` makes, on the schedule of the run."""
+    turns: Turns
     trainers: Remote | None
     """None with `--debug-rollout-only`."""
     supervisor: Supervisor | None
     """None where no engine runs."""
-    sync: DiskWeightSync | FixedWeights | None
+    sync: WeightSync | FixedWeights | None
     """None where no engine runs."""
     seconds: dict[str, float]
     """Seconds each part took to start."""
@@ -86,7 +89,7 @@ class _Clock:
         return result
 
 
-class _Serving(msgspec.Struct, frozen=True):
+class _Serving(NamedTuple):
     """Engines and router, and what they are once they have started."""
 
     fleet: EngineFleet
@@ -105,37 +108,66 @@ def running(
     again and again. `say` gets each phase of the start, `note` a line for each thing worth keeping: an engine or the
     router that died and is replaced.
     """
-    wanted = services_of(config.group(RunOptions))
-    clock = _Clock(say)
+    wanted, options = services_of(config.group(RunOptions)), config.group(ClusterOptions)
+    clock, memory = _Clock(say), EngineMemory()
+    in_turns = options.engines_give_way and "engines" in wanted and "train" in wanted
+    serve = partial(_start_serving, config, clock, release=memory.release if in_turns else None)
     with ExitStack() as stack:
         pool = ThreadPoolExecutor(_PARTS, thread_name_prefix="start")
         stack.callback(pool.shutdown)
-        serving = _start_serving(config, clock, pool, stack) if "engines" in wanted else None
-        stacks = Path(config.group(RunOptions).run_dir, "stacks")
-        cluster = clock.timed("ray", lambda: Cluster(config, check, stacks, trains="train" in wanted))
-        training = [pool.submit(_start_trainers, clock, cluster)] if "train" in wanted else []
+        serving = None
+        if "engines" in wanted and not lives_on_ray(config):
+            serving = serve(provider("miles.services", "engines")(config), pool, stack)
+        stacks, starting = Path(config.group(RunOptions).run_dir, "stacks"), []
+        cluster = clock.timed("ray", lambda: Cluster(config, check, stacks))
+        stack.callback(_stop_cluster, cluster, starting)
+        if "engines" in wanted and serving is None:
+            # Their processes belong to Ray, and end before it does.
+            serving = serve(cluster.engines(), pool, stack)
+        first = serving.started if serving and in_turns else None
+        training = [pool.submit(_start_trainers, clock, cluster, first)] if "train" in wanted else []
         sampling = pool.submit(_start_rollout, clock, cluster, serving)
-        stack.callback(_stop_cluster, cluster, [*training, sampling])
-        _first_failure([*training, sampling, *([serving.started] if serving else [])], check)
+        starting += [*training, sampling]
+        _first_failure([*starting, *([serving.started] if serving else [])], check)
         trainers, rollout = training[0].result() if training else None, sampling.result()
         endpoints = serving.started.result()[1] if serving else []
-        sync = _weight_sync(config, trainers, endpoints) if endpoints else None
+        sync = weight_sync(config, trainers, endpoints, gpus=cluster.gpus > 0) if endpoints else None
         if sync:
             stack.callback(sync.close)
         supervisor = _supervise(config, serving, sync, note, stack) if serving and sync else None
         if supervisor:
             cluster.heed(supervisor.problem, _NEED_ENGINES)
-        yield Services(rollout=rollout, trainers=trainers, supervisor=supervisor, sync=sync, seconds=clock.seconds)
+        ahead = options.rollout_schedule == "one-step-off"
+        rollouts = Rollouts(rollout, config.group(RunOptions).num_rollout, ahead=ahead)
+        stack.callback(rollouts.close)
+        give_way = {"trainer_gives_way": options.trainer_gives_way, "engines_give_way": options.engines_give_way}
+        yield Services(
+            rollout=rollout,
+            rollouts=rollouts,
+            turns=Turns(trainers, supervisor, memory, **give_way),
+            trainers=trainers,
+            supervisor=supervisor,
+            sync=sync,
+            seconds=clock.seconds,
+        )
         # Only after success: a process that failed or hangs would not answer, and ends with the cluster.
         rollout.call("stop")
         if trainers:
             trainers.call("stop")
 
 
-def _start_serving(config: RunConfig, clock: _Clock, pool: ThreadPoolExecutor, stack: ExitStack) -> _Serving:
-    fleet: EngineFleet = provider("miles.services", "engines")(config)
+def _start_serving(
+    config: RunConfig,
+    clock: _Clock,
+    fleet: EngineFleet,
+    pool: ThreadPoolExecutor,
+    stack: ExitStack,
+    *,
+    release: Callable[..., None] | None,
+) -> _Serving:
+    """Start engines and router; with `release` engines give up all their memory as soon as they have started."""
     router: RouterService = provider("miles.services", "router")(config)
-    started = pool.submit(_serve, clock, config, fleet, router)
+    started = pool.submit(_serve, clock, config, fleet, router, release)
 
     def stop() -> None:
         # Stopping makes a start that still goes on fail, and only when it has ended is nothing started any more.
@@ -151,7 +183,7 @@ def _start_serving(config: RunConfig, clock: _Clock, pool: ThreadPoolExecutor, s
 def _supervise(
     config: RunConfig,
     serving: _Serving,
-    sync: DiskWeightSync | FixedWeights,
+    sync: WeightSync | FixedWeights,
     note: Callable[[str], None],
     stack: ExitStack,
 ) -> Supervisor:
@@ -168,8 +200,11 @@ def _supervise(
     return supervisor
 
 
-def _start_trainers(clock: _Clock, cluster: Cluster) -> Remote:
+def _start_trainers(clock: _Clock, cluster: Cluster, first: Future[Any] | None) -> Remote:
+    """Start the trainer ranks; their models are loaded when `first` is done, which leaves them its memory."""
     trainers = clock.timed("trainer processes", cluster.trainers)
+    if first:
+        _first_failure([first], cluster.check)
     clock.timed("trainer", lambda: trainers.call("start"))
     return trainers
 
@@ -200,27 +235,9 @@ def _first_failure(futures: list[Future[Any]], check: Callable[[], None]) -> Non
             future.result()
 
 
-def _weight_sync(
-    config: RunConfig, trainers: Remote | None, endpoints: list[Endpoint]
-) -> DiskWeightSync | FixedWeights:
-    if trainers is None:
-        return FixedWeights(endpoints)
-    run = config.group(RunOptions)
-    shared = Path(run.run_dir) if config.group(ClusterOptions).ray_address else None
-    size = sum(file.stat().st_size for file in Path(str(run.hf_checkpoint)).glob("*.safetensors"))
-    folder = make_folder(size, shared, fallback=Path(run.run_dir))
-    source = Source(
-        # Each pipeline stage writes and hashes its own tensors.
-        export=lambda target, hashed: dict(ChainMap(*trainers.call("export", target, True, hashed))),
-        # The last pipeline stage alone sees logits.
-        score=lambda tokens: next(filter(None, trainers.call("score", tokens))),
-        tokens=probe_tokens(read_hf_config(str(run.hf_checkpoint)).vocab_size),
-    )
-    patience = config.group(ClusterOptions).trainer_timeout
-    return DiskWeightSync(source, endpoints, folder, config.group(WeightSyncOptions), patience=patience)
-
-
-def _serve(clock: _Clock, config: RunConfig, fleet: EngineFleet, router: RouterService) -> tuple[str, list[Endpoint]]:
+def _serve(
+    clock: _Clock, config: RunConfig, fleet: EngineFleet, router: RouterService, release: Callable[..., None] | None
+) -> tuple[str, list[Endpoint]]:
     """Start router and engines and introduce them to each other; return the router's URL and the engines."""
     url = clock.timed("router", router.start)
     count = config.flat()["rollout_num_engines"]
@@ -228,4 +245,6 @@ def _serve(clock: _Clock, config: RunConfig, fleet: EngineFleet, router: RouterS
     endpoints = fleet.endpoints()
     for endpoint in endpoints:
         router.register(endpoint)
+    if release:
+        release(endpoints, *ALL_TAGS)
     return url, endpoints

@@ -7,6 +7,7 @@ import time
 import traceback
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Protocol
 
 import msgspec
@@ -14,7 +15,7 @@ import msgspec
 from miles_api.errors import MilesError, ServiceError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
     from miles_api.services import Endpoint, EngineFleet, RouterService
 
@@ -38,6 +39,10 @@ class Weights(Protocol):
 
     def bring(self, endpoint: Endpoint) -> None:
         """Give a new engine the weights that are current; raises `ServiceError`."""
+        ...
+
+    def awaiting(self) -> int:
+        """Return how many new engines, in `bring`, wait for the next push."""
         ...
 
     def give_up(self, error: MilesError) -> None:
@@ -70,12 +75,16 @@ class Supervisor:
         # Held for each call to the router, so that it knows the engines that are in `_serving`, whoever is replaced.
         self._lock = threading.Lock()
         self._serving = dict(enumerate(endpoints))
+        self._down: set[int] = set()
         self._version = ""  # of the weights that the router requires; empty before the first push
         self._replacing: set[int] = set()
         self._restarts: Counter[str] = Counter()
         self._told: Counter[str] = Counter()
         self._problem: MilesError | None = None
         self._stopping = threading.Event()
+        # Who starts an engine needs its memory: nobody does while it is held.
+        self._memory = threading.Condition()
+        self._held, self._starting = False, 0
         self._thread = threading.Thread(target=self._watch, name="supervisor", daemon=True)
         # A slow start of one engine must not delay the replacement of another, or of the router.
         self._pool = ThreadPoolExecutor(max(len(endpoints), 1), thread_name_prefix="replace-engine")
@@ -96,6 +105,44 @@ class Supervisor:
         with self._lock:
             self._version = version
             self._tell(lambda: self._router.require_weights(version))
+
+    def serving(self) -> list[Endpoint]:
+        """Return the engines that run, registered or not yet; those that died and are noticed do not."""
+        with self._lock:
+            return [endpoint for index, endpoint in enumerate(self._endpoints) if index not in self._down]
+
+    def hold(self) -> None:
+        """Start no engine until `let_go`, as its memory is someone else's; return when those that start now run.
+
+        Raises what made the run fail meanwhile.
+        """
+        with self._memory:
+            self._held = True
+            # One that waits for the next push is ready for whatever comes before that.
+            while self._starting > self._weights.awaiting():
+                if self._problem is not None:
+                    raise self._problem
+                self._memory.wait(_POLL)
+
+    def let_go(self) -> None:
+        """Replace dead engines again."""
+        with self._memory:
+            self._held = False
+            self._memory.notify_all()
+
+    @contextmanager
+    def _start_of_an_engine(self) -> Iterator[None]:
+        """Wait until the memory is there, and keep it until the engine is ready."""
+        with self._memory:
+            while self._held and not self._stopping.is_set():
+                self._memory.wait(_POLL)
+            self._starting += 1
+        try:
+            yield
+        finally:
+            with self._memory:
+                self._starting -= 1
+                self._memory.notify_all()
 
     def restarts(self) -> dict[str, float]:
         """Count the replacements since the last call: `engines/restarts` and `router/restarts`, where there are any."""
@@ -177,21 +224,26 @@ class Supervisor:
         name, started = f"engine {index}", time.monotonic()
         self._take_off(index)
         while self._may_restart(name, why):
-            try:
-                new = self._fleet.restart(index)
-                self._weights.replace(self._endpoints[index], new)
-                self._endpoints[index] = new
-                self._weights.bring(new)
-            except ServiceError as error:
-                # One that lives and does not get ready, or does not take the weights, is no case for another try.
-                if not self._soon(lambda: index in self._fleet.dead()):
-                    raise
-                why = str(error)
-            else:
-                self._put_on(index, new)
-                self._replacing.discard(index)
-                self._note(f"{name} is back after {time.monotonic() - started:.1f} s, at {new.url}")
-                return
+            with self._start_of_an_engine():
+                try:
+                    new = self._fleet.restart(index)
+                    self._weights.replace(self._endpoints[index], new)
+                    with self._lock:
+                        self._endpoints[index] = new
+                        self._down.discard(index)
+                    self._weights.bring(new)
+                except ServiceError as error:
+                    # One that lives and does not get ready, or does not take the weights, is no case for another try.
+                    if not self._soon(lambda: index in self._fleet.dead()):
+                        raise
+                    why = str(error)
+                    with self._lock:
+                        self._down.add(index)
+                else:
+                    self._put_on(index, new)
+                    self._replacing.discard(index)
+                    self._note(f"{name} is back after {time.monotonic() - started:.1f} s, at {new.url}")
+                    return
 
     def _may_restart(self, name: str, why: str) -> bool:
         """Spend one restart; False once the run stops. Raises `ServiceError` when there is none left."""
@@ -208,6 +260,7 @@ class Supervisor:
 
     def _take_off(self, index: int) -> None:
         with self._lock:
+            self._down.add(index)
             endpoint = self._serving.pop(index)
             self._tell(lambda: self._router.unregister(endpoint))
 

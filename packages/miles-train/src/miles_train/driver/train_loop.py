@@ -1,4 +1,7 @@
-"""The loop: rollout → train → weights → log, and now and then evaluate and save."""
+"""The loop: rollout → train → weights → log, and now and then evaluate and save.
+
+Schedules are policies of it: `Rollouts` says when a rollout is made, `Turns` who has the memory meanwhile.
+"""
 
 from __future__ import annotations
 
@@ -33,6 +36,8 @@ class TrainLoop:
         self._run = config.group(RunOptions)
         self._evaluates = services.sync is not None and self._run.eval_interval is not None
         self._services = services
+        self._rollouts = services.rollouts
+        self._turns = services.turns
         self._run_dir = run_dir
         self._progress = progress
         self._watch = watch
@@ -52,7 +57,7 @@ class TrainLoop:
         """Train every rollout, from the beginning or from a checkpoint; the last state is saved."""
         self._watch.started()
         self._load()
-        self._push_weights()
+        self._turns.to_engines(self._push_weights)
         if self._start and self._start.own:
             # Before it saved these weights the run had pushed them, and evaluated them if that was due: no row of
             # metrics tells of it twice.
@@ -68,33 +73,41 @@ class TrainLoop:
 
     def _one(self, rollout_id: int) -> None:
         started = time.perf_counter()
-        last = rollout_id == self._run.num_rollout - 1
         self._progress.phase("rollout", rollout_id)
-        batch, rollout = self._services.rollout.call_split("generate", "batch", rollout_id, self._weights)
-        trained = self._train(rollout_id, batch)
+        rollout = self._rollouts.take(rollout_id, self._version, self._weights)
+        # Ahead of training, if the schedule is one step off; the next three lines then go on at the same time.
+        self._rollouts.begin(rollout_id + 1, self._version, self._weights, saves=self._saves_after(rollout_id))
+        self._turns.to_trainer()
+        trained = self._train(rollout_id, rollout.batch)
+        self._rollouts.settle()
         self._progress.phase("weight sync", rollout_id)
         synced = time.perf_counter()
+        metrics, seconds = self._rollouts.row(rollout, self._version)
         self._version += 1
-        self._push_weights()
+        self._turns.to_engines(self._push_weights)
         finished = time.perf_counter()
-        seconds = {
-            **rollout["seconds"],
+        seconds |= {
             "train": sum(trained.seconds.values()) if trained else 0.0,
             "weight_sync": finished - synced if self._services.sync else 0.0,
         }
         seconds |= {"other": finished - started - sum(seconds.values()), "total": finished - started}
-        metrics = {**rollout["metrics"], **(trained.metrics if trained else {}), **self._synced}
+        metrics |= {**(trained.metrics if trained else {}), **self._synced, **self._turns.spent()}
         metrics |= self._services.restarts()
         self._synced = {}
         self._run_dir.log("rollout", rollout_id, metrics, seconds)
-        self._run_dir.samples("train", rollout_id, rollout["samples"])
-        self._watch.rollout(rollout["hooks"])
+        self._run_dir.samples("train", rollout_id, rollout.said["samples"])
+        self._run_dir.token_gaps(rollout_id, trained.token_gaps if trained else {})
+        self._watch.rollout(rollout.said["hooks"])
         self._progress.rollout(rollout_id, metrics, seconds)
         self._watch.after("rollout")
+        last = rollout_id == self._run.num_rollout - 1
         if self._evaluates and (last or self._is_due(rollout_id, self._run.eval_interval)):
             self._evaluate(rollout_id)
-        if last or self._is_due(rollout_id, self._run.save_interval):
+        if self._saves_after(rollout_id):
             self._save(rollout_id)
+
+    def _saves_after(self, rollout_id: int) -> bool:
+        return rollout_id == self._run.num_rollout - 1 or self._is_due(rollout_id, self._run.save_interval)
 
     @staticmethod
     def _is_due(rollout_id: int, interval: int | None) -> bool:
@@ -137,12 +150,13 @@ class TrainLoop:
         self._run_dir.sync()
         parts: dict[str, Callable[[str], Any]] = {
             "trainer": lambda folder: trainers.call("save", rollout_id, folder),
-            "rollout": lambda folder: self._services.rollout.call("save", rollout_id, folder),
+            "rollout": lambda folder: self._rollouts.save(rollout_id, folder),
             "hf": lambda folder: trainers.call("export", folder),
         }
         state = checkpoint.State(rollout_id=rollout_id, weight_version=self._version, **self._about_run)
-        written = checkpoint.write(checkpoint.folder_of(self._run), state, parts)
-        trainers.call("saved", rollout_id, str(written), str(written / "hf"))
+        with self._turns.borrowed():
+            written = checkpoint.write(checkpoint.folder_of(self._run), state, parts)
+            trainers.call("saved", rollout_id, str(written), str(written / "hf"))
         self._watch.after("save")
         self._retain()
 
@@ -160,7 +174,8 @@ class TrainLoop:
                 Path(self._run.save_hf).mkdir(parents=True, exist_ok=True)
             except OSError as error:
                 raise DataError(f"--save-hf {self._run.save_hf} cannot be created: {error}") from error
-            self._services.trainers.call("export", self._run.save_hf)
+            with self._turns.borrowed():
+                self._services.trainers.call("export", self._run.save_hf)
 
     def _load(self) -> None:
         start, trainers = self._start, self._services.trainers

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from typing import TYPE_CHECKING, Any
 
+from miles_train.view.gaps import ALARMING_GAP, gap_charts
 from miles_train.view.metric_words import CAUSE, REWARD_PART, explain
 from miles_train.view.one_chart import one_chart
 from miles_train.view.series import (
@@ -26,7 +27,6 @@ MOST_POINTS = 600
 MOST_BARS = 120
 MOST_OTHER_CHARTS = 80
 FEWEST_TO_SMOOTH = 10
-ALARMING_GAP = 1e-4
 
 _EVAL_COLORS = (2, 5, 3, 6, 4, 7)
 _COLORS = 8
@@ -51,7 +51,7 @@ class _Charts:
             "reward": [self.reward(), self.reward_parts()],
             "rollout": self.rollout(),
             "train": self.train(),
-            "gap": [self.gap(), *self.mismatch()],
+            "gap": [self.gap(), *gap_charts(self.run, self.points), *self.mismatch()],
             "time": [self.time(), self.speed()],
         }
         sections["more"] = self.more()

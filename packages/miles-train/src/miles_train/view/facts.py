@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
-from miles_train.view.charts import ALARMING_GAP
+from miles_train.view.gaps import ALARMING_GAP
 from miles_train.view.hook_table import HookTotals, hook_attention
 from miles_train.view.metric_words import CAUSE, CAUSES, explain
 from miles_train.view.series import eval_datasets, phase_colors, phase_names, present, total_seconds

@@ -25,6 +25,7 @@ from miles_api.errors import DataError
 from miles_train._version import __version__
 from miles_train.view.charts import chart_data
 from miles_train.view.facts import attention, config_lines, explained, startup_text, tiles, time_shares
+from miles_train.view.gaps import gap_page
 from miles_train.view.hook_table import hook_rows
 from miles_train.view.run_directory import RunDirectory, read_run
 from miles_train.view.sample_pick import pick_samples
@@ -78,6 +79,7 @@ def _page(run: RunDirectory, samples: dict[str, Any]) -> str:
         attention=attention(run, hooks),
         rollouts=len(run.rollouts),
         charts=(charts := chart_data(run)),
+        gaps=gap_page(run),
         shares=time_shares(run),
         startup=startup_text(run),
         hooks=hooks,

@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
+from miles_train.view.gap_lines import GAPS, GapLine, read_gaps
+
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
@@ -48,6 +50,8 @@ class RunDirectory(msgspec.Struct):
     """One record a rollout, by id; of a rollout done twice (a resumed run) the later one."""
     evals: list[Record]
     """One record for each evaluated rollout, by id; datasets evaluated in several lines are merged."""
+    gaps: list[GapLine]
+    """One line a rollout of how far trainer and engines were apart on its tokens."""
     hooks: list[dict[str, Any]]
     config: str
     """The text of `config.toml`."""
@@ -93,7 +97,8 @@ def read_run(path: Path) -> RunDirectory:
             evals[record.rollout_id] = record
     _move_eval_seconds(evals, rollouts, startup)
     in_order = [[records[key] for key in sorted(records)] for records in (rollouts, evals)]
-    return RunDirectory(path, summary, startup, in_order[0], in_order[1], hooks, config, problems)
+    gaps = read_gaps(path / GAPS, problems)
+    return RunDirectory(path, summary, startup, in_order[0], in_order[1], gaps, hooks, config, problems)
 
 
 def _move_eval_seconds(evals: dict[int, Record], rollouts: dict[int, Record], startup: dict[str, float]) -> None:

@@ -13,7 +13,7 @@ from miles_api.errors import ServiceError
 if TYPE_CHECKING:
     from miles_api.services import Endpoint
 
-__all__ = ["EngineGoneError", "RefusedError", "ask"]
+__all__ = ["EngineGoneError", "RefusedError", "ask", "tell"]
 
 _TIMEOUT = 600.0
 
@@ -36,20 +36,25 @@ def ask(endpoint: Endpoint, path: str, body: dict[str, Any] | None = None) -> An
         RefusedError: an HTTP error, with its `status`.
         ServiceError: the answer is not JSON.
     """
+    answer = tell(endpoint, path, body)
+    try:
+        return json.loads(answer)
+    except ValueError as error:
+        raise ServiceError(f"engine {endpoint.url} answered {path} with {answer[:200]!r}, not JSON") from error
+
+
+def tell(endpoint: Endpoint, path: str, body: dict[str, Any] | None = None) -> bytes:
+    """Do as `ask` does, for endpoints whose answer says nothing beyond its status: SGLang's is not always JSON."""
     data = None if body is None else json.dumps(body).encode()
     request = urllib.request.Request(endpoint.url + path, data=data, headers={"Content-Type": "application/json"})
     # Whatever http_proxy says: a proxy elsewhere knows no loopback address of ours.
     direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     try:
         with direct.open(request, timeout=_TIMEOUT) as reply:
-            answer = reply.read()
+            return reply.read()
     except urllib.error.HTTPError as error:
         refused = RefusedError(f"engine {endpoint.url} refused {path}: {error.code} {error.read()[:500]!r}")
         refused.status = error.code
         raise refused from error
     except (OSError, HTTPException) as error:
         raise EngineGoneError(f"engine {endpoint.url} did not answer {path}: {error}") from error
-    try:
-        return json.loads(answer)
-    except ValueError as error:
-        raise ServiceError(f"engine {endpoint.url} answered {path} with {answer[:200]!r}, not JSON") from error

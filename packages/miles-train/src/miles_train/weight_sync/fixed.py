@@ -42,6 +42,10 @@ class FixedWeights:
             raise ServiceError(f"the new engine {endpoint.url} serves weights {served!r}, not {self._version!r}")
         ask(endpoint, "/continue_generation", {})
 
+    def awaiting(self) -> int:
+        """Return 0: nobody waits for a push."""
+        return 0
+
     def give_up(self, error: MilesError) -> None:
         """Do nothing: no push waits."""
 

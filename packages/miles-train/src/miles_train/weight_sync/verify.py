@@ -13,8 +13,6 @@ from miles_api.errors import ServiceError
 from miles_train.weight_sync.engine import RefusedError, ask
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from miles_api.services import Endpoint
 
 __all__ = ["Finding", "Reference", "as_metrics", "check_engine", "default_tolerance", "probe_tokens"]
@@ -23,6 +21,7 @@ _LENGTHS = (12, 12, 10, 8)
 """Short: an engine may be limited to few tokens, and one more, its answer, must fit too."""
 _NOT_OFFERED = (404, 405, 501)
 _NAMED_AT_MOST = 8
+_PADDED = ("model.embed_tokens.weight", "lm_head.weight")
 
 
 class Reference(msgspec.Struct, frozen=True):
@@ -49,15 +48,17 @@ class Finding(msgspec.Struct, frozen=True):
 
 
 def probe_tokens(vocab_size: int) -> list[list[int]]:
-    """Return the sequences that are scored: always the same for one size of vocabulary, no tokenizer needed."""
+    """Return the sequences that are scored: always the same for one size of vocabulary, no tokenizer needed.
+
+    Without the last token: SGLang names 0 in its place when it reports the log-probs of a prompt.
+    """
     draw = random.Random(0)
-    return [[draw.randrange(vocab_size) for _ in range(length)] for length in _LENGTHS]
+    return [[draw.randrange(max(vocab_size - 1, 1)) for _ in range(length)] for length in _LENGTHS]
 
 
-def default_tolerance(weights: Path) -> float:
-    """Return the tolerance for the dtype that `config.json` in the directory states, in nats."""
-    config = msgspec.json.decode((weights / "config.json").read_bytes())
-    return 1e-3 if config.get("dtype") == "float32" else 0.5
+def default_tolerance(dtype: str) -> float:
+    """Return the tolerance for weights of this dtype, in nats."""
+    return 1e-3 if dtype == "float32" else 0.5
 
 
 def check_engine(endpoint: Endpoint, reference: Reference) -> Finding:
@@ -82,16 +83,21 @@ def as_metrics(findings: list[Finding]) -> dict[str, float]:
 
 
 def _compare_checksums(endpoint: Endpoint, reference: Reference) -> int:
-    """Return how many tensors were compared; 0 if the engine does not hash as the trainer does (SGLang's own)."""
+    """Return how many tensors were compared; 0 if nothing that the engine hashes is hashed so by the trainer."""
     try:
         answer = ask(endpoint, "/weights_checker", {"action": "checksum"})
     except RefusedError as error:
         if error.status in _NOT_OFFERED:
             return 0
         raise
-    if not isinstance(answer, dict) or answer.get("checksum_of") != CHECKSUM:
+    if not isinstance(answer, dict):
         return 0
-    wanted, found = reference.checksums, answer["checksums"]
+    if answer.get("checksum_of") == CHECKSUM:
+        wanted, found = reference.checksums, answer["checksums"]
+    else:
+        found = _sglang_checksums(endpoint, answer)
+        wanted = {name: value for name, value in reference.checksums.items() if name in found}
+        found = {name: found[name] for name in wanted}
     differing = {name for name in wanted.keys() & found.keys() if wanted[name] != found[name]}
     # A tied output layer may be listed beside the embedding whose values it has.
     aliases = set(wanted.values())
@@ -108,6 +114,22 @@ def _compare_checksums(endpoint: Endpoint, reference: Reference) -> int:
             f"Tensors {listed}"
         )
     return len(wanted)
+
+
+def _sglang_checksums(endpoint: Endpoint, answer: dict[str, Any]) -> dict[str, str]:
+    """Return those of SGLang's hashes that can be compared with ours; none of an engine on a GPU, or in parts.
+
+    On a CPU SGLang takes the same digits of SHA-256 over the bytes that it has of a tensor: in float32 ours. It fuses
+    q, k and v, and gate and up, under other names, and pads the vocabulary: of these the log-probs must tell.
+    """
+    ranks = answer.get("ranks")
+    # Before 0.5.23 it has another form.
+    if not isinstance(ranks, list) or len(ranks) != 1 or "checksums" not in ranks[0]:
+        return {}
+    info = ask(endpoint, "/server_info")
+    if (info.get("device"), info.get("dtype")) != ("cpu", "float32"):
+        return {}
+    return {name: value for name, value in ranks[0]["checksums"].items() if name not in _PADDED}
 
 
 def _compare_log_probs(endpoint: Endpoint, reference: Reference, tensors: int) -> Finding:

@@ -10,21 +10,25 @@ import msgspec
 
 from miles_api.checksum import CHECKSUM
 from miles_rollout.engines.local.errors import CheckpointError, UnsupportedModelError
-from miles_rollout.engines.local.protocol import (
+from miles_rollout.engines.local.memory import Memory
+from miles_rollout.engines.local.update import WeightUpdates
+from miles_rollout.engines.local.weights import check_weights_dir, live_checksum
+from miles_rollout.engines.protocol import (
     AbortRequest,
     DetokenizeRequest,
     PauseRequest,
     TokenizeRequest,
+    UpdateFromDiskRequest,
     UpdateVersionRequest,
-    UpdateWeightsRequest,
+    WeightsCheckRequest,
 )
-from miles_rollout.engines.local.weights import check_weights_dir, live_checksum
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
 
     from miles_rollout.engines.local.engine import Engine
     from miles_rollout.engines.local.jobs import Job
+    from miles_rollout.engines.local.weights import Weights
 
 __all__ = ["Control", "Route"]
 
@@ -46,9 +50,11 @@ class Control:
     def __init__(self, engine: Engine, info: dict[str, Any]) -> None:
         self.engine, self.info = engine, info
         self._scheduler = engine.scheduler
+        self.memory = Memory(engine)
         self._updating = asyncio.Lock()
-        self._source = Path(info["model_path"])
+        self._source: Weights = Path(info["model_path"])
         """Where the live weights were read from."""
+        self._updates = WeightUpdates(self._scheduler.model, lambda: self._source, self._put, self._updating)
 
     def routes(self) -> dict[str, Route]:
         """Return every endpoint by path."""
@@ -69,9 +75,15 @@ class Control:
             "/continue_generation": Route(post, self.continue_generation),
             "/update_weights_from_disk": Route(post, self.update_weights_from_disk),
             "/update_weight_version": Route(post, self.update_weight_version),
-            "/begin_weight_update": Route(post, self.accept),
-            "/end_weight_update": Route(post, self.accept),
+            "/begin_weight_update": Route(post, self._updates.begin),
+            "/end_weight_update": Route(post, self._updates.end),
+            "/update_weights_from_tensor": Route(post, self._updates.from_tensor),
+            "/init_weights_update_group": Route(post, self._updates.init_group),
+            "/update_weights_from_distributed": Route(post, self._updates.from_distributed),
+            "/destroy_weights_update_group": Route(post, self._updates.destroy_group),
             "/weights_checker": Route(post, self.weights_checker),
+            "/release_memory_occupation": Route(post, self.memory.release),
+            "/resume_memory_occupation": Route(post, self.memory.resume),
         }
 
     def abort_jobs(self, jobs: list[Job]) -> None:
@@ -170,7 +182,7 @@ class Control:
 
     async def update_weights_from_disk(self, body: bytes) -> Answer:
         """Read and check a directory's weights beside the running loop, then swap them in between two steps."""
-        request = _parse(body, UpdateWeightsRequest)
+        request = _parse(body, UpdateFromDiskRequest)
         if isinstance(request, str):
             return _failed(request)
         scheduler = self._scheduler
@@ -180,15 +192,7 @@ class Control:
                 commit = await asyncio.to_thread(scheduler.model.stage, directory)
             except (CheckpointError, UnsupportedModelError) as error:
                 return _failed(str(error))
-
-            def swap() -> None:
-                if request.abort_all_requests:
-                    self._tell(scheduler.abort(lambda _: True))
-                scheduler.swap_weights(commit, request.weight_version)
-                scheduler.weights_arrived()
-
-            await self._in_loop(swap)
-            self._source = directory
+            await self._put(commit, directory, request.weight_version, request.abort_all_requests)
         return 200, {"success": True, "message": "Weights updated.", "num_paused_requests": 0}
 
     async def update_weight_version(self, body: bytes) -> Answer:
@@ -205,16 +209,12 @@ class Control:
         await self._in_loop(rename)
         return 200, {"success": True, "message": "Weight version updated.", "new_version": request.new_version}
 
-    async def accept(self, _: bytes) -> Answer:
-        """Bracket a weight update; each update here is atomic by itself, so there is nothing to do."""
-        return 200, {"success": True, "message": ""}
-
     async def weights_checker(self, body: bytes) -> Answer:
         """Hash the weights as they were read, and name live ones that differ from them; the loop goes on meanwhile."""
-        request = _parse(body or b"{}", dict[str, Any])
+        request = _parse(body or b"{}", WeightsCheckRequest)
         if isinstance(request, str):
             return _failed(request)
-        action = request.get("action")
+        action = request.action
         if action != "checksum":
             return _failed(f"action {action!r} is not supported; only 'checksum' is")
         async with self._updating:
@@ -223,6 +223,18 @@ class Control:
             except CheckpointError as error:
                 return _failed(f"the weights were read from files that are gone or damaged: {error}")
         return 200, {"success": True, "message": "", "checksums": sums, "checksum_of": CHECKSUM, "stale": stale}
+
+    async def _put(self, commit: Callable[[], None], source: Weights, version: str | None, aborts: bool) -> None:
+        """Swap staged weights in between two steps; `source` is what they were made from."""
+
+        def swap() -> None:
+            if aborts:
+                self._tell(self._scheduler.abort(lambda _: True))
+            self._scheduler.swap_weights(commit, version)
+            self._scheduler.weights_arrived()
+
+        await self._in_loop(swap)
+        self._source = source
 
     def _load(self) -> dict[str, Any]:
         running, waiting = len(self._scheduler.batch), len(self._scheduler.waiting) + self.engine.queued

@@ -12,6 +12,7 @@ import torch
 
 from miles_rollout.engines.local.errors import EngineDeadError
 from miles_rollout.engines.local.jobs import Job, News
+from miles_rollout.engines.protocol import FinishReason
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -137,7 +138,7 @@ class Engine:
             future.set_exception(EngineDeadError(f"the model loop has stopped: {error!r}"))
         for job in jobs:
             job.error = error
-            job.end({"type": "abort", "message": repr(error)})
+            job.end(FinishReason(type="abort", message=repr(error)))
         self._on_news(News(finished=jobs))
         self.on_dead(error)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["CheckpointError", "EngineDeadError", "RequestError", "UnsupportedModelError"]
+__all__ = ["CheckpointError", "EngineDeadError", "ReleasedError", "RequestError", "UnsupportedModelError"]
 
 
 class RequestError(ValueError):
@@ -19,3 +19,7 @@ class UnsupportedModelError(ValueError):
 
 class EngineDeadError(RuntimeError):
     """The model loop has stopped after an error; no request can be served any more."""
+
+
+class ReleasedError(RuntimeError):
+    """Weights or keys and values have no memory just now; answered with HTTP 503, as others may serve the request."""

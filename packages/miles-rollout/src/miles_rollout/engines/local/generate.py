@@ -11,7 +11,8 @@ import msgspec
 
 from miles_rollout.engines.local.errors import RequestError
 from miles_rollout.engines.local.jobs import Job
-from miles_rollout.engines.local.protocol import (
+from miles_rollout.engines.local.support import check_request, check_sampling, stop_strings
+from miles_rollout.engines.protocol import (
     DEFAULT_MAX_NEW_TOKENS,
     GenerateRequest,
     MetaInfo,
@@ -49,7 +50,7 @@ class JobFactory:
         Raises:
             RequestError: something asked for is out of range, too long or not supported.
         """
-        request.check()
+        check_request(request)
         prompts, batched = self._prompts(request)
         params = _per_prompt(request.sampling_params, len(prompts), "sampling_params")
         starts = _per_prompt(request.logprob_start_len, len(prompts), "logprob_start_len")
@@ -96,7 +97,7 @@ class JobFactory:
         return ids
 
     def _job(self, ids: list[int], sampling: SamplingParams, rid: str) -> Job:
-        sampling.check()
+        check_sampling(sampling)
         room = self.max_total_len - len(ids)
         limit = sampling.max_new_tokens
         if limit is None:
@@ -120,7 +121,7 @@ class JobFactory:
             seed=self._seed_of(sampling),
             min_new_tokens=sampling.min_new_tokens,
             stop_ids=tuple(i for i in stop_ids if 0 <= i < self.vocab_size),
-            stop_strings=sampling.stop_strings(),
+            stop_strings=stop_strings(sampling),
             skip_special_tokens=sampling.skip_special_tokens,
             no_stop_trim=sampling.no_stop_trim,
         )
@@ -179,12 +180,12 @@ def decode_finished(codec: TextCodec, jobs: list[Job]) -> None:
 
 
 def _text_ids(job: Job) -> list[int]:
-    matched = job.finish.get("matched") if job.finish else None
+    matched = job.finish.matched if job.finish else None
     return job.output_ids[:-1] if isinstance(matched, int) and not job.no_stop_trim else job.output_ids
 
 
 def _trim(job: Job, text: str) -> str:
-    matched = job.finish.get("matched") if job.finish else None
+    matched = job.finish.matched if job.finish else None
     if isinstance(matched, str) and not job.no_stop_trim and (at := text.find(matched)) >= 0:
         return text[:at]
     return text

@@ -8,6 +8,7 @@ not tell, so a loaded model is refused unless prefill and decode through rows eq
 from __future__ import annotations
 
 import inspect
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,8 +19,9 @@ from miles_rollout.engines.local.errors import CheckpointError, UnsupportedModel
 from miles_rollout.engines.local.kv import KVLayout, KVPool, Prefill
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-    from pathlib import Path
+    from collections.abc import Callable, Mapping
+
+    from miles_rollout.engines.local.weights import Weights
 
 __all__ = ["HFModel"]
 
@@ -113,14 +115,9 @@ class HFModel:
         logits = self._model(tokens[None, :-1], use_cache=False).logits[0, start:].float()
         return logits.log_softmax(-1).gather(1, tokens[start + 1 :, None]).squeeze(1)
 
-    def stage(self, directory: Path) -> Callable[[], None]:
+    def stage(self, weights: Weights) -> Callable[[], None]:
         """Load other weights as a whole model, so that transformers converts names as it did at the start."""
-        fresh = _load(directory, self._model.config)
-        want = {name: tuple(t.shape) for name, t in self._model.state_dict().items()}
-        got = {name: tuple(t.shape) for name, t in fresh.state_dict().items()}
-        if want != got:
-            name = next(iter(sorted(set(want.items()) ^ set(got.items()))))[0]
-            raise CheckpointError(f"{directory}: {name} has shape {got.get(name)}, the model needs {want.get(name)}")
+        fresh = self._loaded(weights)
 
         def commit() -> None:
             self._model = fresh
@@ -130,6 +127,20 @@ class HFModel:
     def tensors(self) -> dict[str, torch.Tensor]:
         """Return the live weights by name."""
         return dict(self._model.state_dict())
+
+    def computed(self, weights: Weights) -> dict[str, torch.Tensor]:
+        """Return others by name; see `SlotModel`."""
+        return dict(self._loaded(weights).state_dict())
+
+    def _loaded(self, weights: Weights) -> Any:
+        model = self._model
+        fresh = _load(weights, model.config) if isinstance(weights, Path) else _take(type(model), weights, model.config)
+        want = {name: tuple(t.shape) for name, t in model.state_dict().items()}
+        got = {name: tuple(t.shape) for name, t in fresh.state_dict().items()}
+        if want != got:
+            name = next(iter(sorted(set(want.items()) ^ set(got.items()))))[0]
+            raise CheckpointError(f"{weights}: {name} has shape {got.get(name)}, the model needs {want.get(name)}")
+        return fresh
 
     def _find_layout(self) -> KVLayout:
         cache = DynamicCache()
@@ -174,20 +185,27 @@ class HFModel:
 
 def _load(directory: Path, config: Any = None) -> Any:
     extra = {} if config is None else {"config": config}
+    return _checked(AutoModelForCausalLM, directory, str(directory), trust_remote_code=False, **extra)
+
+
+def _take(kind: Any, weights: Mapping[str, torch.Tensor], config: Any) -> Any:
+    """Make another model of tensors in memory; it has copies of them."""
+    sent = {name: tensor.to(torch.float32, copy=True) for name, tensor in weights.items()}
+    # Else it raises before it says which size is wrong.
+    extra = {"config": config, "state_dict": sent, "ignore_mismatched_sizes": True}
+    return _checked(kind, None, "the weights that were sent", **extra)
+
+
+def _checked(kind: Any, directory: Path | None, origin: str, **extra: Any) -> Any:
     try:
-        model, report = AutoModelForCausalLM.from_pretrained(
-            directory,
-            dtype=torch.float32,
-            attn_implementation="sdpa",
-            output_loading_info=True,
-            trust_remote_code=False,
-            **extra,
+        model, report = kind.from_pretrained(
+            directory, dtype=torch.float32, attn_implementation="sdpa", output_loading_info=True, **extra
         )
     except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
-        raise CheckpointError(f"transformers cannot load {directory}: {error}") from error
+        raise CheckpointError(f"transformers cannot load {origin}: {error}") from error
     for what in ("missing_keys", "mismatched_keys", "unexpected_keys"):
         if report.get(what):
-            raise CheckpointError(f"{directory}: {what.replace('_', ' ')}: {sorted(map(str, report[what]))[:5]}")
+            raise CheckpointError(f"{origin}: {what.replace('_', ' ')}: {sorted(map(str, report[what]))[:5]}")
     return model.eval().requires_grad_(False)
 
 

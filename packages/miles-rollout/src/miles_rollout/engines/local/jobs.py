@@ -5,10 +5,14 @@ from __future__ import annotations
 import time
 from array import array
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from miles_rollout.engines.protocol import VersionSpan
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+
+    from miles_rollout.engines.protocol import FinishReason
 
 __all__ = ["Job", "News"]
 
@@ -49,7 +53,7 @@ class Job:
     cached_tokens: int = 0
     versions: list[tuple[int, str]] = field(default_factory=list)
     """(first output token, weight version), in order."""
-    finish: dict[str, Any] | None = None
+    finish: FinishReason | None = None
     error: BaseException | None = None
     """Why no reply can be given: the engine died, or the weights are broken."""
     started: float = field(default_factory=time.perf_counter)
@@ -73,7 +77,7 @@ class Job:
         """Return a hashable form of `all_ids`."""
         return array("i", self.all_ids).tobytes()
 
-    def end(self, reason: dict[str, Any]) -> None:
+    def end(self, reason: FinishReason) -> None:
         """Mark the job finished."""
         self.finish = reason
         self.finished = time.perf_counter()
@@ -85,13 +89,13 @@ class Job:
         if not self.versions or self.versions[-1][1] != version:
             self.versions.append((first, version))
 
-    def version_spans(self, count: int) -> list[dict[str, Any]]:
-        """Return `{"version", "start", "end"}` for each run of the first `count` output tokens drawn with the same
+    def version_spans(self, count: int) -> list[VersionSpan]:
+        """Return one span for each run of the first `count` output tokens drawn with the same
         weights."""
         versions = self.versions
         ends = [*(min(start, count) for start, _ in versions[1:]), count][: len(versions)]
         return [
-            {"version": version, "start": start, "end": end}
+            VersionSpan(version=version, start=start, end=end)
             for (start, version), end in zip(versions, ends, strict=True)
             if end > start
         ]

@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
+    from miles_rollout.engines.local.weights import Weights
+
 __all__ = ["LeanModel"]
 
 _SCORE_LOGITS = 8_000_000
@@ -50,6 +52,13 @@ class _Weights(NamedTuple):
     """Times sqrt(E)."""
     head: torch.Tensor
 
+    def named(self) -> dict[str, torch.Tensor]:
+        """Return the tensors by name."""
+        named = {"embedding": self.embedding, "norm": self.norm, "head": self.head}
+        for index, layer in enumerate(self.layers):
+            named |= {f"layers.{index}.{k}": t for k, t in layer._asdict().items() if t is not None}
+        return named
+
 
 class LeanModel:
     """A `SlotModel` for the configurations `LeanConfig` covers."""
@@ -68,22 +77,22 @@ class LeanModel:
         self._head_floor = torch.tensor((config.head_dim * config.eps) ** 0.5)
         self._weights = _read(config, directory)
 
-    def stage(self, directory: Path) -> Callable[[], None]:
+    def stage(self, weights: Weights) -> Callable[[], None]:
         """Read and check other weights; see `SlotModel`."""
-        weights = _read(self.config, directory)
+        read = _read(self.config, weights)
 
         def commit() -> None:
-            self._weights = weights
+            self._weights = read
 
         return commit
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """Return the live (fused) weights by name."""
-        weights = self._weights
-        named = {"embedding": weights.embedding, "norm": weights.norm, "head": weights.head}
-        for index, layer in enumerate(weights.layers):
-            named |= {f"layers.{index}.{k}": t for k, t in layer._asdict().items() if t is not None}
-        return named
+        return self._weights.named()
+
+    def computed(self, weights: Weights) -> dict[str, torch.Tensor]:
+        """Return the fused weights of others by name; see `SlotModel`."""
+        return _read(self.config, weights).named()
 
     def prefill(self, tokens_BL: torch.Tensor, lengths: torch.Tensor) -> Prefill:
         """Run right-padded prompts from nothing; see `SlotModel`."""
@@ -244,9 +253,9 @@ def _expected(config: LeanConfig) -> dict[str, tuple[int, ...]]:
     return names
 
 
-def _read(config: LeanConfig, directory: Path) -> _Weights:
+def _read(config: LeanConfig, source: Weights) -> _Weights:
     """Read a checkpoint into fused weights, after all names and shapes are checked."""
-    with Checkpoint(directory) as checkpoint:
+    with Checkpoint(source) as checkpoint:
         ignored = {f"model.layers.{i}.self_attn.rotary_emb.inv_freq" for i in range(config.layers)}
         checkpoint.check(_expected(config), ignored | ({"lm_head.weight"} if config.tied else set()))
         # A clone: the file behind a memory-mapped tensor may be replaced by the next checkpoint.

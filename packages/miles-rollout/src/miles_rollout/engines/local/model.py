@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     import torch
 
     from miles_rollout.engines.local.kv import KVLayout, KVPool, Prefill
+    from miles_rollout.engines.local.weights import Weights
 
 __all__ = ["SlotModel", "load_model"]
 
@@ -46,7 +47,7 @@ class SlotModel(Protocol):
         """Return the log-probs (float32) of `tokens[start + 1:]`, each given all before it."""
         ...
 
-    def stage(self, directory: Path) -> Callable[[], None]:
+    def stage(self, weights: Weights) -> Callable[[], None]:
         """Read and check other weights; the function returned puts them in place and cannot fail.
 
         Raises:
@@ -56,6 +57,10 @@ class SlotModel(Protocol):
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """Return the live weights by a stable name, for checksums."""
+        ...
+
+    def computed(self, weights: Weights) -> dict[str, torch.Tensor]:
+        """Return what `tensors` would be with these weights, read and computed anew. Raises as `stage` does."""
         ...
 
 

@@ -14,7 +14,7 @@ __all__ = ["LocalEngineOptions", "check_loopback"]
 
 
 class LocalEngineOptions(Options, frozen=True, kw_only=True):
-    """How the local (CPU) inference engines are started."""
+    """How the local (CPU) inference engines are started; address, port and patience are those of SGLang engines too."""
 
     engine_max_running_requests: Annotated[int, msgspec.Meta(ge=1)] = 256
     """Requests one local engine decodes together; more wait in its queue."""
@@ -24,11 +24,11 @@ class LocalEngineOptions(Options, frozen=True, kw_only=True):
     """Forward pass of a local engine: `lean` is ours (Llama, Qwen2, Qwen3), `hf` runs transformers; `auto` prefers
     `lean` where it covers the model."""
     engine_host: str = "127.0.0.1"
-    """Loopback address the local engines listen on; any other is refused, since they ask nobody for a key."""
+    """Loopback address the engines listen on; any other is refused, since they ask nobody for a key."""
     engine_start_timeout: Annotated[float, msgspec.Meta(gt=0)] = 300.0
-    """Seconds a local engine may take to load its model and answer."""
+    """Seconds an engine may take to load its model and answer."""
     rollout_engine_base_port: Annotated[int, msgspec.Meta(ge=1, le=65535)] | None = None
-    """First port of the local engines, counted up; by default the system picks free ones."""
+    """First port of the engines, counted up; by default the system picks free ones."""
 
 
 def check_loopback(host: str) -> None:
@@ -42,6 +42,6 @@ def check_loopback(host: str) -> None:
         loopback = False
     if not loopback:
         raise ConfigError(
-            f"--engine-host {host or repr(host)} is not loopback: a local engine obeys whoever reaches it, so it "
+            f"--engine-host {host or repr(host)} is not loopback: an engine obeys whoever reaches it, so it "
             "listens on 127.0.0.1 or ::1 only"
         )

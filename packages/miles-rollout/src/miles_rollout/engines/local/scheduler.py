@@ -11,6 +11,7 @@ from miles_rollout.engines.local.batch import RunningBatch
 from miles_rollout.engines.local.errors import RequestError
 from miles_rollout.engines.local.jobs import Job, News
 from miles_rollout.engines.local.kv import KVPool, Prefill, PromptCache
+from miles_rollout.engines.protocol import FinishReason
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -84,7 +85,7 @@ class Scheduler:
         gone += [self.batch.jobs[row] for row in rows]
         self.batch.remove(rows)
         for job in gone:
-            job.end({"type": "abort", "message": "aborted on request"})
+            job.end(FinishReason(type="abort", message="Aborted", status_code=None, err_type=None))
         return gone
 
     def pause(self, mode: str) -> list[Job]:
@@ -92,9 +93,10 @@ class Scheduler:
         are computed anew; `in_place` keeps everything.
 
         Raises:
-            RequestError: `retract` of a deterministic model, which rounds a prompt otherwise than what it drew.
+            RequestError: `retract` of running jobs of a deterministic model, which rounds a prompt otherwise than what
+                it drew.
         """
-        if mode == "retract" and self.model.deterministic:
+        if mode == "retract" and self.model.deterministic and self.batch.jobs:
             raise RequestError("a deterministic engine does not retract requests: pause with abort or in_place")
         self.paused = True
         if mode == "abort":
@@ -249,13 +251,13 @@ class Scheduler:
         return next((stop for stop in job.stop_strings if stop in text), None)
 
 
-def _finish_reason(job: Job, matched: str | None) -> dict[str, object]:
+def _finish_reason(job: Job, matched: str | None) -> FinishReason:
     last = job.output_ids[-1]
     if last in job.stop_ids:
-        return {"type": "stop", "matched": last}
+        return FinishReason(type="stop", matched=last)
     if matched is not None:
-        return {"type": "stop", "matched": matched}
-    return {"type": "length", "length": job.max_new_tokens}
+        return FinishReason(type="stop", matched=matched)
+    return FinishReason(type="length", length=job.max_new_tokens)
 
 
 def _chunks(items: list[tuple[bytes, Job]]) -> list[list[tuple[bytes, Job]]]:

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from miles_rollout.engines.local.errors import EngineDeadError, RequestError
+from miles_rollout.engines.local.errors import EngineDeadError, ReleasedError, RequestError
 from miles_rollout.engines.local.generate import JobFactory, decode_finished, encode_reply, make_reply
-from miles_rollout.engines.local.protocol import GenerateRequest, Reply
+from miles_rollout.engines.protocol import GenerateRequest, Reply
 
 if TYPE_CHECKING:
     from miles_rollout.engines.local.control import Control
@@ -65,10 +65,11 @@ class App:
                 await _reply(send, status, _encode(body))
         except RequestError as error:
             await _reply(send, 400, _encode({"error": {"message": str(error)}}))
-        except EngineDeadError as error:
+        except (EngineDeadError, ReleasedError) as error:
             await _reply(send, 503, _encode({"error": {"message": str(error)}}))
 
     async def _generate(self, receive: Receive, send: Send) -> None:
+        self.control.memory.require()
         try:
             request = _decode_generate(await _body(receive))
             jobs, as_list = self.factory.expand(request)

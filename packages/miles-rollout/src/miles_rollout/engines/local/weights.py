@@ -1,7 +1,8 @@
-"""Model directories: what they must hold, and safetensors read by name with shapes checked first."""
+"""Where weights come from: model directories, and tensors that were sent; read by name, with shapes checked first."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,10 +18,15 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Checkpoint",
+    "Weights",
     "check_model_dir",
     "check_weights_dir",
+    "completed",
     "live_checksum",
 ]
+
+Weights = Path | Mapping[str, torch.Tensor]
+"""A directory, or tensors that were sent, by their Hugging Face names."""
 
 _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
 
@@ -58,29 +64,26 @@ def check_weights_dir(directory: Path) -> Path:
 
 
 class Checkpoint:
-    """The tensors of one directory, opened once; nothing is read before `get`.
+    """The tensors of one directory, opened once, or those that were sent; nothing is read before `get`.
 
     Use as a context manager. Raises `CheckpointError` when a file is missing or damaged.
     """
 
-    def __init__(self, directory: Path) -> None:
-        self.directory = directory
+    def __init__(self, weights: Weights) -> None:
         self._files = []
         self._where: dict[str, Any] = {}
-        for name in self._file_names():
-            self._open(directory / name)
+        self._sent: Mapping[str, torch.Tensor] = {}
+        if isinstance(weights, Mapping):
+            self.origin, self._sent = "the weights that were sent", weights
+            return
+        self.origin = str(weights)
+        for name in _file_names(weights):
+            self._open(weights / name)
 
     @property
     def names(self) -> list[str]:
         """The names of all tensors."""
-        return list(self._where)
-
-    def _file_names(self) -> list[str]:
-        if (self.directory / _INDEX).is_file():
-            return sorted(set(read_json(self.directory / _INDEX).get("weight_map", {}).values()))
-        if not (self.directory / _SINGLE).is_file():
-            raise CheckpointError(f"{self.directory / _SINGLE} is missing (the weights)")
-        return [_SINGLE]
+        return [*self._where, *self._sent]
 
     def _open(self, path: Path) -> None:
         try:
@@ -96,6 +99,7 @@ class Checkpoint:
     def __exit__(self, *exc: object) -> None:
         self._files.clear()
         self._where.clear()
+        self._sent = {}
 
     def check(self, expected: dict[str, tuple[int, ...]], ignored: set[str]) -> None:
         """Compare names and shapes with `expected`; names in `ignored` may be there or not.
@@ -103,35 +107,58 @@ class Checkpoint:
         Raises:
             CheckpointError: what is missing, unexpected or of another shape (up to five of each).
         """
-        have = set(self._where) - ignored
+        have = set(self.names) - ignored
         missing, extra = sorted(set(expected) - have), sorted(have - set(expected))
         if missing:
-            raise CheckpointError(f"{self.directory}: {len(missing)} tensors are missing: {', '.join(missing[:5])}")
+            raise CheckpointError(f"{self.origin}: {len(missing)} tensors are missing: {', '.join(missing[:5])}")
         if extra:
-            raise CheckpointError(f"{self.directory}: {len(extra)} unexpected tensors: {', '.join(extra[:5])}")
+            raise CheckpointError(f"{self.origin}: {len(extra)} unexpected tensors: {', '.join(extra[:5])}")
         for name, want in expected.items():
-            got = tuple(self._where[name].get_slice(name).get_shape())
+            got = self._shape(name)
             if got != want:
-                raise CheckpointError(f"{self.directory}: {name} has shape {list(got)}, the model needs {list(want)}")
+                raise CheckpointError(f"{self.origin}: {name} has shape {list(got)}, the model needs {list(want)}")
 
     def get(self, name: str) -> torch.Tensor:
         """Return one tensor as float32."""
+        if name in self._sent:
+            return self._sent[name].to(torch.float32)
         try:
             return self._where[name].get_tensor(name).to(torch.float32)
         except (OSError, SafetensorError) as error:
-            raise CheckpointError(f"{self.directory}: tensor {name} cannot be read: {error}") from error
+            raise CheckpointError(f"{self.origin}: tensor {name} cannot be read: {error}") from error
+
+    def _shape(self, name: str) -> tuple[int, ...]:
+        return tuple(self._sent[name].shape if name in self._sent else self._where[name].get_slice(name).get_shape())
 
 
-def live_checksum(model: SlotModel, directory: Path) -> tuple[dict[str, str], list[str]]:
-    """Return the hashes of the tensors in `directory`, and which of the model's own tensors did not come from them.
+def completed(sent: dict[str, torch.Tensor], current: Weights) -> dict[str, torch.Tensor]:
+    """Return all weights after an update of some: those that were sent, and the others as they are now.
+
+    Raises:
+        CheckpointError: the current weights cannot be read.
+    """
+    with Checkpoint(current) as checkpoint:
+        # A clone: the file behind a memory-mapped tensor may be gone soon.
+        return {name: sent[name] if name in sent else checkpoint.get(name).clone() for name in checkpoint.names} | sent
+
+
+def live_checksum(model: SlotModel, weights: Weights) -> tuple[dict[str, str], list[str]]:
+    """Return the hashes of the tensors in `weights`, and which of the model's own tensors did not come from them.
 
     The model holds tensors that are computed from a checkpoint's, so these are computed once more and compared.
 
     Raises:
         CheckpointError: the directory cannot be read any more.
     """
-    # pyrefly: ignore[bad-argument-count]  every model is made from these two
-    fresh = type(model)(directory, model.max_positions).tensors()
+    fresh = model.computed(weights)
     stale = [name for name, tensor in model.tensors().items() if not torch.equal(tensor, fresh[name])]
-    with Checkpoint(directory) as checkpoint:
+    with Checkpoint(weights) as checkpoint:
         return checksums({name: checkpoint.get(name) for name in checkpoint.names}), stale
+
+
+def _file_names(directory: Path) -> list[str]:
+    if (directory / _INDEX).is_file():
+        return sorted(set(read_json(directory / _INDEX).get("weight_map", {}).values()))
+    if not (directory / _SINGLE).is_file():
+        raise CheckpointError(f"{directory / _SINGLE} is missing (the weights)")
+    return [_SINGLE]

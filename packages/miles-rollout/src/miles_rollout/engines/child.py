@@ -8,7 +8,11 @@ import sys
 import threading
 from typing import IO, TYPE_CHECKING
 
+from miles_rollout.engines.health import HealthWatch
+
 if TYPE_CHECKING:
+    import socket
+
     from miles_api.services import Endpoint
 
 __all__ = ["Child"]
@@ -20,12 +24,26 @@ _TAIL_LINES, _TAIL_BYTES = 20, 1 << 16
 class Child:
     """A running or ended engine. `errors` is its stderr, a deleted temporary file that it writes to."""
 
-    def __init__(self, index: int, process: subprocess.Popen[bytes], endpoint: Endpoint, errors: IO[bytes]) -> None:
-        self.index, self.process, self.endpoint = index, process, endpoint
+    def __init__(
+        self,
+        index: int,
+        process: subprocess.Popen[bytes],
+        endpoint: Endpoint,
+        errors: IO[bytes],
+        *,
+        serves: bool = True,
+        reserved: socket.socket | None = None,
+        grace: float = _STOP_GRACE,
+    ) -> None:
+        """`serves` is False for a part that answers nobody, `reserved` holds its port until it listens, and after
+        `grace` seconds a request to end becomes an order."""
+        self.index, self.process, self.endpoint, self.serves = index, process, endpoint, serves
         self._errors = errors
+        self._reserved, self._grace = reserved, grace
         self._errors_lock = threading.Lock()
         self._told_to_end = False
         self._watcher: threading.Thread | None = None
+        self._health: HealthWatch | None = None
 
     def last_lines(self) -> str:
         """Return the end of what it wrote on stderr; nothing after `end`."""
@@ -38,20 +56,27 @@ class Child:
         return "\n".join(tail.decode(errors="replace").splitlines()[-_TAIL_LINES:])
 
     def why_dead(self) -> str:
-        """Say how it died and what it said last; return an empty string if it lives or was told to end."""
+        """Say how it died, or why it counts as dead, and what it said last; empty if it lives or was told to end."""
         status = self.process.poll()
-        if status is None or self._told_to_end:
+        if self._told_to_end:
             return ""
-        said = self.last_lines() or "(nothing on stderr)"
-        return f"engine {self.index} (pid {self.process.pid}) died with exit code {status}: {said}"
+        if status is not None:
+            return f"{self._name} died with exit code {status}: {self._said()}"
+        silent = self._health.problem if self._health is not None else ""
+        return f"{self._name} {silent}: {self._said()}" if silent else ""
 
-    def watch(self) -> None:
-        """Print `why_dead` on stderr should it die from now on."""
+    def watch(self, health_timeout: float = 0.0) -> None:
+        """Print `why_dead` on stderr should it die from now on, or not react for so many seconds; 0 is for ever."""
+        self._release()
         self._watcher = threading.Thread(target=self._watch, name=f"engine-{self.index}-watch", daemon=True)
         self._watcher.start()
+        if self.serves:
+            self._health = HealthWatch(self.endpoint.url, health_timeout, lambda _: self._report())
 
     def tell_to_end(self) -> None:
         """Send SIGTERM; one that is dead already keeps its own reason."""
+        if self._health is not None:
+            self._health.stop()
         if self.process.poll() is None:
             self._told_to_end = True
             self.process.terminate()
@@ -59,8 +84,9 @@ class Child:
     def end(self) -> None:
         """Wait until it has ended, if need be by SIGKILL; may be called twice."""
         self.tell_to_end()
+        self._release()
         try:
-            self.process.wait(_STOP_GRACE)
+            self.process.wait(self._grace)
         except subprocess.TimeoutExpired:
             self.process.kill()
             self.process.wait()
@@ -69,7 +95,21 @@ class Child:
         with self._errors_lock:
             self._errors.close()
 
+    @property
+    def _name(self) -> str:
+        return f"engine {self.index} (pid {self.process.pid})"
+
+    def _said(self) -> str:
+        return self.last_lines() or "(nothing on stderr)"
+
+    def _release(self) -> None:
+        if self._reserved is not None:
+            self._reserved.close()
+
     def _watch(self) -> None:
         self.process.wait()
+        self._report()
+
+    def _report(self) -> None:
         if text := self.why_dead():
             print(text, file=sys.stderr, flush=True)

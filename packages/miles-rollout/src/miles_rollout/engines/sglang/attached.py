@@ -1,0 +1,134 @@
+"""Engines that somebody else runs: used, watched, and never ended."""
+
+from __future__ import annotations
+
+import sys
+import threading
+import urllib.error
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tokenizers import Tokenizer
+
+from miles_api.errors import ServiceError
+from miles_api.services import Endpoint
+from miles_rollout.engines.asking import REQUEST_TIMEOUT, request, with_version
+from miles_rollout.engines.health import HealthWatch
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from miles_api.services import Placement
+
+__all__ = ["AttachedFleet"]
+
+_PROBE = "The 3 quick brown foxes jumped over 12 lazy dogs; naïve café, 北京. 0123456789 > abc"
+"""Text by which two tokenizers are told apart."""
+
+
+class AttachedFleet:
+    """An `EngineFleet` of servers at given addresses, which speak SGLang's protocol.
+
+    They must serve the model of the run, at least its tokenizer: their weights are pushed and verified anyway. One that
+    is lost stays lost.
+    """
+
+    def __init__(self, urls: Sequence[str], model_path: str, *, health_timeout: float) -> None:
+        """Take the addresses, `http://host:port`; nobody is asked yet."""
+        self._urls, self._model_path, self._health_timeout = tuple(urls), model_path, health_timeout
+        self._watches: list[HealthWatch] = []
+        self._stopped = threading.Event()
+
+    def start(self, placements: list[Placement]) -> None:
+        """Ask each server for its model, and let it go on should an earlier run have left it paused.
+
+        Raises:
+            ServiceError: there are not as many placements as servers, one does not answer or serves another model, or
+                `stop` was called before.
+        """
+        if len(placements) != len(self._urls):
+            raise ServiceError(
+                f"--rollout-engine-urls names {len(self._urls)} engines, and {len(placements)} are wanted"
+            )
+        if self._stopped.is_set():
+            raise ServiceError("the engines were stopped")
+        for url in self._urls:
+            self._check(url)
+            self._ask(url, "/continue_generation", {})
+        self._watches = [HealthWatch(url, self._health_timeout, self._say(url)) for url in self._urls]
+
+    def endpoints(self) -> list[Endpoint]:
+        """Return every server's address with the weight version it reports; one that does not answer reports none."""
+        return [with_version(Endpoint(url=url)) for url in self._urls]
+
+    def pause(self) -> None:
+        """Stop every server between two tokens; requests keep their place and their keys and values."""
+        for url in self._urls:
+            self._ask(url, "/pause_generation", {"mode": "in_place"})
+
+    def resume(self) -> None:
+        """Let every server go on."""
+        for url in self._urls:
+            self._ask(url, "/continue_generation", {})
+
+    def dead(self) -> dict[int, str]:
+        """Return, for each server that does not react any more, since when; by index. Does not ask them."""
+        lost = {index: watch.problem for index, watch in enumerate(self._watches)}
+        return {index: f"engine {index} at {self._urls[index]} {text}" for index, text in lost.items() if text}
+
+    def restart(self, index: int) -> Endpoint:
+        """Refuse: whoever runs the server has to. Raises `ServiceError`."""
+        raise ServiceError(
+            f"engine {index} at {self._urls[index]} was attached (--rollout-engine-urls) and is not ours to restart: "
+            "start it again where it runs, then continue this run with --resume"
+        )
+
+    def stop(self) -> None:
+        """Leave the servers as they are; may be called twice."""
+        self._stopped.set()
+        for watch in self._watches:
+            watch.stop()
+
+    def _say(self, url: str) -> Any:
+        return lambda text: print(f"the engine at {url} {text}", file=sys.stderr, flush=True)
+
+    def _check(self, url: str) -> None:
+        info = self._ask(url, "/model_info", None)
+        named = {str(info[key]) for key in ("model_path", "tokenizer_path") if info.get(key)}
+        # A weight update changes the model's path, never the tokenizer's.
+        if any(_same(path, self._model_path) for path in named):
+            return
+        shown, file = " and ".join(sorted(named)) or "a model without a name", Path(self._model_path, "tokenizer.json")
+        theirs = self._tokens(url, shown)
+        if not file.is_file() or theirs != Tokenizer.from_file(str(file)).encode(_PROBE, add_special_tokens=False).ids:
+            raise ServiceError(
+                f"the engine at {url} serves {shown}, with other tokens than --hf-checkpoint {self._model_path}: start "
+                "it with that model, or name its model as --hf-checkpoint"
+            )
+
+    def _tokens(self, url: str, shown: str) -> list[int]:
+        answer = self._ask(url, "/tokenize", {"prompt": _PROBE, "add_special_tokens": False}, required=False)
+        tokens = answer.get("tokens")
+        if not isinstance(tokens, list):
+            raise ServiceError(
+                f"the engine at {url} serves {shown}, not --hf-checkpoint {self._model_path}, and has no /tokenize to "
+                "compare their tokens: start it with that path"
+            )
+        return tokens
+
+    def _ask(self, url: str, path: str, body: dict[str, Any] | None, *, required: bool = True) -> dict[str, Any]:
+        try:
+            return request(url + path, body, REQUEST_TIMEOUT)
+        except urllib.error.HTTPError as error:
+            if not required and error.code in (404, 405, 501):
+                return {}
+            key = ": it asks for a key, and nothing here sends one" if error.code in (401, 403) else ""
+            raise ServiceError(f"the engine at {url} refused {path} with {error.code}{key}") from error
+        except OSError as error:
+            raise ServiceError(
+                f"the engine at {url} (--rollout-engine-urls) does not answer {path}: {error}; is it running?"
+            ) from error
+
+
+def _same(one: str, other: str) -> bool:
+    return one == other or (Path(one).exists() and Path(one).resolve() == Path(other).resolve())
