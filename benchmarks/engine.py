@@ -7,14 +7,11 @@ launch to the first answer is told of both engines.
 
 import argparse
 import asyncio
-import os
-import socket
 import statistics
-import subprocess
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 
 import aiohttp
@@ -25,7 +22,8 @@ from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 from miles_api.services import Placement
 from miles_rollout.engines.local.fleet import LocalFleet
 from miles_rollout.engines.local.options import LocalEngineOptions
-from miles_rollout.engines.sglang_cpu.command import ENVIRONMENT
+from miles_rollout.engines.sglang.fleet import SGLangFleet
+from miles_rollout.engines.sglang.options import SGLangOptions
 
 SIZES = {
     "tiny": {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2, "vocab_size": 32},
@@ -111,24 +109,16 @@ def sglang(python: str | None, folder: str, size: str) -> Iterator[dict[str, str
     if python is None:
         yield {}
         return
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        port = sock.getsockname()[1]
-    words = [python, "-m", "sglang.launch_server", "--model-path", folder, "--device", "cpu", "--dtype", "float32"]
-    words += ["--mem-fraction-static", "0.1", "--max-total-tokens", "32768", "--max-running-requests", "128"]
-    words += ["--host", "127.0.0.1", "--port", str(port), "--log-level", "error"]
-    url, started = f"http://127.0.0.1:{port}", time.perf_counter()
-    with subprocess.Popen(words, env={**os.environ, **ENVIRONMENT}, stdin=subprocess.DEVNULL) as server:
-        try:
-            while server.poll() is None:
-                with suppress(aiohttp.ClientError):
-                    asyncio.run(over_http(url, torch.tensor([[2, 3]]), 2, 1))
-                    break
-                time.sleep(0.2)
-            print(f"{size:5} SGLang: serves {time.perf_counter() - started:.1f} s after its launch", flush=True)
-            yield {"SGLang": url}
-        finally:
-            server.terminate()
+    options = SGLangOptions(sglang_python=python, sglang_args={"max_running_requests": 128})
+    fleet, started = SGLangFleet(options, LocalEngineOptions(), folder, 0), time.perf_counter()
+    try:
+        fleet.start([Placement()])
+        url = fleet.endpoints()[0].url
+        asyncio.run(over_http(url, torch.tensor([[2, 3]]), 2, 1))
+        print(f"{size:5} SGLang: serves {time.perf_counter() - started:.1f} s after its launch", flush=True)
+        yield {"SGLang": url}
+    finally:
+        fleet.stop()
 
 
 def compare(size: str, model: Qwen3ForCausalLM, urls: dict[str, str], options: argparse.Namespace) -> None:

@@ -132,7 +132,7 @@ def start(small_run, quickstart_data, tmp_path):
 
 
 def test_a_rank_that_hangs_ends_the_run_with_its_line_and_the_stacks_of_all_processes(start):
-    run = start("train", actor_num_gpus_per_node=2, trainer_timeout=30).reach()
+    run = start("train", actor_num_gpus_per_node=2, trainer_timeout=45).reach()
     rank = run.one("trainer-1")
     run.process.wait(30 + END)
     code, summary = run.end()

@@ -126,14 +126,15 @@ def test_meta_info_sets_status_and_appends_each_new_weight_version_once():
     assert sample.oldest_weight_version == "1"
 
 
-def test_a_sample_knows_its_engines_in_order_until_it_is_tried_again():
+def test_a_sample_knows_its_engines_in_order_until_it_is_tried_again_whatever_its_prompt_file_says():
     sample = finished()
-    sample.metadata = {"mine": 1}
+    sample.metadata = {"engines": 4}
     for engine in ("a:1", "b:2", "a:1", None):
         sample.update_from_meta_info({"finish_reason": {"type": "stop"}, "engine": engine})
-    assert sample.metadata == {"mine": 1, "engines": ["a:1", "b:2"]}
+    assert sample.engines == ["a:1", "b:2"]
     sample.reset_for_retry()
-    assert sample.metadata == {"mine": 1}
+    assert sample.engines == []
+    assert sample.metadata == {"engines": 4}
 
 
 def test_an_unknown_finish_reason_is_an_error():

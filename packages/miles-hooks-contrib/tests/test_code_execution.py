@@ -47,6 +47,17 @@ def test_the_program_is_the_last_block_of_python_after_thinking():
     assert program_in("  ") is None
 
 
+@pytest.mark.timeout(10)
+@pytest.mark.parametrize("repeated", ["```python\n", "```a"])
+def test_a_response_that_repeats_itself_is_read_in_one_pass(repeated):
+    assert program_in("```text\n" + repeated * 20_000) is None
+
+
+def test_what_a_program_reports_that_no_parser_takes_fails_its_test():
+    report = "import os\ndef f():\n    os.write(3, b'[' * 60_000); os._exit(0)"
+    assert scores((fenced(report), {"fn_name": "f", "inputs": [[]], "outputs": [[1]]})) == [0.0]
+
+
 def test_all_tests_must_pass():
     always_three = "print(3)"
     assert scores((fenced(ADD), SUMS), (fenced(always_three), SUMS), ("", SUMS)) == [1.0, 0.0, 0.0]

@@ -274,7 +274,15 @@ def test_template_and_pattern_are_options(ask, judge, tmp_path):
 def test_a_verdict_may_be_an_entry_of_json(ask):
     options = {"judge_json_key": "score"}
     assert ask(answers=[says('Well {then}:\n```json\n{"why": {"a": 1}, "score": 4}\n```')], **options) == [0.4]
-    for text in ('{"score": "high"}', '{"grade": 4}', '{"score": true}', '{"score": NaN}', "4", '{"score": 4'):
+    for text in (
+        '{"score": "high"}',
+        '{"grade": 4}',
+        '{"score": true}',
+        '{"score": NaN}',
+        "4",
+        '{"score": 4',
+        '{"score":' + "[" * 5000,
+    ):
         with pytest.raises(ServiceError, match="--judge-json-key"):
             ask(answers=[says(text)], **options)
 

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from miles_api.errors import ConfigError, ServiceError
-from miles_hooks_contrib.sandbox import session
+from miles_hooks_contrib.sandbox import session, supervisor
 from miles_hooks_contrib.sandbox.limits import Limits
 from miles_hooks_contrib.sandbox.session import Session, require_sandbox
 
@@ -144,6 +144,7 @@ class TestWhatItSees:
                 f"socket.create_connection(('127.0.0.1', {port}), 2)", to_hypervisor, "socket.socket(16, 3)"
             )
             assert tried == ["PermissionError"] * 3
+            assert attempt("socket.socketpair(30)", "socket.socketpair()") == ["PermissionError", "nothing"]
 
     def test_sockets_of_the_machine_that_have_no_address_in_the_network_are_out_of_reach(self):
         name = "\0" + secrets.token_hex(8)
@@ -174,6 +175,10 @@ class TestWhatItSees:
         found = first.stdout.split()
         assert set(found[:4]) <= {"nothing", "PermissionError"}
         assert found[4:] == ["PermissionError"] * 3 + ["FileNotFoundError", "nothing"]
+
+    def test_a_signal_to_its_process_group_reaches_nobody_but_itself(self):
+        outcome, again = outcomes("import os; os.killpg(0, 9)", {"kind": "stdin"}, {"kind": "stdin"})
+        assert (outcome.exit_code, again.exit_code) == (-9, -9)
 
     def test_nothing_outside_its_directory_can_be_written(self):
         paths = ("/file", "/usr/file", f"{sys.base_prefix}/file", "/dev/file", "/proc/file")
@@ -210,6 +215,26 @@ class TestWhatItUses:
         assert outcome.cause == "memory"
         assert alive() == 0
 
+    def test_memory_that_no_process_is_seen_to_use_cannot_be_had(self):
+        take_and_give_back = "import mmap; m = mmap.mmap({}); m.write(b'x'); m.madvise(mmap.MADV_DONTNEED)"
+        assert attempt(
+            "os.write(os.memfd_create('held'), b'x')",
+            take_and_give_back.format("-1, 4096"),
+            "socket.socketpair()[0].setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 24)",
+            "assert ctypes.CDLL(None).shmget(0, 4096, 0o1600) >= 0",
+            "assert ctypes.CDLL(None).msgget(0, 0o1600) >= 0",
+            take_and_give_back.format("os.open('/dev/zero', os.O_RDWR), 4096"),
+        ) == ["PermissionError"] * 3 + ["AssertionError"] * 2 + ["FileNotFoundError"]
+        # What programs do need: memory of their own, and of files, which are bounded.
+        assert (
+            attempt(
+                "import mmap; mmap.mmap(-1, 4096, mmap.MAP_PRIVATE)",
+                "open('f', 'wb').write(bytes(4096)); import mmap; mmap.mmap(os.open('f', os.O_RDWR), 4096)",
+                "import multiprocessing as m; v = m.get_context('fork').Value('i', 3); assert v.value == 3",
+            )
+            == ["nothing"] * 3
+        )
+
     def test_endless_output_is_cut_and_stopped(self):
         [outcome] = outcomes("for _ in range(100_000): print('x' * 1000)")
         assert outcome.cause == "output"
@@ -219,6 +244,8 @@ class TestWhatItUses:
         many = "for i in range(8):\n    with open(str(i), 'wb') as f: f.write(bytes(1 << 20))"
         assert attempt(many) == "OSError"
         assert attempt("open('one', 'wb').write(bytes(5 << 20))") == "OSError"
+        both = "for path in ('/tmp/x', '/dev/shm/y'):\n    with open(path, 'wb') as f: f.write(bytes(5 << 19))"
+        assert attempt(both) == "OSError"
 
     @pytest.mark.parametrize("code", ["while True: pass", "import time; time.sleep(20)"])
     def test_time_is_bounded(self, code):
@@ -310,6 +337,18 @@ class TestWhatIsLeft:
         with pytest.raises(ServiceError, match="died before it could answer"):
             asyncio.run(killed())
         wait_until(lambda: alive() == 0)
+
+
+@pytest.mark.timeout(30)
+def test_an_output_that_somebody_still_holds_open_is_not_waited_for():
+    # As one that a program sent into a socket that it never read: it dies with the socket, some time after the program.
+    ends = [os.pipe(), os.pipe()]
+    watch = supervisor._Watch(os.getpid(), ends[0][0], ends[1][0], QUICK)
+    os.write(ends[0][1], b"printed")
+    watch.drain()
+    assert watch.outcome(None, 0)["stdout"] == "printed"
+    for descriptor in (watch._ended, *ends[0], *ends[1]):
+        os.close(descriptor)
 
 
 class TestWithoutNamespaces:

@@ -127,6 +127,16 @@ def test_bm25_finds_passages_with_a_word_of_the_query_best_first_and_none_withou
     assert [hit.document.id for hit in index.find("STAR", 9)] == [2]
     assert index.find("volcano", 3) == []
     assert index.find("", 3) == []
+    assert index.find("of the", 3) == []
+
+
+def test_of_passages_that_fit_alike_the_first_of_the_file_are_found(tmp_path):
+    file = tmp_path / "corpus.jsonl"
+    file.write_text("".join(json.dumps({"id": number, "contents": f"moon {number}"}) + "\n" for number in range(50)))
+    index = Bm25(str(file))
+    for topk in (1, 3, 60):
+        assert [hit.document.id for hit in index.find("moon", topk)] == list(range(50))[:topk]
+    assert [hit.document.id for hit in index.find("moon 7", 3)] == [7, 0, 1]
 
 
 @pytest.mark.parametrize(
@@ -162,6 +172,14 @@ def test_the_server_says_what_is_wrong_with_a_request(address, body):
     status, answer = posted(address, body)
     assert status == 400
     assert "queries" in answer["detail"] or "topk is 0" in answer["detail"]
+
+
+def test_a_request_deeper_than_a_parser_goes_is_refused(address):
+    deep = b'{"queries": ["a"], "more": ' + b"[" * 50_000
+    request = urllib.request.Request(address, deep)
+    with pytest.raises(urllib.error.HTTPError) as refused:
+        urllib.request.urlopen(request, timeout=20)
+    assert refused.value.code == 400
 
 
 def test_a_remote_search_finds_what_the_server_has(address):

@@ -61,6 +61,14 @@ def test_the_plan_of_a_deterministic_run_names_hooks_that_may_not_be(configure):
     assert notes(configure(custom_rm_path="mine.py:score", rm_type=None)) == []
 
 
+def test_a_mask_for_tokens_of_older_weights_is_noted_where_there_can_be_none(configure, hook):
+    masks = {"mask_offpolicy_in_partial_rollout": True}
+    assert notes(configure(**masks, rollout_function_path=hook("def fn(*given): ..."))) == []
+    for none in ({}, {"rollout_function_path": "inference"}, {"load_debug_rollout_data": "made.mdump"}):
+        (note,) = notes(configure(**masks, **none))
+        assert note.startswith("--mask-offpolicy-in-partial-rollout changes nothing here")
+
+
 @pytest.fixture
 def templated(tokenizer_dir, tmp_path):
     """A copy of the tokenizer with a chat template."""

@@ -146,4 +146,4 @@ def test_which_engine_answered_is_not_recorded_and_stays_known_to_the_run(worker
     rollouts = worker(engine, rm_type="f1", save_debug_rollout_data=str(path))
     assert rollouts.generate(0, "1")["batch"]["engines"] == [["10.0.0.7:3000"]] * 6
     [record] = read_dump(path)
-    assert [sample.metadata for group in record.groups for sample in group.samples] == [{}] * 6
+    assert [sample.engines for group in record.groups for sample in group.samples] == [[]] * 6

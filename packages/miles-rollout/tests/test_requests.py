@@ -115,6 +115,24 @@ def test_half_an_answer_is_no_answer(ask):
     assert len(asked) == 2
 
 
+def test_an_answer_that_is_no_json_is_shown_with_who_gave_it():
+    async def serve(reader, writer):
+        await reader.readuntil(b"\r\n\r\n")
+        writer.write(b"HTTP/1.1 200 OK\r\ncontent-length: 14\r\nconnection: close\r\n\r\n<p>Welcome</p>")
+        writer.close()
+
+    async def main():
+        async with await asyncio.start_server(serve, "127.0.0.1", 0) as server:
+            requests = Requests(f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}", {}, 20.0, 4)
+            try:
+                await requests.post("/generate", PAYLOAD)
+            finally:
+                await requests.close()
+
+    with pytest.raises(ServiceError, match=r"/generate answered with what is no JSON .*<p>Welcome</p>"):
+        asyncio.run(main())
+
+
 def test_a_port_where_nobody_listens_yet_is_asked_until_somebody_does(ask):
     with socket.socket() as sock:
         sock.bind(("127.0.0.1", 0))

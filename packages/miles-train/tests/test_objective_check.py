@@ -14,7 +14,7 @@ from miles_api.parsing.parse import parse_run
 from miles_train.driver.check import check, derived, notes
 from miles_train.estimators import ESTIMATORS
 from miles_train.objective_check import check_objective
-from miles_train.options import BatchingOptions, LoggingOptions, ModelsOptions, ObjectiveOptions
+from miles_train.options import BatchingOptions, ClusterOptions, LoggingOptions, ModelsOptions, ObjectiveOptions
 
 tiny = import_module("packages.miles-train.tests.tiny_trainer")
 
@@ -28,7 +28,8 @@ class RewardOptions(Options, frozen=True, kw_only=True):
 
 def make(*options, given=(), run=None, **objective):
     """Return a config in which the options named in `given` were set by the run."""
-    config = tiny.make_config("", ObjectiveOptions(**objective), *(options or [RewardOptions()]), **(run or {}))
+    groups = [ObjectiveOptions(**objective), ClusterOptions(), *(options or [RewardOptions()])]
+    config = tiny.make_config("", *groups, **(run or {}))
     return config.replace("command line", **{name: config.flat()[name] for name in given})
 
 

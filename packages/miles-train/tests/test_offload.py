@@ -11,6 +11,7 @@ import torch.multiprocessing as mp
 from miles_api.errors import ServiceError
 from miles_train.options import ModelsOptions, ObjectiveOptions, ParallelOptions
 from miles_train.trainer import Trainer
+from miles_train.weight_sync.plan import Plan
 
 tiny = import_module("packages.miles-train.tests.tiny_trainer")
 
@@ -85,6 +86,23 @@ def test_what_needs_the_models_says_that_they_are_away(hf_dir, tmp_path):
             trainer.export(str(tmp_path / "out"))
         trainer.onload()
         trainer.train(0, tiny.make_batch())
+
+
+def test_an_engine_that_starts_anew_in_the_engines_turn_gets_weights_that_are_away(hf_dir, tmp_path):
+    plan = Plan(how="tensor", version="3", receivers=[], bucket_bytes=1 << 20, hashed=False, flush=True)
+    with tiny.Started(tiny.make_config(hf_dir)) as trainer:
+        trainer.train(0, tiny.make_batch())
+        trainer.send_weights(plan)
+        trainer.export(str(tmp_path / "plain"), weights_only=True)
+        trainer.offload()
+        assert trainer.snapshot(str(tmp_path / "snapshot"), "3")
+        written = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("plain", "snapshot")]
+        assert written[0] == written[1]
+        with pytest.raises(ServiceError, match="come back with onload"):
+            trainer.export(str(tmp_path / "out"))
+        trainer.onload()
+        trainer.train(1, tiny.make_batch())
+        assert not trainer.snapshot(str(tmp_path / "late"), "3")
 
 
 def _rank(rank, hf_dir, out, ports):

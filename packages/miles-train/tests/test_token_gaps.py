@@ -92,6 +92,13 @@ def test_a_planted_mismatch_of_one_engine_shows_under_that_engine_and_nowhere_el
     assert {token.engine for token in found.worst[:5]} == {"b:2"}
 
 
+def test_an_engine_whose_tokens_are_all_masked_is_no_source():
+    columns = {"engines": [["a"], ["b"]], "weight_versions": [["1"], ["1"]]}
+    found = gaps_of(micro_batch([[0.1] * 2, [0.2] * 2], masks=[[0, 0], [1, 0]], **columns))
+    assert {key: source.tokens for key, source in found.sources.items()} == {("b", "1"): 1}
+    assert found.sources["b", "1"].log_ratio == pytest.approx(0.2)
+
+
 def test_the_worst_tokens_come_with_their_place_and_what_stands_around_them():
     gaps = [[0.0] * 30, [0.0, 0.0, -2.5, 0.0]]
     found = gaps_of(micro_batch(gaps, masks=[[1] * 30, [1, 1, 1, 0]]), micro_batch([[0.1] * 3], first=7))

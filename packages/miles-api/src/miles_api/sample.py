@@ -44,6 +44,10 @@ class Sample(msgspec.Struct, kw_only=True, dict=True, eq=True):
     """One 0 or 1 for each response token; None trains on all."""
     weight_versions: list[str] = msgspec.field(default_factory=list)
     """The versions of the weights that generated it, oldest first."""
+    weight_version_starts: list[int] = msgspec.field(default_factory=list)
+    """At which response token each of `weight_versions` begins; shorter where an engine does not say."""
+    engines: list[str] = msgspec.field(default_factory=list)
+    """Which engines generated it, `host:port` in order of their first answer; empty where the router does not say."""
     rollout_log_probs: list[float] | None = None
     """The engine's log-prob of each response token, under the temperature-scaled distribution, in nats."""
     rollout_routed_experts: Any = None
@@ -180,19 +184,19 @@ class Sample(msgspec.Struct, kw_only=True, dict=True, eq=True):
             self.tokens = self.tokens[: -self.response_length]
         fresh = Sample()
         for field in (
-            "response", "response_length", "reward", "loss_mask", "weight_versions", "rollout_log_probs",
-            "rollout_routed_experts", "remove_sample", "teacher_log_probs", "status", "non_generation_time",
-            "spec_info", "prefix_cache_info",
+            "response", "response_length", "reward", "loss_mask", "weight_versions", "weight_version_starts", "engines",
+            "rollout_log_probs", "rollout_routed_experts", "remove_sample", "teacher_log_probs", "status",
+            "non_generation_time", "spec_info", "prefix_cache_info",
         ):  # fmt: skip
             setattr(self, field, getattr(fresh, field))
-        if "engines" in self.metadata:
-            self.metadata = {key: value for key, value in self.metadata.items() if key != "engines"}
 
     def update_from_meta_info(self, *given: Any, meta_info: dict[str, Any] | None = None) -> None:
-        """Take status, weight version and counts from an engine's `meta_info`, the last argument.
+        """Take status, weight versions and counts from an engine's `meta_info`, the last argument.
 
-        The engine that answered and router middleware that changed the tokens are named there, and then in the
-        metadata, as `engines` and `changed_tokens_by`.
+        Called when the tokens have been appended: they are the last of the response.
+
+        The engine that answered is named there, and router middleware that changed the tokens, which then stands in the
+        metadata as `changed_tokens_by`.
         Hooks written for Miles or slime pass `args` before it.
         """
         meta_info = given[-1] if meta_info is None else meta_info
@@ -201,19 +205,30 @@ class Sample(msgspec.Struct, kw_only=True, dict=True, eq=True):
         if status is None:
             self._fail("status", f"cannot follow from finish_reason {meta_info.get('finish_reason')!r}")
         self.status = status
-        # After an update in the middle of a request, `weight_versions` lists every version with its token range.
-        spans = [span["version"] for span in meta_info.get("weight_versions") or ()]
-        for version in spans or [meta_info.get("weight_version")]:
-            if version is not None and self.weight_versions[-1:] != [str(version)]:
-                self.weight_versions = [*self.weight_versions, str(version)]
-        engine = meta_info.get("engine")
-        named = {"engines": [engine] if engine else (), "changed_tokens_by": meta_info.get("changed_tokens_by") or ()}
-        for key, names in named.items():
-            if names:
-                self.metadata = {**self.metadata, key: list(dict.fromkeys([*self.metadata.get(key, ()), *names]))}
+        self._note_versions(meta_info)
+        if (engine := meta_info.get("engine")) and engine not in self.engines:
+            self.engines = [*self.engines, engine]
+        if names := meta_info.get("changed_tokens_by"):
+            names = list(dict.fromkeys([*self.metadata.get("changed_tokens_by", ()), *names]))
+            self.metadata = {**self.metadata, "changed_tokens_by": names}
         self.prefix_cache_info.add(meta_info)
         if "spec_verify_ct" in meta_info:
             self.spec_info.add(meta_info)
+
+    def _note_versions(self, meta_info: dict[str, Any]) -> None:
+        """Append versions that the last answer brought, and at which response token each begins."""
+        # After an update in the middle of a request, `weight_versions` lists every version with its token range.
+        count, spans = meta_info.get("completion_tokens"), meta_info.get("weight_versions")
+        if spans:
+            count = spans[-1].get("end")
+        for span in spans or [{"version": meta_info.get("weight_version"), "start": 0}]:
+            version, start = span["version"], span.get("start")
+            if version is None or self.weight_versions[-1:] == [str(version)]:
+                continue
+            self.weight_versions = [*self.weight_versions, str(version)]
+            if count is not None and start is not None:
+                begins = self.response_length - count + start
+                self.weight_version_starts = [*self.weight_version_starts, begins]
 
     def to_dict(self) -> dict[str, Any]:
         """Return values that JSON holds without loss; attributes beyond the declared ones stand under `extra`.

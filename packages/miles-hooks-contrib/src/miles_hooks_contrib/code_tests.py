@@ -12,11 +12,13 @@ import msgspec
 from miles_api.errors import DataError
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from miles_api.sample import Sample
 
 __all__ = ["Case", "cases_of", "program_in"]
 
-_FENCED = re.compile(r"^[ \t]*```[ \t]*([\w+-]*)[^\n]*\n(.*?)^[ \t]*```[ \t]*$", re.DOTALL | re.MULTILINE)
+_OPENED = re.compile(r"[ \t]*```[ \t]*([\w+-]*)")
 _PYTHON = ("", "python", "python3", "py")
 _FORMS = (
     "expected {'inputs': […], 'outputs': […]} (with 'fn_name' for calls), {'asserts': […]}, a list of assertions, or a "
@@ -27,9 +29,23 @@ _FORMS = (
 def program_in(response: str) -> str | None:
     """Return the last fenced block of Python after the last `</think>`; without any fence, all of it; None if empty."""
     answer = response.rpartition("</think>")[2]
-    blocks = [found[2] for found in _FENCED.finditer(answer) if found[1].lower() in _PYTHON]
+    blocks = [block for language, block in _fenced(answer) if language in _PYTHON]
     program = blocks[-1] if blocks else "" if "```" in answer else answer
     return program if program.strip() else None
+
+
+def _fenced(text: str) -> Iterator[tuple[str, str]]:
+    """Yield the language and the lines of each closed block: one pass, whatever a model repeats."""
+    language, block = None, []
+    for line in text.split("\n"):
+        if language is None:
+            if found := _OPENED.match(line):
+                language, block = found[1].lower(), []
+        elif line.strip(" \t") == "```":
+            yield language, "".join(block)
+            language = None
+        else:
+            block.append(f"{line}\n")
 
 
 class Case(msgspec.Struct, frozen=True):
@@ -46,7 +62,8 @@ class Case(msgspec.Struct, frozen=True):
             return result == "ok"
         try:
             value = json.loads(result)
-        except ValueError:
+        except (ValueError, RecursionError):
+            # It may have written anything there, such as brackets deeper than a parser goes.
             return False
         return _same_value(value, self.expected)
 

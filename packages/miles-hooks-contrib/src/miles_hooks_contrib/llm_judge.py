@@ -228,7 +228,7 @@ def _in_json(text: str, key: str) -> Any:
     for start in (match.start() for match in re.finditer(r"\{", ended)):
         try:
             found = json.loads(ended[start:])
-        except ValueError:
+        except (ValueError, RecursionError):
             continue
         return found.get(key) if isinstance(found, dict) else None
     return None

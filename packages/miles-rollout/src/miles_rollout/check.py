@@ -21,6 +21,7 @@ from miles_rollout.engines.sglang.check import context_length, derived_engines, 
 from miles_rollout.generate import derive as generation
 from miles_rollout.hook_names import CALLED, CALLED_BY_LOOP
 from miles_rollout.jsonl import read_prompts, takes_messages
+from miles_rollout.older_weights import FLAG
 from miles_rollout.options import (
     DataOptions,
     EngineFleetOptions,
@@ -77,7 +78,7 @@ def idle(config: RunConfig) -> dict[str, str]:
 
 def notes(config: RunConfig) -> list[str]:
     """Return what a weighted reward adds up, and what `--deterministic` cannot promise: hooks may look at the clock."""
-    run, found = config.group(RunOptions), rewards.notes(config)
+    run, found = config.group(RunOptions), [*rewards.notes(config), *_no_older_weights(config)]
     found += engine_notes(config) if "engines" in services_of(run) else []
     if not run.deterministic or run.load_debug_rollout_data is not None:
         return found
@@ -86,6 +87,14 @@ def notes(config: RunConfig) -> list[str]:
     own += ["reward"] if rewards.own_parts(config) else []
     named = ", ".join(sorted(HOOKS.intersection(own)))
     return found + ([f"deterministic: the run repeats as far as these hooks of yours do: {named}"] if named else [])
+
+
+def _no_older_weights(config: RunConfig) -> Iterator[str]:
+    """Say so where no sample can have tokens of older weights."""
+    if config.group(RolloutOptions).mask_offpolicy_in_partial_rollout:
+        loop = translate(configured_hooks(config.args).get("rollout", [_LOOP])[0])
+        if loop == _LOOP or "engines" not in services_of(config.group(RunOptions)):
+            yield f"{FLAG} changes nothing here: one rollout's responses are all of the same weights"
 
 
 def check(config: RunConfig) -> Iterator[str]:

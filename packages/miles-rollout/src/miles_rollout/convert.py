@@ -54,7 +54,7 @@ def convert_samples(
             raise SampleError(f"only some samples have {name}: {len(lacking)} lack it, such as {lacking[:8]}")
         if not lacking:
             batch[name] = column
-    engines = [sample.metadata.get("engines", []) for sample in samples]
+    engines = [sample.engines for sample in samples]
     # A router of another kind does not say who answered.
     return batch | ({"engines": engines} if any(engines) else {})
 

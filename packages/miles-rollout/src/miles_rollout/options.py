@@ -51,6 +51,10 @@ class RolloutOptions(Options, frozen=True, kw_only=True):
     generate_timeout: _Seconds = 600.0
     """Seconds one generation request may take before the run stops, all attempts together: what an engine or the router
     took with it when it died is sent again."""
+    mask_offpolicy_in_partial_rollout: bool = False
+    """Leave response tokens out of the loss that older weights generated than the rollout was asked for, and count them
+    as rollout/offpolicy_masked_tokens; off, such a sample stops the run. Only a rollout hook of your own that keeps
+    responses from one rollout to the next has any."""
     max_filter_attempts: _Positive = 100
     """Stop the run when dynamic filters have dropped this many times --rollout-batch-size groups in one rollout."""
 

@@ -86,10 +86,10 @@ def _without_engines(group: Group) -> Group:
 
 
 def _anonymous(sample: Sample) -> Sample:
-    if "engines" not in sample.metadata:
+    if not sample.engines:
         return sample
     sample = copy.copy(sample)
-    sample.metadata = {key: value for key, value in sample.metadata.items() if key != "engines"}
+    sample.engines = []
     return sample
 
 

@@ -78,7 +78,7 @@ class Requests:
             tries += 1
             self._repeated += tries > 1
             try:
-                return _stamped(*await self._once(url, body, left))
+                return _stamped(url, *await self._once(url, body, left))
             except TimeoutError:
                 break
             except _NotServedError as error:
@@ -122,9 +122,16 @@ def _seconds(retry_after: str) -> float:
     return float(retry_after) if retry_after.isdecimal() else 0.0
 
 
-def _stamped(body: bytes, headers: Mapping[str, str]) -> Any:
-    """Decode an answer and note in each `meta_info` whom the headers name, as `engine` and `changed_tokens_by`."""
-    answer = _decode(body)
+def _stamped(url: str, body: bytes, headers: Mapping[str, str]) -> Any:
+    """Decode an answer and note in each `meta_info` whom the headers name, as `engine` and `changed_tokens_by`.
+
+    Raises `ServiceError` for one that is not JSON.
+    """
+    try:
+        answer = _decode(body)
+    except msgspec.DecodeError as error:
+        said_first = body[:_ERROR_BODY].decode(errors="replace")
+        raise ServiceError(f"{url} answered with what is no JSON ({error}): {said_first!r}") from error
     said: dict[str, Any] = {"engine": engine} if (engine := headers.get(_ENGINE)) else {}
     if changed := headers.get(_CHANGED):
         said["changed_tokens_by"] = [unquote(name) for name in changed.split(",")]

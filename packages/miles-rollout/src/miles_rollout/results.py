@@ -66,12 +66,18 @@ def checked_samples(samples: list[Sample], who: str) -> None:
                 )
 
 
+_KINDS = {
+    "response": str, "metadata": dict, "train_metadata": dict, "weight_versions": list, "weight_version_starts": list,
+    "engines": list,
+}  # fmt: skip
+
+
 def _check_types(sample: Sample, who: str) -> None:
     if type(sample.status) is not Status:
         if sample.status not in tuple(Status):
             raise HookResultError(f"{who} left sample {sample.index} with the status {sample.status!r}")
         sample.status = Status(sample.status)
-    for field, kind in (("response", str), ("metadata", dict), ("train_metadata", dict), ("weight_versions", list)):
+    for field, kind in _KINDS.items():
         value = getattr(sample, field)
         if not isinstance(value, kind) and not (value is None and field == "train_metadata"):
             raise HookResultError(

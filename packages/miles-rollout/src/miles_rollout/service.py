@@ -31,8 +31,9 @@ from miles_rollout.data_source import RolloutDataSourceWithBuffer
 from miles_rollout.evaluate import checked_evaluation, eval_metrics
 from miles_rollout.failures import Guard, named
 from miles_rollout.hook_names import CALLED_BY_SERVICE
-from miles_rollout.identity import require_identity, require_version
+from miles_rollout.identity import require_identity
 from miles_rollout.metrics import HookCounts, rollout_metrics
+from miles_rollout.older_weights import train_on
 from miles_rollout.recording import Recorder
 from miles_rollout.results import checked_groups, checked_rewards, checked_samples, require_numbers
 from miles_rollout.running import announce, of_loop
@@ -129,16 +130,14 @@ class RolloutWorker:
         request = RolloutFnTrainInput(rollout_id=rollout_id, weight_version=weight_version)
         output = self._checked_output(self._call(self._rollout, request))
         generated = time.perf_counter()
-        if self._data_source is not None:
-            self._filter(output)
-            require_version(flatten(output.samples), weight_version)
+        masked = self._filter(output, weight_version) if self._data_source is not None else {}
         samples = sorted(flatten(output.samples), key=lambda s: (s.group_index or 0, s.index or 0))
         record = self._record_of(output, rollout_id, weight_version)
         try:
             raw, rewards = self._rewards(samples)
             record.raw_rewards, record.rewards = list(raw), list(rewards)
             batch = self._columns(samples, raw, rewards)
-            record.metrics = metrics = {**rollout_metrics(self._args, samples), **output.metrics}
+            record.metrics = metrics = {**rollout_metrics(self._args, samples), **masked, **output.metrics}
         finally:
             # Written even when conversion fails: then it is most wanted.
             if self._recorder:
@@ -174,12 +173,13 @@ class RolloutWorker:
             require_identity(output.samples, who)
         return output
 
-    def _filter(self, output: RolloutFnTrainOutput) -> None:
+    def _filter(self, output: RolloutFnTrainOutput, weight_version: str) -> dict[str, float]:
         for hook in self._hooks.many("sample_filter"):
             self._once(hook, self._args, output.samples)
             with self._guard.judging(hook):
                 checked_groups(output.samples, self._args.rollout_batch_size, f"what {named(hook)} left:")
                 checked_samples(flatten(output.samples), named(hook))
+        return train_on(self._args, flatten(output.samples), weight_version)
 
     def _rewards(self, samples: list[Sample]) -> tuple[list[float], list[float]]:
         hook = self._hooks.need("reward_post_process")

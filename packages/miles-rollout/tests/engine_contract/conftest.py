@@ -10,9 +10,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import socket
-import subprocess
-import time
 from pathlib import Path
 
 import httpx
@@ -24,7 +21,8 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, Qwen3Con
 from miles_api.services import Placement
 from miles_rollout.engines.local.fleet import LocalFleet
 from miles_rollout.engines.local.options import LocalEngineOptions
-from miles_rollout.engines.sglang_cpu.command import ENVIRONMENT
+from miles_rollout.engines.sglang.fleet import SGLangFleet
+from miles_rollout.engines.sglang.options import SGLangOptions
 
 HERE = Path(__file__).parent
 CHARACTERS = "0123456789> abcdefghijklmnopqrstuvwxyz"
@@ -139,47 +137,18 @@ def last_event():
 
 
 @contextlib.contextmanager
-def _local(models: Models):
-    fleet = LocalFleet(LocalEngineOptions(engine_start_timeout=120), models.path(0), seed=0)
+def _served(kind: str, models: Models):
+    addresses = LocalEngineOptions(engine_start_timeout=_START_SECONDS)
+    if kind == "local":
+        fleet = LocalFleet(addresses, models.path(0), seed=0)
+    else:
+        options = SGLangOptions(sglang_python=os.environ["MILES_SGLANG_PYTHON"])
+        fleet = SGLangFleet(options, addresses, models.path(0), seed=0)
     fleet.start([Placement(node="here")])
     try:
         yield fleet.endpoints()[0].url
     finally:
         fleet.stop()
-
-
-@contextlib.contextmanager
-def _sglang(models: Models, log: Path):
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        port = sock.getsockname()[1]
-    command = [os.environ["MILES_SGLANG_PYTHON"], "-m", "sglang.launch_server", "--device", "cpu", "--dtype", "float32"]
-    command += ["--mem-fraction-static", "0.1", "--max-total-tokens", "32768", "--max-running-requests", "32"]
-    command += ["--model-path", models.path(0), "--host", "127.0.0.1", "--port", str(port)]
-    with log.open("wb") as out:
-        environment = {**os.environ, **ENVIRONMENT}
-        server = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=out, stderr=out, env=environment)
-    url = f"http://127.0.0.1:{port}"
-    try:
-        _await_health(url, server, log)
-        yield url
-    finally:
-        server.terminate()
-        try:
-            server.wait(30)
-        except subprocess.TimeoutExpired:
-            server.kill()
-
-
-def _await_health(url: str, server: subprocess.Popen, log: Path) -> None:
-    end = time.monotonic() + _START_SECONDS
-    while time.monotonic() < end:
-        assert server.poll() is None, log.read_text(errors="replace")[-3000:]
-        with contextlib.suppress(httpx.TransportError):
-            if httpx.get(f"{url}/health", timeout=5).status_code == 200:
-                return
-        time.sleep(0.5)
-    raise AssertionError(f"SGLang did not serve within {_START_SECONDS} s: {log.read_text(errors='replace')[-3000:]}")
 
 
 _KINDS = ["local", *(["sglang"] if {"MILES_SGLANG_PYTHON", "MILES_SGLANG_URL"} & os.environ.keys() else [])]
@@ -195,10 +164,7 @@ def wire(request, tmp_path_factory):
         if given:
             root = Path(httpx.get(f"{given}/model_info").json()["model_path"]).parent
         models = Models(root)
-        if request.param == "local":
-            url = stack.enter_context(_local(models))
-        else:
-            url = given or stack.enter_context(_sglang(models, root / "sglang.log"))
+        url = given or stack.enter_context(_served(request.param, models))
         wire = Wire(request.param, url, models)
         yield wire
     if wire.kind == "sglang" and os.environ.get("MILES_SGLANG_RECORD"):

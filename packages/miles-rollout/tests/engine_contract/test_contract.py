@@ -14,8 +14,8 @@ from miles_rollout.engines.protocol import (
     ErrorReply,
     ModelInfo,
     VersionSpan,
-    parse_reply,
 )
+from miles_rollout.generate.turn import parse_reply
 
 PROMPT = [5, 6, 7, 20, 9]
 GREEDY = {"temperature": 0, "max_new_tokens": 12, "ignore_eos": True}

@@ -24,9 +24,8 @@ from miles_rollout.engines.protocol import (
     UpdateFromDiskRequest,
     UpdateFromTensorRequest,
     UpdateVersionRequest,
-    parse_reply,
 )
-from miles_rollout.generate.turn import ask
+from miles_rollout.generate.turn import ask, parse_reply
 
 EXCHANGES = json.loads((Path(__file__).parent / "sglang_exchanges.json").read_text())
 REQUESTS = {

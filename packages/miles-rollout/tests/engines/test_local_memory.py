@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import gc
+import threading
+import weakref
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from miles_rollout.engines.local.control import Control
 from miles_rollout.engines.local.engine import Engine
@@ -86,3 +90,41 @@ def test_a_busy_engine_keeps_its_memory(engine, make_job):
 def test_tags_that_mean_nothing_are_named(engine):
     with pytest.raises(RequestError, match="not activations"):
         ask(engine, "/release_memory_occupation", b'{"tags": ["activations"]}')
+
+
+def test_the_hash_of_weights_that_were_released_is_refused(engine):
+    ask(engine, "/release_memory_occupation")
+    status, answer = ask(engine, "/weights_checker", b'{"action": "checksum"}')
+    assert status == 400
+    assert "released" in answer["message"]
+
+
+def test_an_engine_that_released_holds_on_to_nothing_that_was_sent_to_it(engine, kit):
+    weights = load_file(kit.directory("qwen3") / "model.safetensors")
+    alive = [weakref.ref(tensor) for tensor in weights.values()]
+    session = engine._updates
+    ask(engine, "/begin_weight_update")
+    session._session.tensors.update(weights)
+    del weights
+    assert ask(engine, "/end_weight_update")[0] == 200
+    assert any(one() is not None for one in alive)
+    ask(engine, "/release_memory_occupation")
+    gc.collect()
+    assert not any(one() is not None for one in alive)
+
+
+def test_a_request_that_comes_in_while_memory_is_released_waits_until_it_is_back(engine, kit, make_job):
+    body = b'{"model_path": "%s"}' % str(kit.directory("qwen3")).encode()
+    ask(engine, "/release_memory_occupation")
+    job, ended = make_job([5, 6]), threading.Event()
+    engine.engine._on_news = lambda news: ended.set() if news.finished else None
+    engine.engine.submit([job])
+    # An answer of the loop: it has seen the job.
+    engine.engine.call(lambda: None).result(20)
+    assert not ended.is_set()
+    engine.engine.scheduler.pause("in_place")
+    ask(engine, "/resume_memory_occupation")
+    assert ask(engine, "/update_weights_from_disk", body)[0] == 200
+    ask(engine, "/continue_generation")
+    assert ended.wait(20)
+    assert job.error is None

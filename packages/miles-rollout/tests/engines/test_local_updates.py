@@ -9,6 +9,7 @@ import json
 import os
 import pickle
 import shutil
+import sys
 from contextlib import contextmanager
 from multiprocessing.reduction import ForkingPickler
 from types import SimpleNamespace
@@ -178,6 +179,17 @@ def test_a_message_that_calls_something_is_refused_and_calls_nothing(tmp_path, f
         with pytest.raises(CheckpointError, match=f"may not name {named}"):
             unpack([message], None)
     assert not made.exists()
+
+
+@pytest.mark.parametrize(
+    ("where", "name"), [("torch.storage", "UntypedStorage"), ("torch.multiprocessing.reductions", "rebuild_tensor")]
+)
+def test_a_message_cannot_change_what_it_names(where, name):
+    # The opcodes of: take this name, and set its attribute "changed" to 1.
+    message = f"c{where}\n{name}\n(N}}Vchanged\nI1\nstb.".encode()
+    with pytest.raises(CheckpointError, match="cannot be read"):
+        unpack([base64.b64encode(message).decode()], None)
+    assert not hasattr(getattr(sys.modules[where], name), "changed")
 
 
 def test_shared_memory_that_is_not_torchs_own_is_refused():

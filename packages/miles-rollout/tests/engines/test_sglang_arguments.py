@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
 from pathlib import Path
 
@@ -73,6 +74,37 @@ def test_what_is_accepted_becomes_the_words_that_mean_the_same():
     assert words_for(schedule_conservatively=False) == ["--no-schedule-conservatively"]
     assert words_for(json_model_override_args={"a": [1]}) == ["--json-model-override-args", '{"a": [1]}']
     assert words_for(max_total_tokens=-1) == ["--max-total-tokens=-1"]
+
+
+@pytest.mark.parametrize("value", [[1, "--host", "0.0.0.0"], [1, "--host=0.0.0.0"], ["-1", "--disable-radix-cache"]])
+def test_no_value_can_smuggle_in_an_argument_of_its_own(value):
+    verdict = ask_arguments(find_sglang(sys.executable), {"cuda_graph_bs": value})
+    assert verdict.words == []
+    assert "is an argument of its own, and no value of this one" in verdict.problems["cuda_graph_bs"]
+    assert words_for(cuda_graph_bs=[1, -2]) == ["--cuda-graph-bs", "1", "-2"]
+
+
+def test_a_date_in_a_run_file_is_the_word_that_stood_there(tmp_path):
+    file = tmp_path / "run.toml"
+    file.write_text("[sglang]\nmem_fraction_static = 2020-01-01\n")
+    (found,) = problems(str(file), *SGLANG)
+    assert "invalid float value: '2020-01-01'" in found
+
+
+def test_a_judgement_is_not_kept_when_something_is_installed_beside_sglang_or_the_file_is_damaged(
+    imports, monkeypatch, tmp_path
+):
+    shutil.copytree(STAND_IN, tmp_path / "packages")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path / "packages"))
+    words = [*SGLANG, "--sglang-dtype", "half"]
+    assert problems(*words) == []
+    (kept,) = (tmp_path / "cache/miles").iterdir()
+    kept.write_text("{}")
+    assert problems(*words) == []
+    assert imports.read_text().count("imported") == 2
+    (tmp_path / "packages/sglang_plugin").mkdir()
+    assert problems(*words) == []
+    assert imports.read_text().count("imported") == 3
 
 
 def test_sglang_is_imported_once_for_the_same_arguments_and_not_at_all_for_none(imports):

@@ -7,7 +7,9 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
 import pytest
@@ -98,6 +100,40 @@ def test_a_server_of_another_model_is_refused_by_name(serve, models_on_disk):
     fleet = AttachedFleet([url], str(models_on_disk / "words"), health_timeout=0)
     with pytest.raises(ServiceError, match=f"{url} serves elsewhere/letters, with other tokens than --hf-checkpoint"):
         fleet.start([Placement()])
+
+
+def test_a_server_that_another_run_of_this_machine_uses_is_refused_until_that_has_ended(serve, models_on_disk):
+    url, _ = serve(models_on_disk / "letters")
+    model = str(models_on_disk / "letters")
+    first, second = (
+        AttachedFleet([each], model, health_timeout=0) for each in (url, url.replace("127.0.0.1", "localhost"))
+    )
+    first.start([Placement()])
+    with pytest.raises(ServiceError, match=r"is used by another run of this machine"):
+        second.start([Placement()])
+    first.stop()
+    second.start([Placement()])
+    second.stop()
+
+
+def test_a_server_that_speaks_another_protocol_is_named(models_on_disk):
+    class Other(BaseHTTPRequestHandler):
+        def do_GET(self):
+            self.send_response(200)
+            self.end_headers()
+            self.wfile.write(b'{"model_path": 7}')
+
+        def log_message(self, *_):
+            pass
+
+    with HTTPServer(("127.0.0.1", 0), Other) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        url = f"http://127.0.0.1:{server.server_port}"
+        fleet = AttachedFleet([url], str(models_on_disk / "words"), health_timeout=0)
+        with pytest.raises(ServiceError, match=rf"{url} answers /model_info otherwise than SGLang: .*model_path"):
+            fleet.start([Placement()])
+        assert fleet.endpoints()[0].weight_version == ""
+        server.shutdown()
 
 
 def test_a_server_that_is_not_there_is_named(models_on_disk):

@@ -29,6 +29,7 @@ def environment(tmp_path):
         (root / "lib/python3.11/site-packages/torch/version.py").write_text(f"cuda = {cuda}\n")
         (root / "bin/python").write_text(f"#!/bin/sh\n{script}\n")
         (root / "bin/python").chmod(0o755)
+        (root / "bin/pip").touch()
         return root
 
     return make
@@ -50,6 +51,16 @@ def test_a_complete_environment_is_only_tried_again(environment):
     assert shims == "import miles_sglang_cpu_shims\n"
     assert run(root) == 0
     assert log.read_text().splitlines()[3:] == [steps[2]]
+
+
+@ONLY_PINNED
+def test_an_environment_that_was_broken_off_before_it_had_pip_is_made_again(environment, monkeypatch):
+    root = environment()
+    (root / "bin/pip").unlink()
+    made = []
+    monkeypatch.setattr("venv.create", lambda directory, **_: made.append(directory))
+    assert run(root) == 0
+    assert made == [root]
 
 
 @ONLY_PINNED

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import signal
 import subprocess
@@ -90,6 +91,7 @@ def test_every_engine_gets_the_arguments_and_the_environment_of_its_placement(ma
         assert (one["mem_fraction_static"], one["disable_radix_cache"]) == (0.25, True)
     assert (on_cpu["device"], on_cpu["dtype"], on_cpu["max_total_tokens"]) == ("cpu", "float32", 32768)
     assert (on_gpus["device"], on_gpus["dtype"], on_gpus["max_total_tokens"]) == (None, "auto", None)
+    assert (on_cpu["sleep_on_idle"], on_gpus["sleep_on_idle"]) == (True, False)
     assert len({one["random_seed"] for one in (on_cpu, other, on_gpus)}) == 3
     assert on_cpu["environment"]["SGLANG_USE_CPU_ENGINE"] == "1"
     assert on_cpu["environment"]["CUDA_VISIBLE_DEVICES"] == ""
@@ -169,6 +171,19 @@ def test_a_killed_engine_is_dead_as_a_whole(make, victim):
     until(lambda: not any(map(lives, watched)), "nothing of it is left")
     if victim == "guard":
         os.kill(pids[1], signal.SIGKILL)
+
+
+def test_what_an_engine_leaves_is_buried_even_where_nobody_else_does(make):
+    libc, subreaper = ctypes.CDLL(None), 36
+    assert libc.prctl(subreaper, 1) == 0  # orphans come to this process, which does as the init of many a container
+    try:
+        fleet = make()
+        fleet.start([Placement()])
+        pids = about(fleet.endpoints()[0])["pids"]
+        fleet.stop()
+        assert [pid for pid in pids if Path(f"/proc/{pid}").exists()] == []
+    finally:
+        libc.prctl(subreaper, 0)
 
 
 def test_an_engine_that_lives_and_does_not_react_counts_as_dead_and_is_replaced(make, monkeypatch):

@@ -259,13 +259,13 @@ def test_what_goes_wrong_within_a_session_is_the_error_of_the_generation(agents,
         raise RuntimeError(reply["error"]["message"])
 
     async def post(path, payload):
-        return {"text": "", "meta_info": {"finish_reason": {"type": "stop"}}}
+        raise KeyError("a mistake of ours")
 
     state = agents(act, agent_max_samples=1)
     state.post = post
-    with pytest.raises(KeyError, match="output_token_logprobs") as caught:
+    with pytest.raises(KeyError, match="a mistake of ours") as caught:
         state.run([USER])
-    assert "KeyError('output_token_logprobs')" in str(caught.value.__cause__)
+    assert "KeyError('a mistake of ours')" in str(caught.value.__cause__)
 
 
 def test_an_engine_that_recovers_is_no_error(agents, talk):

@@ -21,7 +21,7 @@ class ConnectionPool:
     def __init__(self, host: str, port: int) -> None:
         self._host = host
         self._port = port
-        self.name = f"{host}:{port}".encode()
+        self.name = (f"[{host}]:{port}" if ":" in host else f"{host}:{port}").encode()
         """Which engine it is, for clients."""
         self.head_end = b"\r\n%b: %b\r\n\r\n" % (ENGINE, self.name)
         """What an answer's head ends with, where the rest is passed on as it is."""

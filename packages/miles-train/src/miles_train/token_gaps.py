@@ -50,12 +50,14 @@ class TokenGaps:
         if not len(kept_K):
             return
         names_B = _names(batch)
-        known = {name: place for place, name in enumerate(dict.fromkeys(names_B))}
         rollout_R = torch.cat(batch["rollout_log_probs"])
         # fp64, and on the host: sums of a few numbers a source.
         log_ratio_K = (log_probs_R - rollout_R)[kept_K].double().cpu()
         samples_K = segment_ids(batch["response_lengths"], kept_K.device)[kept_K].cpu()
-        sources_K = torch.tensor([known[name] for name in names_B])[samples_K]
+        # A source whose tokens are all masked is none.
+        known = {names_B[sample]: 0 for sample in samples_K.unique().tolist()}
+        known = {name: place for place, name in enumerate(known)}
+        sources_K = torch.tensor([known.get(name, 0) for name in names_B])[samples_K]
         self._count(log_ratio_K, sources_K, list(known))
         self._keep_worst(log_ratio_K, kept_K.cpu(), samples_K, (log_probs_R, rollout_R), batch, names_B)
 

@@ -131,9 +131,10 @@ class Trainer:
 
         For an engine that starts anew while the run goes on; every rank calls it, and all give the same answer.
         """
-        if self._sent_as != version or not self._lending().weights_here:
+        if self._sent_as != version:
             return False
-        self.export(directory, weights_only=True)
+        with self._lending().with_weights():
+            self.export(directory, weights_only=True)
         return True
 
     def score(self, tokens: list[list[int]]) -> list[list[float]]:

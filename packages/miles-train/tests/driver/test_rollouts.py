@@ -35,8 +35,8 @@ def service():
     return Service()
 
 
-def test_in_turn_each_rollout_is_made_when_it_is_needed(service):
-    rollouts = Rollouts(service, 2, ahead=False)
+def test_in_turn_each_rollout_is_made_when_it_is_needed(service, tmp_path):
+    rollouts = Rollouts(service, 2, ahead=False, aside=tmp_path / "aside")
     for rollout_id in range(2):
         rollout = rollouts.take(rollout_id, rollout_id, str(rollout_id))
         rollouts.begin(rollout_id + 1, rollout_id, str(rollout_id), saves=True)
@@ -48,8 +48,8 @@ def test_in_turn_each_rollout_is_made_when_it_is_needed(service):
     assert service.events == [("begin", 0, "0"), ("made", 0), ("begin", 1, "1"), ("made", 1)]
 
 
-def test_ahead_the_next_one_is_begun_with_older_weights_and_made_before_new_ones_come(service):
-    rollouts = Rollouts(service, 2, ahead=True)
+def test_ahead_the_next_one_is_begun_with_older_weights_and_made_before_new_ones_come(service, tmp_path):
+    rollouts = Rollouts(service, 2, ahead=True, aside=tmp_path / "aside")
     staleness = []
     for version in range(2):
         rollout = rollouts.take(version, version, str(version))
@@ -66,20 +66,23 @@ def test_ahead_the_next_one_is_begun_with_older_weights_and_made_before_new_ones
 
 
 def test_a_checkpoint_holds_the_rollout_process_as_it_was_before_the_next_rollout_began(service, tmp_path):
-    rollouts = Rollouts(service, 3, ahead=True)
+    rollouts = Rollouts(service, 3, ahead=True, aside=tmp_path / "aside")
     rollouts.take(0, 0, "0")
     rollouts.begin(1, 0, "0", saves=True)
     rollouts.settle()
     rollouts.save(0, str(tmp_path))
     assert (tmp_path / "state").read_text() == "after 0"
     assert service.events.index(("save", 0)) < service.events.index(("begin", 1, "0"))
-    aside = rollouts._aside
-    rollouts.close()
-    assert not aside.exists()
+    assert (tmp_path / "aside").exists()
+    # Also what a run that was killed has left is not taken for a state of this one.
+    again = Rollouts(service, 3, ahead=True, aside=tmp_path / "aside")
+    assert not (tmp_path / "aside").exists()
+    again.save(1, str(tmp_path))
+    assert (tmp_path / "state").read_text() == "after 1"
 
 
 def test_after_the_last_rollout_the_process_saves_what_it_has_come_to(service, tmp_path):
-    rollouts = Rollouts(service, 1, ahead=True)
+    rollouts = Rollouts(service, 1, ahead=True, aside=tmp_path / "aside")
     rollouts.take(0, 0, "0")
     rollouts.begin(1, 0, "0", saves=True)
     rollouts.save(0, str(tmp_path))

@@ -340,7 +340,7 @@ def test_a_stop_ends_replacements_under_way_and_is_no_problem(supervised):
     world.until(lambda: ("restart", 0) in world.events)
     supervisor.stop()
     assert supervisor.problem() is None
-    assert world.events[-2:] == [("stop",), ("stop router",)]
+    assert world.events[-3:] == [("stop",), ("stop router",), ("give up",)]
     assert world.events.count(("restart", 0)) == 1
 
 
@@ -383,3 +383,39 @@ def test_holding_does_not_wait_for_an_engine_that_waits_for_the_next_push(superv
     assert supervisor.serving()[0].url == "engine0.1"
     pushed.set()
     world.until(lambda: ("register", "engine0.1") in world.events)
+
+
+def test_a_run_that_ends_while_a_new_engine_waits_for_the_next_push_does_not_wait_for_it(supervised):
+    world, supervisor = supervised()
+    told = threading.Event()
+
+    def wait_for_a_push(endpoint):
+        assert told.wait(TIMEOUT)
+        raise world.gave_up
+
+    world.on_bring = wait_for_a_push
+    real = world.give_up
+    world.give_up = lambda error: (real(error), told.set())
+    world.kill(0)
+    world.until(lambda: any(event[0] == "replace" for event in world.events))
+    stopping = threading.Thread(target=supervisor.stop, daemon=True)
+    stopping.start()
+    stopping.join(TIMEOUT / 2)
+    assert not stopping.is_alive()
+    assert supervisor.problem() is None
+
+
+def test_a_rollout_ends_by_name_when_every_engine_waits_for_the_push_that_waits_for_the_rollout(supervised):
+    world, supervisor = supervised()
+    waiting, pushed = threading.Semaphore(0), threading.Event()
+    awaiting = []
+    world.on_bring = lambda endpoint: (awaiting.append(endpoint), waiting.release(), pushed.wait(TIMEOUT))
+    world.awaiting = lambda: 0 if pushed.is_set() else len(awaiting)
+    world.kill(0)
+    assert waiting.acquire(timeout=TIMEOUT)
+    assert supervisor.problem() is None
+    world.kill(1)
+    assert waiting.acquire(timeout=TIMEOUT)
+    assert "every engine died while a rollout was made" in str(supervisor.problem())
+    pushed.set()
+    assert supervisor.problem() is None

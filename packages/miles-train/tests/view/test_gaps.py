@@ -11,6 +11,7 @@ from miles_train.token_gap_types import NUM_BINS
 from miles_train.view.gaps import MOST_ROWS, gap_page
 from miles_train.view.report import write_report
 from miles_train.view.run_directory import read_run
+from miles_train.view.token_text import TokenText
 
 HEALTHY, BROKEN = 9, 29
 """Bins of gaps around 1e-6 and 0.1."""
@@ -99,17 +100,59 @@ def test_the_worst_tokens_of_all_rollouts_come_first_with_the_text_around_them(r
     lines = [line(0, sources, [token(0.2, [1, 2, 3], 1)]), line(1, sources, [token(0.5, [1, 2, 3], 2, sample=8)])]
     run = run_with_gaps(*lines, config=f'[run]\nhf_checkpoint = "{tmp_path / "model"}"\n')
     first, second = page_of(run).worst
-    assert (first.before, first.token, first.after) == ("the cat", "<b>sat</b>", "")
-    assert (second.before, second.token, second.after) == ("the", "cat", "<b>sat</b>")
+    assert (first.before, first.token, first.after) == ("the cat", " <b>sat</b>", "")
+    assert (second.before, second.token, second.after) == ("the", " cat", " <b>sat</b>")
     assert (first.where, first.engine) == ("rollout 1, sample 8, token 2", "b:2")
     assert (first.rollout, first.trainer) == ("1", "0.607")
-    assert "<mark>&lt;b&gt;sat&lt;/b&gt;</mark>" in write_report(run).read_text()
+    assert "<mark> &lt;b&gt;sat&lt;/b&gt;</mark>" in write_report(run).read_text()
+
+
+def text_around(tmp_path, tokens, at):
+    return TokenText(f'[run]\nhf_checkpoint = "{tmp_path}"\n', tmp_path).around(tokens, at)
+
+
+def test_a_token_that_cannot_be_seen_is_shown_by_signs_or_its_id(tmp_path):
+    tokenizers = pytest.importorskip("tokenizers")
+    words = {"a": 0, "\n": 1, " ": 2, "b": 3}
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="a"))
+    tokenizer.decoder = tokenizers.decoders.Fuse()
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    shown = [text_around(tmp_path, [0, token, 3], 1) for token in (1, 2, 99)]
+    assert shown == [("a", "⏎", "b"), ("a", "␣", "b"), ("a", "[99]", "b")]
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", '{"version": "9"}'])
+def test_a_tokenizer_that_cannot_be_read_leaves_token_ids(tmp_path, text):
+    (tmp_path / "tokenizer.json").write_text(text)
+    assert text_around(tmp_path, [11, 22, 33], 1) == ("11", " 22", " 33")
+
+
+def test_of_many_engines_those_that_stand_out_are_drawn_whenever_they_came(run_with_gaps):
+    lines = [line(i, [source(f"a:{i}", "0", 9, gap=(1 + i) * 1e-6)]) for i in range(20)]
+    text = write_report(run_with_gaps(*lines)).read_text()
+    charts = json.loads(re.search(r'id="chart-data">(.*?)</script>', text)[1])["sections"]["gap"]
+    [lines] = [chart["series"] for chart in charts if chart["title"] == "Mean gap, by engine"]
+    assert [one["name"] for one in lines] == [f"a:{i}" for i in range(19, 11, -1)]
+
+
+@pytest.mark.parametrize("changed", [
+    {"sources": [source("b:2", "0", 3) | {"bins": [3]}]},
+    {"sources": [source("b:2", "0", 0)]},
+    {"sources": [source("b:2", "0", 3) | {"gap": None}]},
+    {"bins_per_decade": 8},
+])  # fmt: skip
+def test_a_line_that_cannot_be_added_to_the_others_is_told_and_left_out(run_with_gaps, changed):
+    run = run_with_gaps(line(0, [source("a:1", "0", 3)]), line(1, [source("a:1", "0", 3)]) | changed)
+    write_report(run)
+    found = read_run(run)
+    assert [one.rollout_id for one in found.gaps] == [0]
+    assert any("mismatch.jsonl: 1 line could not be read" in problem for problem in found.problems)
 
 
 def test_without_the_tokenizer_token_ids_stand_for_text(run_with_gaps):
     run = run_with_gaps(line(0, [source("", "", 9)], [token(0.2, [11, 22, 33], 1)]), config="[run]\n")
     [worst] = page_of(run).worst
-    assert (worst.before, worst.token, worst.after) == ("11", "22", "33")
+    assert (worst.before, worst.token, worst.after) == ("11", " 22", " 33")
 
 
 def test_a_run_that_compared_nothing_has_no_such_page_and_a_broken_line_is_told(run_with_gaps):

@@ -150,7 +150,10 @@ def test_a_new_engine_waits_for_the_next_push_if_the_trainer_has_trained(engines
     sending.holds = None
     sync.replace(engines[0].endpoint, newcomer.endpoint)
     brought = in_background(sync.bring, newcomer.endpoint)
+    wait_for(sync.awaiting)
     sync.push(2)
+    # At once: whoever made the push goes on, and must not take it for one that still waits.
+    assert not sync.awaiting()
     brought()
     assert newcomer.version == "2"
     assert not newcomer.requests("/update_weights_from_disk")
@@ -165,6 +168,26 @@ def test_a_new_engine_that_waits_hears_when_the_run_gives_up(engines, new_engine
     sync.give_up(ServiceError("engine 0 died three times"))
     with pytest.raises(ServiceError, match="died three times"):
         brought()
+
+
+def test_a_new_engine_that_gets_the_push_in_which_the_last_one_died_waits_for_no_other(
+    engines, new_engine, sending, make_sync
+):
+    del engines[1]
+    sync, newcomer = make_sync(patience=60), new_engine()
+    sending.engines.append(newcomer)
+    # It dies before anything was sent, so the trainer does not know this version yet.
+    engines[0].dies_at = PAUSE
+
+    def take_place():
+        wait_for(lambda: engines[0].dies_at == "everywhere")
+        sync.replace(engines[0].endpoint, newcomer.endpoint)
+        sync.bring(newcomer.endpoint)
+
+    brought = in_background(take_place)
+    assert sync.push(1)["sync/checked"] == 1
+    brought()
+    assert newcomer.version == "1"
 
 
 def test_tensors_of_one_dtype_share_buckets_in_their_order():

@@ -154,8 +154,7 @@ THEIRS: dict[str, Rule] = {
     **lack("pass --load with the checkpoint to continue from", "--start-rollout-id", "--ckpt-step", "--ref-ckpt-step"),
     # Data and rollouts
     **lack("count it: num_rollout = epochs × prompts / rollout_batch_size", "--num-epoch"),
-    **lack("unfinished responses start anew in the next rollout", "--partial-rollout",
-           "--mask-offpolicy-in-partial-rollout"),
+    **lack("unfinished responses start anew in the next rollout", "--partial-rollout"),
     **lack("evaluation has temperature, top-p and length of its own, and no more", "--eval-min-new-tokens",
            "--eval-max-prompt-len", "--eval-max-context-len"),
     "--eval-top-k": lambda flag, _flags: (

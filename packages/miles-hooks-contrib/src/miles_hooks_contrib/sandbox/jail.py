@@ -24,7 +24,7 @@ PACKAGES = "/packages"
 
 _BASE = "/tmp"  # only a place to mount on, in a namespace of our own
 _SYSTEM = ("/usr", "/lib", "/lib64", "/bin")
-_DEVICES = ("null", "zero", "full", "random", "urandom")
+_DEVICES = ("null", "full", "random", "urandom")  # memory mapped from /dev/zero would be counted nowhere
 _NO_MORE = kernel.MS_NOSUID | kernel.MS_NODEV
 
 
@@ -119,7 +119,8 @@ def _show(path: str, at: str | None = None) -> None:
 
 
 def _devices() -> None:
-    Path("/dev/shm").mkdir(parents=True)
+    Path("/dev").mkdir()
+    Path("/dev/shm").symlink_to("/tmp")
     for name in _DEVICES:
         target = Path("/dev") / name
         target.touch()
@@ -128,11 +129,9 @@ def _devices() -> None:
 
 def fresh_tmp(size_mib: int) -> None:
     """Put an empty directory in the place of /tmp and of what was in it. Called by process 1 before each program."""
-    for path in ("/tmp", "/dev/shm"):
-        while os.path.ismount(path):
-            kernel.detach(path)
-        data = f"size={size_mib}m,nr_inodes=10000,mode=1777"
-        kernel.mount("tmpfs", path, "tmpfs", _NO_MORE, data)
+    while os.path.ismount("/tmp"):
+        kernel.detach("/tmp")
+    kernel.mount("tmpfs", "/tmp", "tmpfs", _NO_MORE, f"size={size_mib}m,nr_inodes=10000,mode=1777")
     os.chdir("/tmp")
 
 

@@ -34,6 +34,8 @@ class Jailed:
     def confine(self, limits: Limits) -> None:
         """Take rights away from the process that is to run a program."""
         limits.impose()
+        # The process group reaches out of the namespace: to the supervisor's parent, whom a user could kill with it.
+        os.setsid()
         jail.leave_privileges()
 
     def exceeds(self, limits: Limits) -> str | None:

@@ -7,6 +7,7 @@ that it started: whoever started it need not live to see that.
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import os
 import select
@@ -192,8 +193,11 @@ class _Watch:
     def drain(self) -> None:
         """Read the rest, once nobody is left to write more; up to the limit."""
         for descriptor in list(self._open):
-            while len(self._texts[descriptor]) <= self._most and self._take(descriptor):
-                pass
+            # An end that a program sent into a socket and left there outlives it, until the kernel collects it.
+            os.set_blocking(descriptor, False)
+            with contextlib.suppress(BlockingIOError):
+                while len(self._texts[descriptor]) <= self._most and self._take(descriptor):
+                    pass
 
     def outcome(self, cause: str | None, exit_code: int) -> dict[str, Any]:
         """Return what the program did, as it is answered."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from concurrent.futures import ThreadPoolExecutor
+from heapq import nsmallest
 from typing import TYPE_CHECKING, Any
 
 import bm25s
@@ -46,10 +47,13 @@ class Bm25:
 
     def find(self, query: str, topk: int) -> list[Hit]:
         """Return the passages that have a word of the query, best first; equals in the order of the file."""
-        k = min(topk, len(self._documents))
-        found, scores = self._index.retrieve(_words([query], ids=False), k=k, show_progress=False)
-        pairs = sorted(zip(found[0].tolist(), scores[0].tolist(), strict=True), key=lambda pair: (-pair[1], pair[0]))
-        return [Hit(self._documents[number], score) for number, score in pairs if score > 0]
+        [words] = _words([query], ids=False)
+        if not words:
+            return []
+        scores = self._index.get_scores(words)
+        # bm25s' own choice among equals is arbitrary, and another for another topk.
+        best = nsmallest(topk, scores.nonzero()[0].tolist(), key=lambda number: (-scores[number], number))
+        return [Hit(self._documents[number], float(scores[number])) for number in best]
 
     async def search(self, query: str, topk: int) -> list[Hit]:
         """Do what `find` does, beside the event loop."""

@@ -85,7 +85,7 @@ class Remote:
             raise ServiceError(f"--search-url {self._url} answered {reply.status}: {said}")
         try:
             [hits] = _decode(answer).result
-        except (msgspec.DecodeError, ValueError) as error:
+        except (msgspec.DecodeError, ValueError, RecursionError) as error:
             raise ServiceError(
                 f"--search-url {self._url} answered in another form than "
                 f'{{"result": [[{{"document": {{"contents": …}}, "score": …}}]]}}, {error}: {said}'

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from miles_api.errors import SampleError
 from miles_hooks_contrib.search_r1.options import SearchRewardOptions
-from miles_hooks_contrib.search_r1.tags import has_right_form
+from miles_hooks_contrib.search_r1.tags import has_right_form, texts_in
 
 if TYPE_CHECKING:
     from miles_api.args import Args
@@ -16,8 +16,6 @@ if TYPE_CHECKING:
 
 __all__ = ["exact_match", "final_answer", "normalized", "reward"]
 
-_ANSWER = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
-_INFORMATION = re.compile(r"<information>(.*?)</information>", re.DOTALL)
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
 _PUNCTUATION = str.maketrans("", "", string.punctuation)
 
@@ -29,7 +27,7 @@ def normalized(text: str) -> str:
 
 def final_answer(response: str) -> str | None:
     """Return the last answer of a response; None without one."""
-    answers = _ANSWER.findall(response)
+    answers = [said for _, said in texts_in("answer", response)]
     return answers[-1].strip() if answers else None
 
 
@@ -48,12 +46,11 @@ async def reward(args: Args, sample: Sample) -> dict[str, float]:
     answer = final_answer(sample.response)
     right = answer is not None and exact_match(answer, accepted)
     form = has_right_form(sample.response)
-    shown = _INFORMATION.findall(sample.response)
     return {
         "score": _score(args, sample.response, accepted, right, form),
         "exact_match": float(right),
         "format": float(form),
-        "searched": float(bool(shown)),
+        "searched": float(any(texts_in("information", sample.response))),
     }
 
 
@@ -70,7 +67,7 @@ def _score(args: Args, response: str, accepted: list[str], right: bool, form: bo
 
 def _was_shown(response: str, accepted: list[str]) -> bool:
     """Say whether a passage contains an accepted answer."""
-    shown = [normalized(text) for text in _INFORMATION.findall(response)]
+    shown = [normalized(text) for _, text in texts_in("information", response)]
     return any(normalized(one) in text for one in accepted for text in shown)
 
 

@@ -33,7 +33,7 @@ def application(index: Bm25, topk: int, token: str | None = None) -> web.Applica
     async def retrieve(request: web.Request) -> web.Response:
         try:
             query = decoder.decode(await request.read())
-        except msgspec.DecodeError as error:
+        except (msgspec.DecodeError, RecursionError) as error:
             return _said(400, {"detail": f'expected {{"queries": […], "topk": 3, "return_scores": true}}: {error}'})
         count = topk if query.topk is None else query.topk
         if count < 1:

@@ -3,12 +3,22 @@
 from __future__ import annotations
 
 import re
+from itertools import islice
 from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
 
-__all__ = ["CORRECTION", "STOPS", "Action", "action_of", "has_right_form", "observation", "without_tags"]
+__all__ = [
+    "CORRECTION",
+    "STOPS",
+    "Action",
+    "action_of",
+    "has_right_form",
+    "observation",
+    "texts_in",
+    "without_tags",
+]
 
 STOPS = ("</search>", "</answer>")
 """What ends a turn."""
@@ -19,7 +29,6 @@ CORRECTION = (
 )
 """What a turn without an action is answered, as in the paper."""
 
-_ACTION = re.compile(r"<(search|answer)>(.*?)</\1>", re.DOTALL)
 _TAG = re.compile(r"(</?(?:think|search|information|answer)>)")
 _BEFORE = {
     "<think>": ("start", "</information>"), "</think>": ("<think>",),
@@ -37,20 +46,28 @@ class Action(NamedTuple):
     text: str
 
 
+def texts_in(kind: str, text: str) -> Iterator[tuple[int, str]]:
+    """Yield where each closed `<kind>` of a text begins, and what stands in it; one pass, whatever a model repeats."""
+    opening, closing = f"<{kind}>", f"</{kind}>"
+    begin = text.find(opening)
+    while begin >= 0 and (end := text.find(closing, begin + len(opening))) >= 0:
+        yield begin, text[begin + len(opening) : end]
+        begin = text.find(opening, end + len(closing))
+
+
 def action_of(turn: str) -> Action | None:
     """Return the first action of one turn; None for a turn without one, or with an empty query."""
-    match = _ACTION.search(turn)
-    if match is None or (match[1] == "search" and not match[2].strip()):
+    firsts = [(begin, kind, said) for kind in ("search", "answer") for begin, said in islice(texts_in(kind, turn), 1)]
+    if not firsts:
         return None
-    return Action(match[1], match[2].strip())
+    _, kind, said = min(firsts)
+    return None if kind == "search" and not said.strip() else Action(kind, said.strip())
 
 
 def without_tags(text: str) -> str:
     """Return `text` without the tags of the conversation: a passage must not end its own frame, or answer."""
-    # Taking one out can join the halves of another.
-    while (shorter := _TAG.sub("", text)) != text:
-        text = shorter
-    return text
+    # A space, for without it the halves of another could join.
+    return _TAG.sub(" ", text)
 
 
 def observation(passages: Sequence[str]) -> str:

@@ -10,10 +10,12 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
+from miles_rollout.engines.protocol import ModelInfo
+
 if TYPE_CHECKING:
     from miles_api.services import Endpoint
 
-__all__ = ["REQUEST_TIMEOUT", "request", "with_version"]
+__all__ = ["REQUEST_TIMEOUT", "model_info", "request", "with_version"]
 
 REQUEST_TIMEOUT = 30.0
 
@@ -47,10 +49,18 @@ def _object(url: str, answer: bytes) -> dict[str, Any]:
     return value
 
 
+def model_info(url: str) -> ModelInfo:
+    """Ask the engine at `url` what it serves. Raises `OSError` as `request` does, and for what is no such answer."""
+    try:
+        return msgspec.convert(request(url + "/model_info", None, REQUEST_TIMEOUT), ModelInfo)
+    except msgspec.ValidationError as error:
+        raise ConnectionError(f"{url} answers /model_info otherwise than SGLang: {error}") from None
+
+
 def with_version(endpoint: Endpoint) -> Endpoint:
     """Return `endpoint` with the weight version that the engine reports; without one if it does not answer."""
     version = ""
-    with contextlib.suppress(OSError, KeyError):
-        version = str(request(endpoint.url + "/model_info", None, REQUEST_TIMEOUT)["weight_version"])
+    with contextlib.suppress(OSError):
+        version = model_info(endpoint.url).weight_version
     # SGLang's name for weights that were never synchronised.
     return msgspec.structs.replace(endpoint, weight_version="" if version == "default" else version)

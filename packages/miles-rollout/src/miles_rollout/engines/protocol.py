@@ -11,8 +11,6 @@ from typing import Any, Literal
 import msgspec
 from msgspec import UNSET, UnsetType
 
-from miles_api.errors import ServiceError
-
 __all__ = [
     "DEFAULT_MAX_NEW_TOKENS",
     "AbortRequest",
@@ -37,7 +35,6 @@ __all__ = [
     "UpdateVersionRequest",
     "VersionSpan",
     "WeightsCheckRequest",
-    "parse_reply",
 ]
 
 DEFAULT_MAX_NEW_TOKENS = 128
@@ -300,14 +297,3 @@ class WeightsCheckRequest(msgspec.Struct, kw_only=True):
     """The body of `POST /weights_checker`."""
 
     action: str = "checksum"
-
-
-def parse_reply(answer: Any) -> Reply:
-    """Return the decoded answer of `/generate` for one sample as a `Reply`.
-
-    Raises `ServiceError` naming the field that is missing or of another type.
-    """
-    try:
-        return msgspec.convert(answer, Reply)
-    except msgspec.ValidationError as error:
-        raise ServiceError(f"the engine's answer is not SGLang's: {error}; it is {str(answer)[:300]}") from None

@@ -19,7 +19,9 @@ if TYPE_CHECKING:
 __all__ = ["fill_samples", "reward_samples"]
 
 # What each sample that holds an answer takes from it; the engine's counts belong to the one that trains it.
-_SHARED_META = frozenset({"changed_tokens_by", "engine", "finish_reason", "weight_version", "weight_versions"})
+_SHARED_META = frozenset(
+    {"changed_tokens_by", "completion_tokens", "engine", "finish_reason", "weight_version", "weight_versions"}
+)
 _REWARD, _REWARDS = "reward", "rewards"
 
 

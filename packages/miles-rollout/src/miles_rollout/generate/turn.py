@@ -5,10 +5,11 @@ from __future__ import annotations
 import hashlib
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import msgspec
 from msgspec import UNSET
 
 from miles_api.errors import DataError, ServiceError
-from miles_rollout.engines.protocol import parse_reply
+from miles_rollout.engines.protocol import Reply
 from miles_rollout.pristine import without_response
 from miles_rollout.state import State
 
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
     from miles_api.rollout_types import GenerateFnInput
     from miles_api.sample import Sample
 
-__all__ = ["TAKES_LAST_REWARD", "Answer", "ask", "one_conversation", "room", "sampling_seed", "sibling"]
+__all__ = ["TAKES_LAST_REWARD", "Answer", "ask", "one_conversation", "parse_reply", "room", "sampling_seed", "sibling"]
 
 TAKES_LAST_REWARD = "takes_last_reward"
 """The metadata key of a sample whose reward is that of the last sample of its conversation."""
@@ -83,6 +84,17 @@ async def ask(
         raise ServiceError(f"sample {sample.index}: the engine's output_ids and output_token_logprobs differ")
     del meta["output_token_logprobs"]
     return Answer(ids, log_probs, read.text, meta)
+
+
+def parse_reply(answer: Any) -> Reply:
+    """Return the decoded answer of `/generate` for one sample as a `Reply`.
+
+    Raises `ServiceError` naming the field that is missing or of another type.
+    """
+    try:
+        return msgspec.convert(answer, Reply)
+    except msgspec.ValidationError as error:
+        raise ServiceError(f"the engine's answer is not SGLang's: {error}; it is {str(answer)[:300]}") from None
 
 
 def room(request: GenerateFnInput, pending: int = 0, *, before: int = 0) -> int:

@@ -75,7 +75,7 @@ def layout_of(config: RunConfig) -> Layout:
 
 def _attached(config: RunConfig) -> bool:
     """Say whether the engines run already, somewhere, and take no slot."""
-    return bool(config.flat().get("rollout_engine_urls"))
+    return bool(config.flat().get(_ATTACHED))
 
 
 def derived_engines(config: RunConfig) -> dict[str, int]:
@@ -161,9 +161,7 @@ def lives_on_ray(config: RunConfig) -> bool:
     Engines on the CPU of this machine are children of the driver: they load while Ray starts, which takes seconds off
     every start, and there is no other place where they could be. Servers that run already nobody starts.
     """
-    if config.flat().get(_ATTACHED):
-        return False
-    gpus = any(Path("/dev").glob("nvidia[0-9]*"))
     if _attached(config):
         return False
+    gpus = any(Path("/dev").glob("nvidia[0-9]*"))
     return config.group(ClusterOptions).ray_address is not None or (gpus and layout_of(config).engines_use_gpus)

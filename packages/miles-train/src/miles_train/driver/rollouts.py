@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import shutil
-import tempfile
 import time
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from miles_train.driver.remote import Pending, Remote
 
 __all__ = ["Rollout", "Rollouts"]
@@ -38,14 +38,16 @@ class Rollouts:
     hands it out. Without `ahead` the first two do nothing, and `take` makes it.
     """
 
-    def __init__(self, service: Remote, count: int, *, ahead: bool) -> None:
-        """`count` is where the run ends."""
+    def __init__(self, service: Remote, count: int, *, ahead: bool, aside: Path) -> None:
+        """`count` is where the run ends; `aside` is a directory of this run alone, there while it is needed."""
         self._service = service
         self._count = count
         self._ahead = ahead
         self._begun: _Begun | None = None
         self._waited = 0.0
-        self._aside: Path | None = None
+        self._aside = aside
+        # What a killed run kept there.
+        self._forget()
 
     def take(self, rollout_id: int, version: int, weights: str) -> Rollout:
         """Return this rollout; it is made now, with these weights, if it was not begun before."""
@@ -65,7 +67,7 @@ class Rollouts:
         if not self._ahead or rollout_id >= self._count:
             return
         if saves:
-            self._aside = Path(tempfile.mkdtemp(prefix="miles-rollout-"))
+            self._aside.mkdir(parents=True)
             self._service.call("save", rollout_id - 1, str(self._aside))
         self._begun = self._begin(rollout_id, version, weights)
 
@@ -94,10 +96,10 @@ class Rollouts:
 
     def save(self, rollout_id: int, directory: str) -> None:
         """Write what the rollout process has come to after this rollout, whatever it has begun since."""
-        if self._aside is None:
-            self._service.call("save", rollout_id, directory)
-        else:
+        if self._aside.exists():
             shutil.copytree(self._aside, directory, dirs_exist_ok=True)
+        else:
+            self._service.call("save", rollout_id, directory)
 
     def close(self) -> None:
         """Remove what was kept aside."""
@@ -107,6 +109,4 @@ class Rollouts:
         return _Begun(rollout_id, version, self._service.begin_split("generate", "batch", rollout_id, weights))
 
     def _forget(self) -> None:
-        if self._aside is not None:
-            shutil.rmtree(self._aside, ignore_errors=True)
-            self._aside = None
+        shutil.rmtree(self._aside, ignore_errors=True)

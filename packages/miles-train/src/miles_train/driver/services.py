@@ -134,11 +134,8 @@ def running(
         sync = weight_sync(config, trainers, endpoints, gpus=cluster.gpus > 0) if endpoints else None
         if sync:
             stack.callback(sync.close)
-        supervisor = _supervise(config, serving, sync, note, stack) if serving and sync else None
-        if supervisor:
-            cluster.heed(supervisor.problem, _NEED_ENGINES)
-        ahead = options.rollout_schedule == "one-step-off"
-        rollouts = Rollouts(rollout, config.group(RunOptions).num_rollout, ahead=ahead)
+        supervisor = _supervise(config, serving, sync, cluster, note, stack) if serving and sync else None
+        rollouts = _rollouts(config, rollout)
         stack.callback(rollouts.close)
         give_way = {"trainer_gives_way": options.trainer_gives_way, "engines_give_way": options.engines_give_way}
         yield Services(
@@ -184,6 +181,7 @@ def _supervise(
     config: RunConfig,
     serving: _Serving,
     sync: WeightSync | FixedWeights,
+    cluster: Cluster,
     note: Callable[[str], None],
     stack: ExitStack,
 ) -> Supervisor:
@@ -197,7 +195,16 @@ def _supervise(
     )
     supervisor.start()
     stack.callback(supervisor.stop)
+    cluster.heed(supervisor.problem, _NEED_ENGINES)
+    # What it asks of the trainer would go on for as long as the trainer is busy.
+    stack.callback(cluster.heed, _stops)
     return supervisor
+
+
+def _rollouts(config: RunConfig, rollout: Remote) -> Rollouts:
+    run, ahead = config.group(RunOptions), config.group(ClusterOptions).rollout_schedule == "one-step-off"
+    # In the run directory: the rollout process writes there, on this node.
+    return Rollouts(rollout, run.num_rollout, ahead=ahead, aside=Path(run.run_dir, "rollout-ahead").resolve())
 
 
 def _start_trainers(clock: _Clock, cluster: Cluster, first: Future[Any] | None) -> Remote:
@@ -220,9 +227,13 @@ def _start_rollout(clock: _Clock, cluster: Cluster, serving: _Serving | None) ->
 
 def _stop_cluster(cluster: Cluster, starting: list[Future[Any]]) -> None:
     """Stop Ray when nobody uses it any more: what still starts there is told to end first."""
-    cluster.heed(lambda: ServiceError("the run stops"))
+    cluster.heed(_stops)
     wait(starting)
     cluster.stop()
+
+
+def _stops() -> MilesError:
+    return ServiceError("the run stops")
 
 
 def _first_failure(futures: list[Future[Any]], check: Callable[[], None]) -> None:

@@ -94,7 +94,14 @@ class Supervisor:
         self._thread.start()
 
     def problem(self) -> MilesError | None:
-        """Return why the run cannot go on; None while it can. Made to be asked again and again during a long wait."""
+        """Return why no rollout can be made; None while one can. Made to be asked again and again in a long wait."""
+        if self._problem is None and not self._serving and self._weights.awaiting() == len(self._endpoints):
+            # With rollouts made ahead, the trainer trains while engines generate: what was sent is gone then.
+            return ServiceError(
+                f"every engine died while a rollout was made with the weights {self._version!r}, which nobody has any "
+                "more: the trainer has gone on. Start again with --resume; --update-weight-transfer-mode disk keeps "
+                "the weights of the last push for engines that start anew"
+            )
         return self._problem
 
     def require_weights(self, version: str) -> None:
@@ -171,6 +178,8 @@ class Supervisor:
         # A start that goes on fails when its service is stopped.
         self._fleet.stop()
         self._router.stop()
+        # A new engine may wait for a push that never comes.
+        self._weights.give_up(ServiceError("the run stops"))
         if self._thread.is_alive():
             self._thread.join()
         self._pool.shutdown()

@@ -191,7 +191,8 @@ def export_hf(
             _write_config(Path(hf_source_dir), target, next(unwrap(model).parameters()).dtype)
             if extra_files:
                 _copy_extra_files(Path(hf_source_dir), target)
-    tensors = {name: tensor.contiguous().cpu() for name, tensor in named_hf_tensors(model)}
+    # A rank that does not write takes part in the gathering, and keeps nothing.
+    tensors = {name: tensor.contiguous().cpu() for name, tensor in named_hf_tensors(model) if writes}
     sums = checksums(tensors) if writes and with_checksums else {}
     stages = parallel_state.get_pipeline_model_parallel_world_size()
     if stages == 1:

@@ -7,6 +7,7 @@ shards of them, stay where they are in the program, and find their values again.
 from __future__ import annotations
 
 import time
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -82,17 +83,17 @@ class Lender:
 
     def take_back(self) -> dict[str, float]:
         """Bring everything back where it was, bit for bit; return bytes and seconds."""
-        started, moved = time.perf_counter(), 0
-        for away in (self._weights_away, self._rest_away):
-            while away:
-                storage, size, copy = away.pop()
-                storage.resize_(size)
-                here = _as_bytes(storage)
-                here.zero_() if copy is None else here.copy_(copy)
-                moved += size
-        if has_gpu():
-            torch.cuda.synchronize()
+        started = time.perf_counter()
+        moved = _brought_back(self._weights_away) + _brought_back(self._rest_away)
         return {"bytes": float(moved), "seconds": time.perf_counter() - started}
+
+    @contextmanager
+    def with_weights(self) -> Iterator[None]:
+        """Have the policy's weights here meanwhile, if they are away: as much memory as a push needs."""
+        away = bool(_brought_back(self._weights_away))
+        yield
+        if away:
+            self.lend()
 
     def _storages(self) -> dict[int, torch.UntypedStorage]:
         """Return every storage that is here, once, by its address."""
@@ -104,6 +105,20 @@ class Lender:
         storages = {_key(tensor): tensor.untyped_storage() for tensor in tensors}
         # On a CPU memory that numpy has seen stays where it is; a hook may have shown it.
         return {key: storage for key, storage in storages.items() if storage.nbytes() and storage.resizable()}
+
+
+def _brought_back(away: list[_Away]) -> int:
+    """Fill emptied storages again; return how many bytes they have."""
+    moved = 0
+    while away:
+        storage, size, copy = away.pop()
+        storage.resize_(size)
+        here = _as_bytes(storage)
+        here.zero_() if copy is None else here.copy_(copy)
+        moved += size
+    if has_gpu():
+        torch.cuda.synchronize()
+    return moved
 
 
 def _weights_of(model: torch.nn.Module) -> Iterator[Tensor]:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from miles_train.token_gap_types import Source
+from miles_train.token_gap_types import BINS_PER_DECADE, LOWEST_DECADE, Source
 from miles_train.view.one_chart import one_chart
 from miles_train.view.token_text import TokenText
 from miles_train.view.words import number, percent
@@ -30,6 +30,8 @@ MOST_ENGINE_LINES = 8
 _FEW = 1e-3
 """A share of the tokens below which a bin is drawn as a hairline."""
 _SEVERAL = 2
+_LARGEST = 700.0
+"""A log-prob whose probability is still a float."""
 _BAR, _TALL, _WIDE = 8, 26, 4
 """Pixels: the width of a bin, the heights of a histogram's drawing and of its least bar."""
 
@@ -90,7 +92,7 @@ def gap_page(run: RunDirectory) -> GapPage | None:
     sources = [source for line in lines for source in line.sources]
     if not sources:
         return None
-    scale = _Scale(lines[0], sources)
+    scale = _Scale(sources)
     everything = _summed(sources, lambda _: "all tokens")
     engines = _summed(sources, lambda source: source.engine or "not told")
     versions = _summed(sources, lambda source: source.version or "not told")
@@ -117,10 +119,10 @@ def gap_charts(run: RunDirectory, points: Columns) -> list[dict[str, Any]]:
         )
         for share, color in ((0.5, 1), (0.99, 4), (0.999, 2))
     ]
-    engines = list(dict.fromkeys(source.engine for line in run.gaps for source in line.sources))
+    engines = _summed((source for line in run.gaps for source in line.sources), lambda source: source.engine)
     means = [
         _series(engine or "not told", 1 + place % 8, points, [_mean_of(line, engine) for line in lines])
-        for place, engine in enumerate(engines[:MOST_ENGINE_LINES])
+        for place, (engine, _) in enumerate(_worst_first(engines)[:MOST_ENGINE_LINES])
     ]
     text = "Gaps that half, 99 % and 99.9 % of a rollout's tokens are below."
     charts = [one_chart("Gap of tokens", [one for one in spread if _any(one)], "nats", log=True, text=text)]
@@ -133,8 +135,7 @@ def gap_charts(run: RunDirectory, points: Columns) -> list[dict[str, Any]]:
 class _Scale:
     """The common logarithmic axis of all histograms: from the first bin that any token is in to the last."""
 
-    def __init__(self, line: GapLine, sources: Sequence[Source]) -> None:
-        self._lowest, self._each = line.lowest_decade, line.bins_per_decade
+    def __init__(self, sources: Sequence[Source]) -> None:
         used = [place for source in sources for place, count in enumerate(source.bins) if count]
         shown = [*used, self._place(ALARMING_GAP)]
         self._first, self._last = min(shown), max(shown)
@@ -142,7 +143,7 @@ class _Scale:
 
     def table(self, title: str, summed: dict[str, Source], *, in_order: bool) -> Table:
         """Return the rows with the largest mean gaps, in order of appearance or of their gaps."""
-        worst = sorted(summed.items(), key=lambda item: -item[1].gap / item[1].tokens)[:MOST_ROWS]
+        worst = _worst_first(summed)[:MOST_ROWS]
         kept = dict(worst)
         shown = [(name, one) for name, one in summed.items() if name in kept] if in_order else worst
         left = len(summed) - len(shown)
@@ -167,31 +168,28 @@ class _Scale:
             tokens=f"{one.tokens:,}",
             mean=number(one.gap / one.tokens),
             bias=number(one.log_ratio / one.tokens),
-            typical=number(self.below(one, 0.99)),
+            typical=number(_below(one, 0.99)),
             largest=number(one.largest),
             alarming=percent(above) if above == 0 or above >= _FEW else "< 0.1 %",
             bars=bars,
             bad=above > 0,
         )
 
-    def below(self, one: Source, share: float) -> float:
-        """Return the upper edge of the bin in which the share is reached, or the largest gap if that is smaller."""
-        return _below(one, share, self._lowest, self._each)
-
     def ticks(self) -> list[tuple[int, str]]:
         """Return the decades on the axis; their labels are powers of ten."""
-        edges = [place for place in range(max(1, self._first), self._last + 2) if (place - 1) % self._each == 0]
-        found = [((place - self._first) * _BAR, f"1e{self._lowest + (place - 1) // self._each}") for place in edges]
+        edges = [place for place in range(max(1, self._first), self._last + 2) if (place - 1) % BINS_PER_DECADE == 0]
+        found = [
+            ((place - self._first) * _BAR, f"1e{LOWEST_DECADE + (place - 1) // BINS_PER_DECADE}") for place in edges
+        ]
         step = max(1, math.ceil(len(found) / 6))
         return found[::step]
 
     def _place(self, gap: float) -> int:
         """Return the first bin whose gaps are at least this."""
-        return 1 + round((math.log10(gap) - self._lowest) * self._each)
+        return 1 + round((math.log10(gap) - LOWEST_DECADE) * BINS_PER_DECADE)
 
     def _title(self, place: int, count: int, one: Source) -> str:
-        upper = number(10 ** (self._lowest + place / self._each))
-        lower = number(10 ** (self._lowest + (place - 1) / self._each))
+        upper, lower = number(_edge(place)), number(_edge(place - 1))
         if place == 0:
             span = f"below {upper}"
         elif place == len(one.bins) - 1:
@@ -210,24 +208,32 @@ def _summed(sources: Iterable[Source], name_of: Any) -> dict[str, Source]:
     return summed
 
 
-def _below(one: Source, share: float, lowest: int, each: int) -> float:
+def _worst_first(summed: dict[str, Source]) -> list[tuple[str, Source]]:
+    return sorted(summed.items(), key=lambda item: -item[1].gap / item[1].tokens)
+
+
+def _edge(place: int) -> float:
+    """Return the upper edge of a bin."""
+    return 10 ** (LOWEST_DECADE + place / BINS_PER_DECADE)
+
+
+def _below(one: Source, share: float) -> float:
+    """Return the upper edge of the bin in which the share is reached, or the largest gap if that is smaller."""
     left = share * one.tokens
     for place, count in enumerate(one.bins[:-1]):
         left -= count
         if left <= 0:
-            return min(one.largest, 10 ** (lowest + place / each))
+            return min(one.largest, _edge(place))
     return one.largest
 
 
-def _whole(line: GapLine | None) -> tuple[GapLine, Source] | None:
-    if line is None or not line.sources:
-        return None
-    return line, _summed(line.sources, lambda _: "")[""]
+def _whole(line: GapLine | None) -> Source | None:
+    return _summed(line.sources, lambda _: "")[""] if line and line.sources else None
 
 
-def _at(one: tuple[GapLine, Source] | None, share: float) -> float | None:
+def _at(one: Source | None, share: float) -> float | None:
     # 0 has no place on a logarithmic axis.
-    return _below(one[1], share, one[0].lowest_decade, one[0].bins_per_decade) or None if one else None
+    return _below(one, share) or None if one else None
 
 
 def _mean_of(line: GapLine | None, engine: str) -> float | None:
@@ -260,4 +266,5 @@ def _worst(rollout_id: int, token: WorstToken, text: TokenText) -> Worst:
 
 
 def _probability(log_prob: float) -> str:
-    return number(math.exp(log_prob))
+    # What a hook says of the engine may be any number.
+    return number(math.exp(min(log_prob, _LARGEST)))

@@ -36,6 +36,7 @@ _ROLLOUT = {
     "tokens": "Response tokens of all samples.",
     "samples": "Samples that the rollout brought.",
     "truncated": "Share of responses that were cut off at their longest allowed length.",
+    "offpolicy_masked_tokens": "Response tokens that older weights generated, left out of the loss.",
     "removed": "Share of samples that stay in the batch and are not trained on.",
     "equal_groups": "Share of groups whose rewards are all the same. Where rewards are compared within groups, their "
     "advantages are 0 and they teach nothing, unless a critic, whitening over the rollout, a KL penalty, an entropy "

@@ -97,7 +97,7 @@ class BroadcastLink(Link):
         self._name = f"miles-weights-{secrets.token_hex(4)}"
         self._members = list(receivers)
         size = 1 + sum(receiver.ranks for receiver in receivers)
-        self._store = dist.TCPStore(host, 0, size, is_master=True, wait_for_workers=False, timeout=_TIMEOUT)
+        self._store = _store_at(host, size)
         body = {"master_address": host, "master_port": self._store.port, "world_size": size, "backend": self._backend}
         offset = 1
         for receiver in receivers:
@@ -147,6 +147,21 @@ class BroadcastLink(Link):
         group, self._group, self._store = self._group, None, None
         if group is not None:
             dist.destroy_process_group(group)
+
+
+def _store_at(host: str, size: int) -> dist.TCPStore:
+    """Open the store where a group of this size meets, at this address alone: it asks nobody for a key."""
+    listener = socket.create_server((host, 0), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
+    port = listener.getsockname()[1]
+    return dist.TCPStore(
+        host,
+        port,
+        size,
+        is_master=True,
+        wait_for_workers=False,
+        timeout=_TIMEOUT,
+        master_listen_fd=listener.detach(),
+    )
 
 
 def _own_address(url: str) -> str:

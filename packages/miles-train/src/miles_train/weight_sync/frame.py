@@ -119,7 +119,7 @@ class WeightSync:
         self._served: dict[str, tuple[Push, Finding | None]] = {}
         """By the URL of each engine, what it got last and what the check saw."""
         self._given_up: MilesError | None = None
-        self._awaiting = 0
+        self._awaiting: list[Endpoint] = []
         self._check_next = True
 
     def push(self, version: int) -> dict[str, float]:
@@ -156,7 +156,7 @@ class WeightSync:
             if push is None or self._has(endpoint, push):
                 return
             if not self._way.hand(endpoint, push):
-                self._await_next(endpoint, push)
+                self._await_push(endpoint)
                 return
             _go_on(endpoint, push)
             self._refer(push)
@@ -176,7 +176,9 @@ class WeightSync:
 
     def awaiting(self) -> int:
         """Return how many new engines, in `bring`, wait for the next push: nothing is being sent to them."""
-        return self._awaiting
+        push = self._current
+        # One that was served counts no more, although its thread may not have noticed yet.
+        return sum(push is None or not self._has(endpoint, push) for endpoint in list(self._awaiting))
 
     def give_up(self, error: MilesError) -> None:
         """Say that dead engines will not be replaced any more: a push that waits for one raises `error`."""
@@ -193,18 +195,21 @@ class WeightSync:
         self._pool.shutdown(wait=False)
         self._way.close()
 
-    def _await_next(self, endpoint: Endpoint, push: Push) -> None:
-        """Wait for a later push, which serves this engine; its death is noticed there, or by who watches it."""
-        self._awaiting += 1
+    def _await_push(self, endpoint: Endpoint) -> None:
+        """Wait until a push, the one under way or the next, has served this engine.
+
+        Its death is noticed there, or by who watches it.
+        """
+        self._awaiting.append(endpoint)
         try:
-            while self._current is push or (self._current is not None and not self._has(endpoint, self._current)):
+            while self._current is None or not self._has(endpoint, self._current):
                 if self._given_up is not None:
                     raise self._given_up
                 if not self._lists(endpoint):
                     raise EngineGoneError(f"engine {endpoint.url} was replaced before it had weights")
                 self._changed.wait()
         finally:
-            self._awaiting -= 1
+            self._awaiting = [one for one in self._awaiting if one is not endpoint]
 
     def _serve_all(self, push: Push) -> None:
         """Load on all engines, and on those that come in the place of engines that die meanwhile."""

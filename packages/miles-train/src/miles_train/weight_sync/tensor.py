@@ -8,6 +8,7 @@ from __future__ import annotations
 import base64
 import io
 import os
+import shutil
 from contextlib import contextmanager, suppress
 from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
@@ -17,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.multiprocessing as mp
 
+from miles_api.errors import ServiceError
 from miles_train.weight_sync.link import FLATTENED, Bucket, Link
 
 if TYPE_CHECKING:
@@ -27,6 +29,7 @@ if TYPE_CHECKING:
 __all__ = ["TensorLink"]
 
 _PATH = "/update_weights_from_tensor"
+_SHARED_MEMORY = Path("/dev/shm")
 _STDERR = 2
 
 
@@ -34,12 +37,12 @@ class TensorLink(Link):
     """Two buffers, written in turn. Each engine gets its own handle: torch counts who has opened one."""
 
     def _allocate(self, size: int, device: torch.device) -> Tensor:
-        buffer = super()._allocate(size, device)
-        if buffer.is_cuda:
-            return buffer
+        if device.type == "cuda":
+            return super()._allocate(size, device)
+        _require_room(size)
         _keep_descriptors()
         with _named_memory():
-            return buffer.share_memory_()
+            return torch.empty(0, dtype=torch.uint8).set_(torch.UntypedStorage._new_using_filename_cpu(size))
 
     def _start(self, bucket: Bucket, flat: Tensor, body: dict[str, Any]) -> None:
         if flat.is_cuda:
@@ -68,6 +71,18 @@ def _serialized(flat: Tensor, metadata: list[SimpleNamespace]) -> str:
     with _named_memory():
         ForkingPickler(buffer).dump({"flattened_tensor": flat, "metadata": metadata})
     return base64.b64encode(buffer.getvalue()).decode()
+
+
+def _require_room(size: int) -> None:
+    """Refuse what does not fit: who writes to shared memory that is not there is killed by SIGBUS."""
+    usage = shutil.disk_usage(_SHARED_MEMORY)
+    # A total of 0 is a file system without a limit.
+    if usage.total and usage.free < size:
+        raise ServiceError(
+            f"{_SHARED_MEMORY} has {usage.free:,} bytes left, and weights travel through a buffer of {size:,} there: "
+            "give it more (docker run --shm-size), lower --update-weight-buffer-size, or take another "
+            "--update-weight-transfer-mode"
+        )
 
 
 def _keep_descriptors() -> None:

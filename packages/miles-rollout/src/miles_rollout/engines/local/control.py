@@ -53,7 +53,7 @@ class Control:
         self.memory = Memory(engine)
         self._updating = asyncio.Lock()
         self._source: Weights = Path(info["model_path"])
-        """Where the live weights were read from."""
+        """Where the live weights were read from; empty once they were released."""
         self._updates = WeightUpdates(self._scheduler.model, lambda: self._source, self._put, self._updating)
 
     def routes(self) -> dict[str, Route]:
@@ -82,7 +82,7 @@ class Control:
             "/update_weights_from_distributed": Route(post, self._updates.from_distributed),
             "/destroy_weights_update_group": Route(post, self._updates.destroy_group),
             "/weights_checker": Route(post, self.weights_checker),
-            "/release_memory_occupation": Route(post, self.memory.release),
+            "/release_memory_occupation": Route(post, self.release_memory),
             "/resume_memory_occupation": Route(post, self.memory.resume),
         }
 
@@ -218,11 +218,22 @@ class Control:
         if action != "checksum":
             return _failed(f"action {action!r} is not supported; only 'checksum' is")
         async with self._updating:
+            if not self.memory.has_weights:
+                return _failed("the engine has released its weights: resume and update them first")
             try:
                 sums, stale = await asyncio.to_thread(live_checksum, self._scheduler.model, self._source)
             except CheckpointError as error:
                 return _failed(f"the weights were read from files that are gone or damaged: {error}")
         return 200, {"success": True, "message": "", "checksums": sums, "checksum_of": CHECKSUM, "stale": stale}
+
+    async def release_memory(self, body: bytes) -> Answer:
+        """Give memory up; nobody reads or replaces the weights at the same time."""
+        async with self._updating:
+            answer = await self.memory.release(body)
+            if not self.memory.has_weights:
+                # What was sent is held for hashes and for what completes it: as much as the weights themselves.
+                self._source = {}
+        return answer
 
     async def _put(self, commit: Callable[[], None], source: Weights, version: str | None, aborts: bool) -> None:
         """Swap staged weights in between two steps; `source` is what they were made from."""

@@ -101,7 +101,7 @@ class Engine:
     def _turn(self) -> bool:
         scheduler = self.scheduler
         with self._wake:
-            while not (self._inbox or self._calls or self._stopping or (scheduler.busy and not scheduler.paused)):
+            while not (self._inbox or self._calls or self._stopping or scheduler.runs):
                 self._wake.wait()
             if self._stopping:
                 return False

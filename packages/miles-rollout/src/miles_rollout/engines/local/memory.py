@@ -40,6 +40,11 @@ class Memory:
         if self._released:
             raise ReleasedError(f"the engine has released its memory ({', '.join(sorted(self._released))})")
 
+    @property
+    def has_weights(self) -> bool:
+        """Whether the live weights may be read."""
+        return "weights" not in self._released
+
     async def release(self, body: bytes) -> tuple[int, Any]:
         """Free the memory of these tags, or refuse while any request runs or waits."""
         tags = _tags(body)
@@ -65,6 +70,8 @@ class Memory:
             for tensor in tensors:
                 tensor.untyped_storage().resize_(0)
         self._released |= tags
+        # A request that came in just now saw none of this.
+        scheduler.released = bool(self._released)
 
     def _resume(self, tags: set[str]) -> None:
         if "weights" in tags & self._released:
@@ -73,6 +80,7 @@ class Memory:
                 tensor.fill_(float("nan"))
             self._emptied = []
         self._released -= tags
+        self._engine.scheduler.released = bool(self._released)
 
 
 def _tags(body: bytes) -> set[str]:

@@ -41,6 +41,8 @@ class Scheduler:
     def __init__(self, model: SlotModel, codec: TextCodec, limits: Limits) -> None:
         self.model, self.codec, self.limits = model, codec, limits
         self.paused = False
+        self.released = False
+        """Without its memory nothing can be computed: jobs wait."""
         self.awaits_weights = False
         """A replacement engine holds its requests back until it has been given the current weights."""
         self.weight_version = "default"
@@ -55,6 +57,11 @@ class Scheduler:
         """Whether any job waits or runs."""
         return bool(self.waiting or self.batch.jobs)
 
+    @property
+    def runs(self) -> bool:
+        """Whether the next step computes anything."""
+        return self.busy and not (self.paused or self.released)
+
     def add(self, job: Job) -> None:
         """Queue a job; it joins at the next step that has room."""
         self.waiting.append(job)
@@ -62,7 +69,7 @@ class Scheduler:
     def step(self) -> News:
         """Admit what fits and decode one token for every running job."""
         news = News()
-        if self.paused:
+        if not self.runs:
             return news
         if self.waiting and len(self.batch) < self.limits.max_running:
             self._admit(news)

@@ -1,7 +1,8 @@
 """Tensors that another process of this machine shares with us, out of SGLang's `serialized_named_tensors`.
 
 SGLang's protocol has them in a pickle. A pickle can call whatever its reader lets it name, so this reader resolves a
-dozen names and nothing else: tensors over shared memory of torch, their dtypes and shapes, and plain attributes.
+dozen names and nothing else: tensors over shared memory of torch, their dtypes and shapes, and plain attributes. It
+can also set attributes of whatever it gets hold of, so it gets hold of nothing that others use.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import pickle
 import re
 from math import prod
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch.multiprocessing import reductions
@@ -76,22 +77,32 @@ def _copy(tensor: Any) -> torch.Tensor:
     return tensor.detach().clone(memory_format=torch.contiguous_format)
 
 
+class _Fixed(NamedTuple):
+    """What a pickle may call and cannot change."""
+
+    function: Any
+
+    def __call__(self, *arguments: Any) -> Any:
+        return self.function(*arguments)
+
+
 def _storage(kind: Any, manager: bytes, handle: bytes, size: int, dtype: Any = None) -> Any:
-    if kind is not torch.UntypedStorage or dtype is not None or not _HANDLE.fullmatch(handle):
+    if kind is not _UNTYPED or dtype is not None or not _HANDLE.fullmatch(handle):
         raise CheckpointError(f"{handle!r} is no shared memory of torch")
-    return reductions.rebuild_storage_filename(kind, manager, handle, size)
+    return reductions.rebuild_storage_filename(torch.UntypedStorage, manager, handle, size)
 
 
+_UNTYPED = _Fixed(torch.UntypedStorage)
 _ALLOWED = {
     ("types", "SimpleNamespace"): SimpleNamespace,
     ("torch", "Size"): torch.Size,
-    ("torch", "Tensor"): torch.Tensor,
-    ("torch.storage", "UntypedStorage"): torch.UntypedStorage,
-    ("torch.nn.parameter", "Parameter"): torch.nn.Parameter,
-    ("torch.multiprocessing.reductions", "rebuild_tensor"): reductions.rebuild_tensor,
-    ("torch.multiprocessing.reductions", "rebuild_storage_filename"): _storage,
-    ("torch.multiprocessing.reductions", "rebuild_typed_storage"): reductions.rebuild_typed_storage,
-    ("torch.multiprocessing.reductions", "rebuild_storage_empty"): reductions.rebuild_storage_empty,
+    ("torch", "Tensor"): _Fixed(torch.Tensor),
+    ("torch.storage", "UntypedStorage"): _UNTYPED,
+    ("torch.nn.parameter", "Parameter"): _Fixed(torch.nn.Parameter),
+    ("torch.multiprocessing.reductions", "rebuild_tensor"): _Fixed(reductions.rebuild_tensor),
+    ("torch.multiprocessing.reductions", "rebuild_storage_filename"): _Fixed(_storage),
+    ("torch.multiprocessing.reductions", "rebuild_typed_storage"): _Fixed(reductions.rebuild_typed_storage),
+    ("torch.multiprocessing.reductions", "rebuild_storage_empty"): _Fixed(reductions.rebuild_storage_empty),
     **{("torch", name): getattr(torch, name) for name in (*_DTYPES, "uint8")},
 }
 

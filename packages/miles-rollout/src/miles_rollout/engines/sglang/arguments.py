@@ -83,6 +83,20 @@ class Verdict(msgspec.Struct, frozen=True):
     """What is wrong with the others, by the name that was given."""
 
 
+class _Judged(msgspec.Struct, omit_defaults=True):
+    """What `ask_server_args.py` says of one argument: one of these."""
+
+    words: list[str] = []
+    problem: str = ""
+    unknown: bool = False
+    owned: str = ""
+
+
+class _Answer(msgspec.Struct):
+    flags: list[str]
+    arguments: dict[str, _Judged]
+
+
 def cpu_environment() -> dict[str, str]:
     """Return what SGLang needs in its environment to run without a GPU.
 
@@ -122,22 +136,23 @@ def ask_arguments(installed: Installed, given: Mapping[str, Any], ours: Collecti
     """
     if not given:
         return Verdict([], {})
-    question = json.dumps({"given": given, "owned": sorted(OWNED)})
+    # A date of a run file becomes the word that stood there.
+    question = json.dumps({"given": given, "owned": sorted(OWNED)}, default=str)
     file = _cache_file(installed, question)
     answer = _kept(file)
     if answer is None:
         answer = _ask(installed, question)
         _keep(file, answer)
-    known = [*answer["flags"], *(flag_of(name) for name in ours)]
-    words = [word for one in answer["arguments"].values() for word in one.get("words", ())]
-    said = {name: _problem(installed, one, known, flag_of(name)) for name, one in answer["arguments"].items()}
+    known = [*answer.flags, *(flag_of(name) for name in ours)]
+    words = [word for one in answer.arguments.values() for word in one.words]
+    said = {name: _problem(installed, one, known, flag_of(name)) for name, one in answer.arguments.items()}
     return Verdict(words, {name: text for name, text in said.items() if text})
 
 
-def _problem(installed: Installed, one: dict[str, Any], known: list[str], flag: str) -> str:
-    if "owned" in one:
-        return f"not passed on: {OWNED[one['owned']]}"
-    if "unknown" in one:
+def _problem(installed: Installed, one: _Judged, known: list[str], flag: str) -> str:
+    if one.owned:
+        return f"not passed on: {OWNED[one.owned]}"
+    if one.unknown:
         longer = [other for other in known if other.startswith(f"{flag}-")]
         near = (
             f"; it has {', '.join(map(repr, longer))}"
@@ -145,10 +160,10 @@ def _problem(installed: Installed, one: dict[str, Any], known: list[str], flag: 
             else did_you_mean(flag, known)
         )
         return f"no argument of {installed.name} ({installed.path}){near}".replace("'--", "'--sglang-")
-    return f"{installed.name} says: {one['problem'].removeprefix(f'argument {flag}: ')}" if "problem" in one else ""
+    return f"{installed.name} says: {one.problem.removeprefix(f'argument {flag}: ')}" if one.problem else ""
 
 
-def _ask(installed: Installed, question: str) -> dict[str, Any]:
+def _ask(installed: Installed, question: str) -> _Answer:
     script = Path(__file__).with_name("ask_server_args.py")
     with tempfile.TemporaryDirectory() as folder:
         answer = Path(folder, "answer.json")
@@ -166,30 +181,32 @@ def _ask(installed: Installed, question: str) -> dict[str, Any]:
         if done.returncode != 0 or not answer.is_file():
             last = "\n  ".join(done.stderr.strip().splitlines()[-_LAST_LINES:])
             raise ServiceError(f"{installed.name} of {installed.python} cannot be imported:\n  {last}")
-        return json.loads(answer.read_bytes())
+        return msgspec.json.decode(answer.read_bytes(), type=_Answer)
 
 
 def _cache_file(installed: Installed, question: str) -> Path:
     """Name a judgement by all that it depends on; what changes inside an editable installation is not seen."""
-    script = Path(__file__).with_name("ask_server_args.py").read_bytes()
-    stamp = Path(installed.path).stat().st_mtime_ns if Path(installed.path).exists() else 0
-    parts = [*msgspec.structs.astuple(installed), str(stamp), question, os.environ.get("PYTHONPATH", "")]
+    script, package = Path(__file__).with_name("ask_server_args.py").read_bytes(), Path(installed.path)
+    # The folder that SGLang lies in changes with whatever is installed beside it, such as a plugin of it.
+    stamps = [str(path.stat().st_mtime_ns) for path in (package, package.parent.parent) if path.exists()]
+    parts = [*msgspec.structs.astuple(installed), *stamps, question, os.environ.get("PYTHONPATH", "")]
     name = hashlib.sha256("\0".join(parts).encode() + script).hexdigest()[:32]
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "miles" / f"sglang-{name}.json"
+    # Not `Path.expanduser`, which raises for a user without a home.
+    return Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "miles", f"sglang-{name}.json")  # noqa: PTH111
 
 
-def _kept(file: Path) -> dict[str, Any] | None:
+def _kept(file: Path) -> _Answer | None:
     try:
-        return json.loads(file.read_bytes())
-    except (OSError, ValueError):
+        return msgspec.json.decode(file.read_bytes(), type=_Answer)
+    except (OSError, msgspec.MsgspecError):
         return None
 
 
-def _keep(file: Path, answer: dict[str, Any]) -> None:
+def _keep(file: Path, answer: _Answer) -> None:
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         aside = file.with_suffix(f".{os.getpid()}")
-        aside.write_text(json.dumps(answer), encoding="utf-8")
+        aside.write_bytes(msgspec.json.encode(answer))
         aside.replace(file)
     except OSError:
         return  # it is asked again next time

@@ -10,6 +10,7 @@ import argparse
 import contextlib
 import importlib
 import json
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from typing import Any
 __all__ = ["main"]
 
 _MODEL = ["--model-path", "model"]
+_NUMBER = re.compile(r"-\.?\d[\d.e+-]*")
 
 
 class _Refused(Exception):  # noqa: N818  not an error of this program
@@ -83,6 +85,8 @@ def _words(flag: str, action: argparse.Action, value: Any) -> list[str]:
     if isinstance(value, list) and action.nargs is None:
         raise _Refused(f"argument {flag}: expected one value, not {len(value)}")
     words = [_word(each) for each in (value if isinstance(value, list) else [value])]
+    if len(words) > 1 and (flags := [word for word in words if word.startswith("-") and not _NUMBER.fullmatch(word)]):
+        raise _Refused(f"argument {flag}: {flags[0]!r} is an argument of its own, and no value of this one")
     # What begins with a dash is a value only behind the sign.
     return [f"{flag}={words[0]}"] if len(words) == 1 and words[0].startswith("-") else [flag, *words]
 

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
+import socket
 import sys
 import threading
 import urllib.error
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
+from urllib.parse import urlsplit
 
 from tokenizers import Tokenizer
 
 from miles_api.errors import ServiceError
 from miles_api.services import Endpoint
-from miles_rollout.engines.asking import REQUEST_TIMEOUT, request, with_version
+from miles_rollout.engines.asking import REQUEST_TIMEOUT, model_info, request, with_version
 from miles_rollout.engines.health import HealthWatch
 
 if TYPE_CHECKING:
@@ -37,14 +41,15 @@ class AttachedFleet:
         """Take the addresses, `http://host:port`; nobody is asked yet."""
         self._urls, self._model_path, self._health_timeout = tuple(urls), model_path, health_timeout
         self._watches: list[HealthWatch] = []
+        self._claims = contextlib.ExitStack()
         self._stopped = threading.Event()
 
     def start(self, placements: list[Placement]) -> None:
         """Ask each server for its model, and let it go on should an earlier run have left it paused.
 
         Raises:
-            ServiceError: there are not as many placements as servers, one does not answer or serves another model, or
-                `stop` was called before.
+            ServiceError: there are not as many placements as servers, one does not answer, serves another model or
+                is another run's of this machine, or `stop` was called before.
         """
         if len(placements) != len(self._urls):
             raise ServiceError(
@@ -52,9 +57,12 @@ class AttachedFleet:
             )
         if self._stopped.is_set():
             raise ServiceError("the engines were stopped")
-        for url in self._urls:
-            self._check(url)
-            self._ask(url, "/continue_generation", {})
+        with contextlib.ExitStack() as claims:
+            for url in self._urls:
+                self._check(url)
+                claims.enter_context(_claimed(url))
+                self._ask(url, "/continue_generation", {})
+            self._claims = claims.pop_all()
         self._watches = [HealthWatch(url, self._health_timeout, self._say(url)) for url in self._urls]
 
     def endpoints(self) -> list[Endpoint]:
@@ -88,17 +96,21 @@ class AttachedFleet:
         self._stopped.set()
         for watch in self._watches:
             watch.stop()
+        self._claims.close()
 
     def _say(self, url: str) -> Any:
         return lambda text: print(f"the engine at {url} {text}", file=sys.stderr, flush=True)
 
     def _check(self, url: str) -> None:
-        info = self._ask(url, "/model_info", None)
-        named = {str(info[key]) for key in ("model_path", "tokenizer_path") if info.get(key)}
+        try:
+            info = model_info(url)
+        except OSError as error:
+            _refuse(url, "/model_info", error)
+        named = {info.model_path, info.tokenizer_path}
         # A weight update changes the model's path, never the tokenizer's.
         if any(_same(path, self._model_path) for path in named):
             return
-        shown, file = " and ".join(sorted(named)) or "a model without a name", Path(self._model_path, "tokenizer.json")
+        shown, file = " and ".join(sorted(named)), Path(self._model_path, "tokenizer.json")
         theirs = self._tokens(url, shown)
         if not file.is_file() or theirs != Tokenizer.from_file(str(file)).encode(_PROBE, add_special_tokens=False).ids:
             raise ServiceError(
@@ -119,15 +131,43 @@ class AttachedFleet:
     def _ask(self, url: str, path: str, body: dict[str, Any] | None, *, required: bool = True) -> dict[str, Any]:
         try:
             return request(url + path, body, REQUEST_TIMEOUT)
-        except urllib.error.HTTPError as error:
-            if not required and error.code in (404, 405, 501):
-                return {}
-            key = ": it asks for a key, and nothing here sends one" if error.code in (401, 403) else ""
-            raise ServiceError(f"the engine at {url} refused {path} with {error.code}{key}") from error
         except OSError as error:
-            raise ServiceError(
-                f"the engine at {url} (--rollout-engine-urls) does not answer {path}: {error}; is it running?"
-            ) from error
+            if not required and isinstance(error, urllib.error.HTTPError) and error.code in (404, 405, 501):
+                return {}
+            _refuse(url, path, error)
+
+
+def _refuse(url: str, path: str, error: OSError) -> NoReturn:
+    if isinstance(error, urllib.error.HTTPError):
+        key = ": it asks for a key, and nothing here sends one" if error.code in (401, 403) else ""
+        raise ServiceError(f"the engine at {url} refused {path} with {error.code}{key}") from error
+    raise ServiceError(
+        f"the engine at {url} (--rollout-engine-urls) does not answer {path}: {error}; is it running?"
+    ) from error
+
+
+def _claimed(url: str) -> contextlib.closing[socket.socket]:
+    """Take the server at `url` for this process, as long as it lives or until this is closed.
+
+    Two runs would push their weights to it in turn, under versions that both count from 0, and neither would notice.
+    Seen are the runs of this machine: a name that no file stands for belongs to whoever binds it first.
+    Raises `ServiceError` where that is another.
+    """
+    claim = socket.socket(socket.AF_UNIX)
+    parts = urlsplit(url)
+    try:
+        if sys.platform == "linux":  # elsewhere such names are not to be had
+            address, port = socket.getaddrinfo(parts.hostname, parts.port, type=socket.SOCK_STREAM)[0][4][:2]
+            claim.bind(f"\0miles-engine [{address}]:{port}")
+    except OSError as error:
+        claim.close()
+        if error.errno != errno.EADDRINUSE:
+            raise ServiceError(f"{url} (--rollout-engine-urls) cannot be taken for this run: {error}") from error
+        raise ServiceError(
+            f"the engine at {url} (--rollout-engine-urls) is used by another run of this machine: they would overwrite "
+            "each other's weights; give each run servers of its own"
+        ) from error
+    return contextlib.closing(claim)
 
 
 def _same(one: str, other: str) -> bool:

@@ -20,7 +20,7 @@ __all__ = ["main"]
 
 _LOOK = 0.5
 _LAST_WAIT, _LAST_LOOK = 3.0, 0.005
-_PR_SET_PDEATHSIG = 1
+_PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER = 1, 36
 _AWAITED = (signal.SIGCHLD, signal.SIGTERM, signal.SIGINT)
 
 
@@ -28,6 +28,8 @@ def main(argv: list[str]) -> int:
     """Run the command and return its exit code; one that a signal ended ends this process by the same."""
     parent, grace, command = int(argv[0]), float(argv[1]), argv[2:]
     signal.pthread_sigmask(signal.SIG_BLOCK, _AWAITED)
+    # What the server leaves is ours then, and gone as soon as we have looked; the init of a container may never look.
+    _prctl(_PR_SET_CHILD_SUBREAPER, 1)
     server = subprocess.Popen(command, start_new_session=True, preexec_fn=_in_server)  # noqa: PLW1509  no threads here
     deadline: float | None = None
     while not _has_ended(server):
@@ -50,8 +52,12 @@ def main(argv: list[str]) -> int:
 def _in_server() -> None:
     signal.pthread_sigmask(signal.SIG_UNBLOCK, _AWAITED)
     # Should the guard itself be killed.
-    with contextlib.suppress(OSError, AttributeError):
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    _prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+def _prctl(option: int, value: int) -> None:
+    with contextlib.suppress(OSError, AttributeError):  # Linux alone has it
+        ctypes.CDLL(None).prctl(option, value)
 
 
 def _has_ended(server: subprocess.Popen[bytes]) -> bool:
@@ -68,6 +74,8 @@ def _await_the_rest(server: subprocess.Popen[bytes]) -> None:
     deadline = time.monotonic() + _LAST_WAIT
     with contextlib.suppress(ProcessLookupError, PermissionError):
         while time.monotonic() < deadline:
+            with contextlib.suppress(ChildProcessError):
+                os.waitpid(-server.pid, os.WNOHANG)
             os.killpg(server.pid, 0)
             time.sleep(_LAST_LOOK)
 

@@ -95,7 +95,8 @@ def _refuse_other(directory: Path) -> None:
 
 
 def _install(directory: Path, python: Path, pip_args: Sequence[str]) -> None:
-    if not python.is_file():
+    # pip comes last: without it the making of the environment was broken off.
+    if not (python.is_file() and python.with_name("pip").is_file()):
         print(f"miles sglang-cpu: making {directory}", flush=True)
         venv.create(directory, with_pip=True, symlinks=True)
     pip = [str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check", *pip_args]
@@ -135,6 +136,6 @@ def _how_to_serve(python: Path) -> str:
     return (
         f"\nSGLang is ready in {python}. To serve a model by hand:\n\n"
         f"  {variables} \\\n  {python} -m sglang.launch_server --device cpu --dtype float32 \\\n"
-        "    --mem-fraction-static 0.1 --max-total-tokens 32768 --model-path MODEL\n\n"
+        "    --mem-fraction-static 0.1 --max-total-tokens 32768 --sleep-on-idle --model-path MODEL\n\n"
         f"The tests of real SGLang run with MILES_SGLANG_PYTHON={python}"
     )

@@ -25,7 +25,7 @@ class Handler(BaseHTTPRequestHandler):
             return self.answer(self.state)
         if self.path == "/model_info":
             names = ("model_path", "tokenizer_path", "weight_version")
-            return self.answer({name: self.state[name] for name in names})
+            return self.answer({"is_generation": True, **{name: self.state[name] for name in names}})
         return self.answer(None)
 
     def do_POST(self):

@@ -33,6 +33,7 @@ class ServerArgs:
         add("--api-key")
         add("--disable-radix-cache", action="store_true")
         add("--enable-memory-saver", action="store_true")
+        add("--sleep-on-idle", action="store_true")
         add("--schedule-conservatively", action=argparse.BooleanOptionalAction)
         add("--cuda-graph-bs", type=int, nargs="+")
         add("--json-model-override-args", default="{}")
