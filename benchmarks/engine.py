@@ -24,6 +24,7 @@ from miles_rollout.engines.local.fleet import LocalFleet
 from miles_rollout.engines.local.options import LocalEngineOptions
 from miles_rollout.engines.sglang.fleet import SGLangFleet
 from miles_rollout.engines.sglang.options import SGLangOptions
+from miles_rollout.options import EngineFleetOptions
 
 SIZES = {
     "tiny": {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2, "vocab_size": 32},
@@ -110,7 +111,7 @@ def sglang(python: str | None, folder: str, size: str) -> Iterator[dict[str, str
         yield {}
         return
     options = SGLangOptions(sglang_python=python, sglang_args={"max_running_requests": 128})
-    fleet, started = SGLangFleet(options, LocalEngineOptions(), folder, 0), time.perf_counter()
+    fleet, started = SGLangFleet(options, EngineFleetOptions(), folder, 0), time.perf_counter()
     try:
         fleet.start([Placement()])
         url = fleet.endpoints()[0].url

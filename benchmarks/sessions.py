@@ -155,7 +155,7 @@ def main() -> None:
             "benchmark", hf_checkpoint=folder, custom_generate_function_path="agentic",
             custom_agent_function_path=f"{__file__}:agent",
         )  # fmt: skip
-        fleet = LocalFleet(LocalEngineOptions(engine_start_timeout=120), folder, seed=0)
+        fleet = LocalFleet(LocalEngineOptions(), folder, seed=0)
         fleet.start([Placement(node="here")])
         try:
             asyncio.run(report(State(config.args, fleet.endpoints()[0].url), options))

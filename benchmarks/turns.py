@@ -164,7 +164,7 @@ def main() -> None:
             generate_execute_tool_function_path=f"{__file__}:add", generate_tool_specs_path=f"{__file__}:SPECS",
             generate_tool_call_parser="hermes", generate_max_turns=options.turns,
         )  # fmt: skip
-        fleet = LocalFleet(LocalEngineOptions(engine_start_timeout=120), folder, seed=0)
+        fleet = LocalFleet(LocalEngineOptions(), folder, seed=0)
         fleet.start([Placement(node="here")])
         try:
             asyncio.run(report(State(config.args, fleet.endpoints()[0].url, options.turns), options))

@@ -2,10 +2,14 @@
 
     hatch run python benchmarks/weight_sync.py [--sizes 0.3M 10M 135M] [--pushes 5] [--profile]
 
-One trainer rank and one engine on this machine, random Qwen3 weights in fp32. Ways take turns, so that whatever else
-the machine does meets all of them. A push is what a run waits for: gather, send, put in place, version, but not the
-check, which is timed on its own. The pause is what a streamed request that a push crosses waits for its first token
-from the new weights, beyond the median time between two tokens.
+One trainer rank and one engine on this machine, random weights in fp32; the 135 M model has SmolLM2-135M's shape. Ways
+take turns, so that whatever else the machine does meets all of them. A push is what a run waits for: gather, send, put
+in place, version, but not the check, which is timed on its own.
+
+A second round of pushes crosses streamed requests: `gap` is the longest time between two tokens of any of them while
+the push ran, beside the mean time between two tokens before it; `paused` is the time from the request that pauses the
+engine to the answer of the one that lets it go on. `restart` is the time from an engine's death to the first token of
+another one that has been given its weights.
 """
 
 from __future__ import annotations
@@ -13,7 +17,9 @@ from __future__ import annotations
 import argparse
 import cProfile
 import json
+import os
 import pstats
+import signal
 import socket
 import statistics
 import tempfile
@@ -25,10 +31,11 @@ from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import msgspec
 import torch
 from safetensors.torch import load_file
 from tokenizers import Tokenizer, models
-from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast, Qwen3Config
 
 from miles_api.checks.check import derive
 from miles_api.loading.load import provider
@@ -36,6 +43,7 @@ from miles_api.parsing.parse import parse_run
 from miles_api.services import Endpoint, Placement
 from miles_train.options import WeightSyncOptions
 from miles_train.trainer import Trainer
+from miles_train.weight_sync import frame
 from miles_train.weight_sync.disk import DiskWay, make_folder
 from miles_train.weight_sync.frame import Source, WeightSync
 from miles_train.weight_sync.sent import SentWay
@@ -44,17 +52,26 @@ from miles_train.weight_sync.verify import probe_tokens
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
+    from miles_api.services import EngineFleet
+
 QUICKSTART = Path(__file__).parent.parent / "examples" / "quickstart" / "run.toml"
+_SMALL = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32, "vocab_size": 64}
 SHAPES: dict[str, dict[str, Any]] = {
-    "0.3M": {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2, "vocab_size": 64},
-    "10M": {"hidden_size": 320, "intermediate_size": 960, "num_hidden_layers": 6, "vocab_size": 4096},
-    "135M": {"hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30, "vocab_size": 49152},
+    "0.3M": {**_SMALL, "hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2},
+    "10M": {**_SMALL, "hidden_size": 320, "intermediate_size": 960, "num_hidden_layers": 6, "vocab_size": 4096},
+    # SmolLM2-135M's.
+    "135M": {
+        "hidden_size": 576,
+        "intermediate_size": 1536,
+        "num_hidden_layers": 30,
+        "num_attention_heads": 9,
+        "num_key_value_heads": 3,
+        "vocab_size": 49152,
+    },
 }
 WAYS = ("disk", "tensor", "broadcast")
-CROSSED = {"0.3M": 1500, "10M": 600, "135M": 150}
-"""Tokens of a request that a push crosses."""
-CONTEXT, WARM = 2048, 10
-"""Tokens that the model holds, and that come before the push begins."""
+CONTEXT, STREAMS, WARM = 2048, 4, 10
+"""Tokens that the model holds, requests that a push crosses, and their tokens before and after it."""
 
 
 def main() -> None:
@@ -62,26 +79,29 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--sizes", nargs="+", choices=SHAPES, default=list(SHAPES))
     parser.add_argument("--pushes", type=int, default=5)
+    parser.add_argument("--buffer", type=int, help="--update-weight-buffer-size in MiB; default: the option's")
     parser.add_argument("--profile", action="store_true", help="profile the pushes of each way instead")
     args = parser.parse_args()
     torch.set_num_threads(1)
     for size in args.sizes:
         with tempfile.TemporaryDirectory() as folder:
-            run_size(size, Path(folder), args.pushes, profile=args.profile)
+            run_size(size, Path(folder), args.pushes, args.buffer, profile=args.profile)
 
 
-def run_size(size: str, folder: Path, pushes: int, *, profile: bool) -> None:
+def run_size(size: str, folder: Path, pushes: int, buffer: int | None, *, profile: bool) -> None:
     """Measure one model and print a line for each way and reference, or a profile for each way."""
     save_model(SHAPES[size], folder / "model")
-    with started(folder) as (trainer, endpoint):
-        syncs = {way: make_sync(way, trainer, endpoint, folder, SHAPES[size]["vocab_size"]) for way in WAYS}
+    with started(folder) as (trainer, fleet):
+        endpoint = fleet.endpoints()[0]
+        vocabulary = SHAPES[size]["vocab_size"]
+        syncs = {way: make_sync(way, trainer, endpoint, folder, vocabulary, buffer) for way in WAYS}
         versions = iter(range(1, 10_000))
         checked = {way: timed(sync.push, next(versions)) for way, sync in syncs.items()}
         if profile:
             for way, sync in syncs.items():
                 print_profile(f"{size} {way}", lambda sync=sync: [sync.push(next(versions)) for _ in range(pushes)])
         else:
-            measure(size, folder / "model", endpoint, syncs, versions, checked, pushes)
+            measure(size, folder / "model", fleet, syncs, versions, checked, pushes)
         for sync in syncs.values():
             sync.close()
 
@@ -89,7 +109,7 @@ def run_size(size: str, folder: Path, pushes: int, *, profile: bool) -> None:
 def measure(
     size: str,
     model: Path,
-    endpoint: Endpoint,
+    fleet: EngineFleet,
     syncs: dict[str, WeightSync],
     versions: Iterator[int],
     checked: dict[str, float],
@@ -102,19 +122,22 @@ def measure(
     for _ in range(pushes):
         for name, call in calls.items():
             seconds[name].append(timed(call))
-    pauses = {name: [] for name in syncs}
-    for _ in range(pushes):
-        for name, each in pauses.items():
-            each.append(pause_seen(endpoint, calls[name], CROSSED[size]))
     total = (model / "model.safetensors").stat().st_size
     medians = {name: statistics.median(each) for name, each in seconds.items()}
     for name, median in medians.items():
-        line = f"{size} {name}: {1000 * median:.1f} ms, {total / median / 1e9:.2f} GB/s"
-        line += f", {median / medians['memcpy']:.1f} × memcpy"
-        if name in syncs:
-            pause = statistics.median(pauses[name])
-            line += f", pause {1000 * pause:.0f} ms, first push with check {1000 * checked[name]:.0f} ms"
-        print(line, flush=True)
+        cells = [size, name, f"{1000 * median:.1f} ms", f"{total / median / 1e9:.2f} GB/s"]
+        cells += [f"{median / medians[other]:.1f} × {other}" for other in ("memcpy", "read the file")]
+        cells += [f"first push, with check, {1000 * checked[name]:.0f} ms"] if name in syncs else []
+        print("|", " | ".join(cells), "|", flush=True)
+    crossings = {name: [] for name in syncs}
+    for _ in range(pushes):
+        for name, each in crossings.items():
+            each.append(crossing(fleet.endpoints()[0], calls[name]))
+    for name, each in crossings.items():
+        usual, gap, paused = (1000 * statistics.median(values) for values in zip(*each, strict=True))
+        print(f"| {size} | {name} | gap {gap:.0f} ms (usually {usual:.1f}) | paused {paused:.0f} ms |", flush=True)
+    for name in syncs:
+        print(f"| {size} | {name} | restart {restart(fleet, syncs, name, next(versions)):.1f} s |", flush=True)
 
 
 def references(model: Path) -> dict[str, Callable[[], Any]]:
@@ -133,43 +156,119 @@ def references(model: Path) -> dict[str, Callable[[], Any]]:
     return {"memcpy": copy, "read the file": read}
 
 
-def pause_seen(endpoint: Endpoint, push: Callable[[], Any], tokens: int) -> float:
-    """Stream one request and push after its first tokens; return by how much (s) the first token from the new weights
-    came later after the one before than tokens do in the median."""
-    sampling = {"max_new_tokens": tokens, "ignore_eos": True}
-    body = json.dumps({"input_ids": [1, 2, 3], "sampling_params": sampling, "stream": True}).encode()
-    request = urllib.request.Request(endpoint.url + "/generate", body, {"content-type": "application/json"})
-    thread = threading.Thread(target=push)
-    seen: list[tuple[float, str]] = []
-    with urllib.request.urlopen(request, timeout=600) as reply:
-        for line in reply:
-            if line.startswith(b"data: {"):
-                now = time.perf_counter()
-                seen.append((now, json.loads(line[6:])["meta_info"]["weight_version"]))
-                if len(seen) == WARM:
-                    thread.start()
-    thread.join()
-    gaps = [(after[0] - before[0], after[1] != before[1]) for before, after in pairwise(seen)]
-    crossing = [gap for gap, crosses in gaps if crosses]
-    if not crossing:
-        raise SystemExit("the request ended before the push did: let it be longer")
-    return max(crossing) - statistics.median(gap for gap, _ in gaps)
+def crossing(endpoint: Endpoint, push: Callable[[], Any]) -> tuple[float, float, float]:
+    """Push while requests are streamed; return (s) the mean time between two tokens before it, the longest time between
+    two tokens that it crossed, and how long the engine was paused."""
+    streams = [Stream(endpoint) for _ in range(STREAMS)]
+    for stream in streams:
+        stream.has(WARM)
+    with noted() as asked:
+        began = time.perf_counter()
+        push()
+        ended = time.perf_counter()
+    for stream in streams:
+        stream.has(len(stream.times) + WARM)
+        stream.stop()
+    gaps = [(before, after) for stream in streams for before, after in pairwise(stream.times)]
+    usual = statistics.mean(after - before for before, after in gaps if after < began)
+    longest = max(after - before for before, after in gaps if after > began and before < ended)
+    return usual, longest, asked["/continue_generation"][1] - asked["/pause_generation"][0]
 
 
-def make_sync(way: str, trainer: Trainer, endpoint: Endpoint, folder: Path, vocab_size: int) -> WeightSync:
+def restart(fleet: EngineFleet, syncs: dict[str, WeightSync], way: str, version: int) -> float:
+    """Kill the engine; return (s) when another one in its place has the weights and has answered a request."""
+    syncs[way].push(version)
+    old = fleet.endpoints()[0]
+    with urllib.request.urlopen(old.url + "/server_info", timeout=60) as reply:
+        process = json.load(reply)["pid"]
+    began = time.perf_counter()
+    os.kill(process, signal.SIGKILL)
+    new = fleet.restart(0)
+    for sync in syncs.values():
+        sync.replace(old, new)
+    syncs[way].bring(new)
+    stream = Stream(new)
+    stream.has(1)
+    ended = time.perf_counter()
+    stream.stop()
+    return ended - began
+
+
+@contextmanager
+def noted() -> Iterator[dict[str, tuple[float, float]]]:
+    """Note when the requests that a push sends to the engine itself began and ended."""
+    asked: dict[str, tuple[float, float]] = {}
+    real = frame.ask
+
+    def ask(endpoint: Endpoint, path: str, body: dict[str, Any] | None = None) -> Any:
+        began = time.perf_counter()
+        answer = real(endpoint, path, body)
+        asked[path] = (began, time.perf_counter())
+        return answer
+
+    frame.ask = ask
+    try:
+        yield asked
+    finally:
+        frame.ask = real
+
+
+class Stream:
+    """One streamed request and when its tokens came, until `stop`."""
+
+    def __init__(self, endpoint: Endpoint) -> None:
+        sampling = {"max_new_tokens": CONTEXT - 8, "ignore_eos": True}
+        body = json.dumps({"input_ids": [1, 2, 3], "sampling_params": sampling, "stream": True}).encode()
+        headers = {"content-type": "application/json"}
+        self._request = urllib.request.Request(endpoint.url + "/generate", body, headers)
+        self.times: list[float] = []
+        self._more = threading.Condition()
+        self._stopped = False
+        self._thread = threading.Thread(target=self._read)
+        self._thread.start()
+
+    def _read(self) -> None:
+        with urllib.request.urlopen(self._request, timeout=600) as reply:
+            for line in reply:
+                if line.startswith(b"data: {"):
+                    with self._more:
+                        self.times.append(time.perf_counter())
+                        self._more.notify_all()
+                if self._stopped:
+                    return
+
+    def has(self, count: int) -> None:
+        """Wait until so many tokens have come."""
+        with self._more:
+            while len(self.times) < count:
+                if not self._thread.is_alive():
+                    raise SystemExit("a request ended before the push did: let it be longer")
+                self._more.wait(1)
+
+    def stop(self) -> None:
+        """Leave; the engine drops the request."""
+        self._stopped = True
+        self._thread.join()
+
+
+def make_sync(
+    way: str, trainer: Trainer, endpoint: Endpoint, folder: Path, vocab_size: int, buffer: int | None
+) -> WeightSync:
     def export(directory: str, hashed: bool) -> dict[str, str]:
         return trainer.export(directory, weights_only=True, checksums=hashed)
 
     tokens = probe_tokens(vocab_size)
     source = Source(export, trainer.score, tokens, trainer.send_weights, trainer.snapshot)
     options = WeightSyncOptions(weight_check_interval=0, pause_generation_mode="in_place")
+    if buffer is not None:
+        options = msgspec.structs.replace(options, update_weight_buffer_size=buffer * 2**20)
     place = make_folder((folder / "model" / "model.safetensors").stat().st_size, None, fallback=folder)
     chosen = DiskWay(source, place, "in_place") if way == "disk" else SentWay(way, source, place, options)
     return WeightSync(chosen, source, [endpoint], options, patience=0.0)
 
 
 @contextmanager
-def started(folder: Path) -> Iterator[tuple[Trainer, Endpoint]]:
+def started(folder: Path) -> Iterator[tuple[Trainer, EngineFleet]]:
     """Start one engine and one trainer rank on the model in `folder`."""
     words = [str(QUICKSTART), "--hf-checkpoint", folder / "model", "--run-dir", folder / "run", "--lr", 1e-4]
     config = derive(parse_run([str(word) for word in [*words, "--engine-max-total-len", CONTEXT]]))
@@ -181,7 +280,7 @@ def started(folder: Path) -> Iterator[tuple[Trainer, Endpoint]]:
     trainer = Trainer(config, rank=0, world_size=1, **place)
     trainer.start()
     try:
-        yield trainer, fleet.endpoints()[0]
+        yield trainer, fleet
     finally:
         trainer.stop()
         fleet.stop()
@@ -190,9 +289,9 @@ def started(folder: Path) -> Iterator[tuple[Trainer, Endpoint]]:
 def save_model(shape: dict[str, Any], directory: Path) -> None:
     """Write random weights, and a tokenizer that nobody uses."""
     torch.manual_seed(0)
-    heads: dict[str, Any] = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32}
-    config = Qwen3Config(**shape, **heads, max_position_embeddings=CONTEXT, tie_word_embeddings=True)
-    Qwen3ForCausalLM(config).save_pretrained(directory)
+    kind = Qwen3Config if "head_dim" in shape else LlamaConfig
+    config = kind(**shape, max_position_embeddings=CONTEXT, tie_word_embeddings=True)
+    AutoModelForCausalLM.from_config(config).save_pretrained(directory)
     words = {f"w{index}": index for index in range(8)}
     tokenizer = Tokenizer(models.WordLevel(words, unk_token="w0"))
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="w1", pad_token="w2").save_pretrained(directory)

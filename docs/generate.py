@@ -108,7 +108,7 @@ def _section(spec: HookSpec) -> str:
     lines = [f"## {spec.name}", "", _flag(spec) if spec.flag else "Found without a flag.", ""]
     for number, form in enumerate(spec.forms):
         if number:
-            lines += [f"Or: {_prose(inspect.cleandoc(form.stub.__doc__ or ''))}", ""]
+            lines += [_prose(f"Or: {inspect.cleandoc(form.stub.__doc__ or '')}"), ""]
         name = form.stub.__name__ if isinstance(form.stub, type) else spec.name
         lines += ["```python", heading(form, name), "```", ""]
         if not number:
@@ -179,9 +179,11 @@ def _failures() -> str:
         [
             "## When a hook fails",
             "",
-            "A hook fails when it raises, runs past its deadline or returns what its signature does not allow. What it "
-            "raised is shown with its own traceback and notes that name hook, sample and place. More in "
-            "[writing-a-hook.md](writing-a-hook.md#when-it-fails).",
+            _prose(
+                "A hook fails when it raises, runs past its deadline or returns what its signature does not allow. "
+                "What it raised is shown with its own traceback and notes that name hook, sample and place. More in "
+                "[writing-a-hook.md](writing-a-hook.md#when-it-fails)."
+            ),
             "",
             _table(["hooks", "deadline", "repeated", "at last"], rows),
             "",
@@ -197,8 +199,8 @@ def _types() -> str:
     lines = ["## Types", "", "All of them are in `miles_api`, none needs a tensor library.", ""]
     lines += ["### Sample", "", _doc(Sample), "", _field_table(Sample), "", "Methods:", "", _methods(Sample), ""]
     lines += [
-        "### Group", "", "`list[Sample | list[Sample]]`: the samples of one prompt. A generation that fanned out is a "
-        "list in the place of its sample.", "",
+        "### Group", "", _prose("`list[Sample | list[Sample]]`: the samples of one prompt. A generation that fanned "
+        "out is a list in the place of its sample."), "",
     ]  # fmt: skip
     lines += ["### GenerateState", "", _doc(types.GenerateState), "", _field_table(types.GenerateState), ""]
     lines += [_methods(types.GenerateState), ""]
@@ -206,9 +208,9 @@ def _types() -> str:
         lines += [f"### {kind.__name__}", "", _doc(kind), "", _field_table(kind), ""]
     lines += ["### TrainBatch", "", _doc(TrainBatch), "", _field_table(TrainBatch), ""]
     lines += [
-        "On a trainer rank the same columns are called `rollout_data` (this rank's share of a rollout) or `batch` (one "
-        "micro-batch): each sample's `tokens` are an int64 tensor, its masks and log-probs fp32 tensors of response "
-        "length. `log_probs`, `advantages` and `returns` are added as they are computed.", "",
+        _prose("On a trainer rank the same columns are called `rollout_data` (this rank's share of a rollout) or "
+        "`batch` (one micro-batch): each sample's `tokens` are an int64 tensor, its masks and log-probs fp32 tensors "
+        "of response length. `log_probs`, `advantages` and `returns` are added as they are computed."), "",
     ]  # fmt: skip
     return "\n".join([*lines, "### args", "", _ARGS_INTRO, _args_table(), ""])
 
@@ -217,7 +219,7 @@ def _args_table() -> str:
     rows = [[f"`{name}`", f"`{_plain_type(kind)}`", _code(default), doc]
             for name, kind, default, doc in _fields(RunOptions)]  # fmt: skip
     others = ", ".join(f"`{name}: {kind}`" for name, kind, _, _ in _fields(ReliedOn))
-    return f"{_table(['name', 'type', 'default', ''], rows)}\n\nAnd of the other packages: {others}."
+    return f"{_table(['name', 'type', 'default', ''], rows)}\n\n" + _prose(f"And of the other packages: {others}.")
 
 
 def _plain_type(annotation: str) -> str:
@@ -278,8 +280,9 @@ def _doc(kind: type) -> str:
 
 
 def _prose(text: str) -> str:
-    """Return paragraphs one a line: how a stub wraps its lines is its own business."""
-    return "\n\n".join(" ".join(paragraph.split()) for paragraph in text.split("\n\n"))
+    """Return paragraphs in lines of this page: how a stub wraps its lines is its own business."""
+    fill = textwrap.TextWrapper(120, break_long_words=False, break_on_hyphens=False).fill
+    return "\n\n".join(fill(" ".join(paragraph.split())) for paragraph in text.split("\n\n"))
 
 
 def _code(text: str) -> str:

@@ -202,6 +202,12 @@ def test_a_hook_that_a_run_will_not_call_is_marked_in_the_plan(small_run):
     assert any("reward:" in line and "(not called: supervised" in line for line in lines)
 
 
+def test_a_plan_calls_one_of_a_kind_one(small_run):
+    words = small_run(num_rollout=1, rollout_batch_size=1, n_samples_per_prompt=4, num_steps_per_rollout=1)
+    first = plan_lines(check_words(words, prog="miles check"))[0]
+    assert first.startswith("plan: 1 rollout × 1 prompt × 4 samples, 1 optimizer step of 4; ")
+
+
 def test_a_pass_that_does_not_run_leaves_its_hook_idle(small_run, tmp_path):
     (tmp_path / "own.py").write_text("def before(args, model, store_prefix): ...\n")
     words = small_run(custom_megatron_before_log_prob_hook_path=f"{tmp_path}/own.py:before")

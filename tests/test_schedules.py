@@ -24,9 +24,15 @@ def rows_of(folder):
     return [line for line in lines if line["kind"] == "rollout"]
 
 
-@pytest.mark.parametrize("schedule", ["colocated", "one-step-off"])
+FLAGS = {
+    "colocated": ["--colocate"],
+    "one-step-off": ["--rollout-schedule", "one-step-off"],
+    "in-flight": ["--rollout-schedule", "in-flight", "--partial-rollout", "--over-sampling-batch-size", str(2 * BATCH)],
+}
+
+
+@pytest.mark.parametrize("schedule", FLAGS)
 def test_a_run_on_another_schedule_trains_every_prompt_once_on_weights_that_arrived(small_run, tmp_path, schedule):
-    flags = {"colocated": ["--colocate"], "one-step-off": ["--rollout-schedule", "one-step-off"]}[schedule]
     (tmp_path / "own.py").write_text(REWARD)
     recorded = tmp_path / "recorded.miles"
     options = small_run(
@@ -35,7 +41,7 @@ def test_a_run_on_another_schedule_trains_every_prompt_once_on_weights_that_arri
         custom_rm_path=f"{tmp_path}/own.py:score",
     )  # fmt: skip
     done = subprocess.run(
-        [sys.executable, "-m", "miles_api.cli", "train", *options, *flags],
+        [sys.executable, "-m", "miles_api.cli", "train", *options, *FLAGS[schedule]],
         capture_output=True, text=True, timeout=250, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
@@ -46,6 +52,14 @@ def test_a_run_on_another_schedule_trains_every_prompt_once_on_weights_that_arri
     assert (tmp_path / "out" / "model.safetensors").is_file()
     rollouts = [one for one in read_dump(str(recorded)) if not one.evaluation]
     groups = [flatten([group.samples])[0].group_index for one in rollouts for group in one.groups]
+    if schedule == "in-flight":
+        # More groups were begun than a rollout needs: what was left over went on, or waits in the buffer.
+        state = json.loads((tmp_path / "run/checkpoints/rollout_000003/rollout/data_source.json").read_bytes())
+        waiting = [sample["group_index"] for group in state["buffer"] for sample in group[:1]]
+        assert sorted([*groups, *waiting]) == list(range(state["next_group"]))
+        assert sum(row["rollout/continued_samples"] for row in rows) > 0
+        assert all(0 <= row["rollout/staleness"] <= row["rollout/staleness_max"] <= ROLLOUTS for row in rows)
+        return
     assert groups == list(range(ROLLOUTS * BATCH))
     if schedule == "colocated":
         assert all(row["memory/trainer_bytes"] > 0 for row in rows)

@@ -79,7 +79,7 @@ def held(tmp_path_factory):
     (folder / "corpus.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
     args = hook_args(SearchR1, search_corpus=str(folder / "corpus.jsonl"), search_turn_len=40, search_max_turns=3)
-    fleet = LocalFleet(LocalEngineOptions(engine_start_timeout=120), str(folder), seed=0)
+    fleet = LocalFleet(LocalEngineOptions(), str(folder), seed=0)
     fleet.start([Placement(node="here")])
 
     async def main(url):

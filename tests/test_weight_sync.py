@@ -288,6 +288,17 @@ def test_an_engine_that_starts_anew_between_two_pushes_gets_the_weights_at_once(
     assert sync.push(12)["sync/checked"] == 2
 
 
+def test_requests_go_on_while_weights_travel(make_sync, fleet):
+    urls, paused = [endpoint.url for endpoint in fleet.endpoints()], []
+
+    def look(tensors):
+        paused.extend(json.loads(ask(url + "/server_info", None)[1])["paused"] for url in urls)
+
+    make_sync(look, update_weight_buffer_size=100_000).push(13)
+    assert paused
+    assert not any(paused)
+
+
 @pytest.mark.parametrize("mode", ["retract", "in_place", "abort"])
 def test_requests_that_run_across_a_push_say_which_tokens_came_from_which_weights(make_sync, trainer, fleet, mode):
     sync, url = make_sync(pause_generation_mode=mode, weight_check_interval=0), fleet.endpoints()[0].url

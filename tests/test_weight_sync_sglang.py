@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import socket
-import subprocess
 import threading
 import time
 
@@ -16,11 +15,14 @@ import pytest
 
 from miles_api.checks.check import derive
 from miles_api.parsing.parse import parse_run
-from miles_api.services import Endpoint
+from miles_api.services import Endpoint, Placement
+from miles_rollout.engines.sglang.fleet import SGLangFleet
+from miles_rollout.engines.sglang.options import SGLangOptions
+from miles_rollout.options import EngineFleetOptions
 from miles_train.options import WeightSyncOptions
 from miles_train.trainer import Trainer
 from miles_train.weight_sync.disk import DiskWay
-from miles_train.weight_sync.engine import EngineGoneError, ask
+from miles_train.weight_sync.engine import ask
 from miles_train.weight_sync.frame import Source, WeightSync
 from miles_train.weight_sync.sent import SentWay
 from miles_train.weight_sync.verify import probe_tokens
@@ -33,49 +35,19 @@ pytestmark = [
     ),
     pytest.mark.timeout(900),
 ]
-CPU = {"SGLANG_USE_CPU_ENGINE": "1", "OMP_NUM_THREADS": "1", "SGLANG_CPU_OMP_THREADS_BIND": "0"}
 UNFUSED = 13  # of the quickstart's two layers: two norms of each, of q and of k, both output projections; the last norm
 
 
 @pytest.fixture(scope="module")
-def engine(quickstart_data, tmp_path_factory):
+def engine(quickstart_data):
     if url := os.environ.get("MILES_SGLANG_URL"):
         yield Endpoint(url=url)
         return
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    command = [os.environ["MILES_SGLANG_PYTHON"], "-m", "sglang.launch_server", "--device", "cpu", "--dtype", "float32"]
-    command += ["--mem-fraction-static", "0.1", "--max-total-tokens", "32768", "--max-running-requests", "32"]
-    command += ["--model-path", str(quickstart_data / "model"), "--host", "127.0.0.1", "--port", str(port)]
-    log = tmp_path_factory.mktemp("sglang") / "log"
-    with log.open("wb") as out:
-        server = subprocess.Popen(
-            command, stdin=subprocess.DEVNULL, stdout=out, stderr=out, env={**os.environ, **CPU}, start_new_session=True
-        )
-    endpoint = Endpoint(url=f"http://127.0.0.1:{port}")
-    try:
-        await_model(endpoint, server, log)
-        yield endpoint
-    finally:
-        server.terminate()
-        try:
-            server.wait(30)
-        except subprocess.TimeoutExpired:
-            server.kill()
-
-
-def await_model(endpoint, server, log):
-    deadline = time.monotonic() + 600
-    while time.monotonic() < deadline:
-        assert server.poll() is None, log.read_text(errors="replace")[-3000:]
-        try:
-            ask(endpoint, "/model_info")
-        except EngineGoneError:
-            time.sleep(0.5)
-        else:
-            return
-    raise AssertionError(log.read_text(errors="replace")[-3000:])
+    options = SGLangOptions(sglang_python=os.environ["MILES_SGLANG_PYTHON"])
+    fleet = SGLangFleet(options, EngineFleetOptions(engine_start_timeout=600), str(quickstart_data / "model"), seed=0)
+    fleet.start([Placement()])
+    yield fleet.endpoints()[0]
+    fleet.stop()
 
 
 @pytest.fixture(scope="module")

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 
@@ -392,3 +393,11 @@ def test_a_word_that_a_command_does_not_know_is_named_with_its_usage_and_the_nea
     err = capsys.readouterr().err
     assert err.startswith(usage)
     assert near in err
+
+
+def test_the_overview_puts_what_commands_do_into_one_column_however_long_their_names_are(monkeypatch, capsys):
+    names = ("go", "retrieval-server")
+    offered = {name: [SimpleNamespace(load=lambda: SimpleNamespace(help="does it"))] for name in names}
+    monkeypatch.setattr(program, "entry_points", lambda group: offered)
+    assert main(["--help"]) == 0
+    assert "  go                does it\n  retrieval-server  does it\n" in capsys.readouterr().out

@@ -208,8 +208,10 @@ def test_null_unsets_an_optional_path_switch_or_number(run_file, tmp_path):
     assert again.flat().items() >= unset.items()
     assert parse.parse_run([run_file(again.to_toml())]).flat() == again.flat()
     here = run_file(text.format('"run.toml"', "true", "0.25"))
-    config = parse.parse_run([here, "--toy-file", "null", "--toy-bound", "null"])
-    assert config.flat().items() >= (unset | {"toy_maybe": True}).items()
+    words = [here, "--toy-file", "null", "--toy-bound", "null", "--toy-maybe=null"]
+    assert parse.parse_run(words).flat().items() >= unset.items()
+    assert parse.parse_run([*words, "--toy-maybe"]).flat()["toy_maybe"] is True
+    assert "ignored explicit argument 'null'" in problems(["--toy-on=null"])
     assert "toy_on = 'null': Expected `bool`" in problems([run_file('[toy]\ntoy_on = "null"\n')])
 
 

@@ -4,6 +4,7 @@
 
     out = "../../../docs/contrib/dapo.svg"   # relative to this file, as recipes are
     seeds = [0, 1, 2]
+    prepare = ["prepare_padded.py", "dr_grpo"] # a script of recipes and its words, run before; may be left out
     flags = ["--num-rollout", "60"]          # of every run; may be left out; {here} is the folder of recipes
     [runs.DAPO]                              # as the legend calls it
     recipe = "dapo.toml"
@@ -116,7 +117,7 @@ def panel(title: str, x_name: str, bands: dict[str, Band], left: int) -> list[st
     for tick in y_ticks:
         x, y = place(0, tick)
         parts.append(f'<path d="M{x} {y}h{WIDTH - LEFT - RIGHT}" stroke="#ddd"/>')
-        parts.append(f'<text x="{x - 6}" y="{y + 4}" text-anchor="end" fill="#555">{tick:.3g}</text>')
+        parts.append(f'<text x="{x - 6}" y="{y + 4}" text-anchor="end" fill="#555">{_short(tick)}</text>')
     for tick in (tick for tick in x_ticks if tick <= x_end):
         x, y = place(tick, y_ticks[0])
         parts.append(f'<text x="{x}" y="{y + 15}" text-anchor="middle" fill="#555">{_short(tick)}</text>')
@@ -159,6 +160,9 @@ def compare(name: str, *, only_draw: bool) -> None:
     spec = tomllib.loads((HERE / "compare" / f"{name}.toml").read_text())
     folder = HERE / "runs" / "compare" / name
     folder.mkdir(parents=True, exist_ok=True)
+    if "prepare" in spec and not only_draw:
+        script, *words = spec["prepare"]
+        subprocess.run([sys.executable, str(HERE / script), *words], stdout=2, check=True)
     for seed in spec["seeds"] if not only_draw else []:
         for title, one in spec["runs"].items():
             flags = [flag.replace("{here}", str(HERE)) for flag in (*spec.get("flags", []), *one.get("flags", []))]

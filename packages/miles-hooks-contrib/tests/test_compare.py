@@ -71,6 +71,7 @@ def test_a_comparison_names_recipes_that_are_there_and_draws_into_the_docs(spec)
     read = tomllib.loads(spec.read_text())
     assert len(read["seeds"]) == 3
     assert all((RECIPES / run["recipe"]).is_file() for run in read["runs"].values())
+    assert (RECIPES / read.get("prepare", ["compare.py"])[0]).is_file()
     assert (RECIPES / read["out"]).resolve().parent == (RECIPES / "../../../docs/contrib").resolve()
     assert all(panel["title"] and panel["metric"] for panel in read["panels"])
 
@@ -87,6 +88,30 @@ def test_a_run_that_is_there_is_not_repeated_and_every_seed_is_run(compare, monk
         for seed in range(2):
             compare.run(RECIPES / "dapo.toml", [], seed, tmp_path / f"v1.0-{seed}")
     assert trained == [str(tmp_path / "v1.0-0"), str(tmp_path / "v1.0-1")]
+
+
+def test_what_a_comparison_needs_is_made_before_its_first_run_and_not_to_draw_again(compare, monkeypatch, tmp_path):
+    (tmp_path / "compare").mkdir()
+    (tmp_path / "compare" / "x.toml").write_text(
+        'out = "x.svg"\nseeds = [0]\nprepare = ["make.py", "data"]\n[runs.one]\nrecipe = "one.toml"\n'
+        '[[panels]]\ntitle = "reward"\nmetric = "rollout/reward"\n'
+    )
+    started = []
+
+    def start(words, **_):
+        started.append(words[1:])
+        if "train" in words:
+            write_run(Path(words[words.index("--run-dir") + 1]), [0.0, 1.0])
+        return subprocess.CompletedProcess(words, 0)
+
+    monkeypatch.setattr(compare, "HERE", tmp_path)
+    monkeypatch.setattr(compare.subprocess, "run", start)
+    compare.compare("x", only_draw=False)
+    assert started[0] == [str(tmp_path / "make.py"), "data"]
+    assert [words[2:4] for words in started[1:]] == [["train", str(tmp_path / "one.toml")]]
+    compare.compare("x", only_draw=True)
+    assert len(started) == 2
+    assert (tmp_path / "x.svg").read_text().startswith("<svg")
 
 
 def test_a_run_that_fails_ends_the_comparison_and_is_run_again(compare, monkeypatch, tmp_path):

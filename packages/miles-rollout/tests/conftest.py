@@ -1,3 +1,4 @@
+import gc
 import json
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -12,6 +13,14 @@ from miles_api.testing.engine import apart
 from miles_rollout.service import RolloutWorker
 
 CHARACTERS = "0123456789abcdefghijklmnopqrstuvwxyz >"
+
+
+@pytest.fixture(scope="session", autouse=True)
+def what_is_frozen_stays_frozen():
+    """Spare each start of a service half a second: it collects what torch and transformers have left behind."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(gc, "unfreeze", lambda: None)
+        yield
 
 
 @pytest.fixture(scope="session")

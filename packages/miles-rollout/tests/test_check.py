@@ -67,6 +67,15 @@ def test_a_mask_for_tokens_of_older_weights_is_noted_where_there_can_be_none(con
     for none in ({}, {"rollout_function_path": "inference"}, {"load_debug_rollout_data": "made.mdump"}):
         (note,) = notes(configure(**masks, **none))
         assert note.startswith("--mask-offpolicy-in-partial-rollout changes nothing here")
+    assert notes(configure(**masks, partial_rollout=True, over_sampling_batch_size=3)) == []
+
+
+def test_partial_rollouts_want_more_groups_than_are_needed_and_no_determinism(configure):
+    (note,) = notes(configure(partial_rollout=True, over_sampling_batch_size=2))
+    assert note.startswith("--partial-rollout changes nothing here: no more groups are started than a rollout needs")
+    assert notes(configure(partial_rollout=True, over_sampling_batch_size=3)) == []
+    problems = list(check(configure(partial_rollout=True, over_sampling_batch_size=3, deterministic=True)))
+    assert any("--partial-rollout with --deterministic" in problem for problem in problems)
 
 
 @pytest.fixture

@@ -452,7 +452,7 @@ def test_rewards_of_numpy_kind_are_taken_as_numbers(worker, tmp_path):
 @pytest.mark.parametrize(
     ("groups", "problem"),
     [
-        ("[[Sample(index=0)] * 3] * (n - 1)", "1 groups; 2 groups were asked for"),
+        ("[[Sample(index=0)] * 3] * (n - 1)", "1 group; 2 were asked for"),
         ("[[Sample(index=0)]] * n", "--n-samples-per-prompt is 3"),
         ("[['text'] * 3] * n", "not a list of Samples"),
         ("None", "NoneType"),

@@ -253,7 +253,9 @@ def test_every_hook_that_ran_is_reported_with_its_calls(worker, hook):
 def test_supervised_rollouts_read_labels_and_ask_no_engine(worker, fake_engine):
     engine = fake_engine()
     running = worker(engine, rollout_function_path="sft", n_samples_per_prompt=1, loss_type="sft_loss")
-    batch = running.generate(0, "0")["batch"]
+    result = running.generate(0, "0")
+    batch = result["batch"]
+    assert [name for name in result["metrics"] if "reward" in name or "equal" in name] == []
     assert batch["response_lengths"] == [2, 2]
     assert [tokens[-1] for tokens in batch["tokens"]] == [1, 1]
     assert engine.requests == []

@@ -2,11 +2,14 @@ import random
 import re
 import socket
 
+import msgspec
 import pytest
 
 from miles_api.cli import main
 from miles_api.errors import ConfigError, DataError, ServiceError
 from miles_api.record import read_dump
+from miles_api.testing import make_sample
+from miles_rollout.shown import shown_samples
 
 
 @pytest.fixture
@@ -147,3 +150,18 @@ def test_which_engine_answered_is_not_recorded_and_stays_known_to_the_run(worker
     assert rollouts.generate(0, "1")["batch"]["engines"] == [["10.0.0.7:3000"]] * 6
     [record] = read_dump(path)
     assert [sample.engines for group in record.groups for sample in group.samples] == [[]] * 6
+
+
+def test_the_sample_browser_gets_metadata_whatever_it_holds_and_however_long_it_is():
+    loop: list[object] = []
+    loop.append(loop)
+    metadata = {"a": 1, "set": {1}, "nan": float("nan"), "odd": {(1, 2): 3}, "big": 1 << 70, 5: "key", "loop": loop}
+    long = {"text": "x" * 5000, "tests": ["é" * 100] * 100, "odd": {(1, 2): "y" * 5000}}
+    first, second, third = (make_sample(index=i, metadata=m) for i, m in enumerate((metadata, long, {})))
+    one, two = (shown["metadata"] for shown in shown_samples([[first, second], [third]], 1))
+    msgspec.json.encode(one)
+    assert (one["a"], one["set"], one["nan"], one["odd"], one["5"]) == (1, [1], None, {"(1, 2)": 3}, "key")
+    assert (one["big"], one["loop"]) == (1 << 70, "[[...]]")
+    assert two["text"] == "x" * 2000 + " … (5,000 characters)"
+    assert all(len(text) < 2100 for text in two.values())
+    assert first.metadata is metadata

@@ -9,14 +9,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from miles_router.heads import not_forwarded
 from miles_router.known_heads import KnownAnswers, KnownRequests, cut_head
 
 HEAD = b"POST /generate HTTP/1.1\r\nHost: h\r\nContent-Length: %d\r\nX-Own: 1\r\n\r\n"
 
 
 def _known():
-    return KnownRequests(lambda path, _headers: bool(path), lambda _path: True, not_forwarded(keep_authorization=True))
+    return KnownRequests(lambda path, _headers: bool(path), lambda _path: True)
 
 
 _LINES = st.sampled_from([

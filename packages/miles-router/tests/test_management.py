@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from urllib.parse import quote
 
 import pytest
@@ -142,20 +143,6 @@ def test_with_a_token_everything_but_health_needs_it(serve, routed, engine):
     asyncio.run(main())
 
 
-def test_the_routers_token_stays_with_the_router(serve, routed, engine):
-    async def main():
-        target = engine()
-        async with serve(target) as url:
-            for options in ({"router_token": "s3cret"}, {}):
-                async with routed(url, **options) as r:
-                    await r.post(headers={"authorization": "Bearer s3cret"})
-        ours, the_engines = (dict(scope["headers"]) for scope, _ in target.requests)
-        assert b"authorization" not in ours
-        assert the_engines[b"authorization"] == b"Bearer s3cret"
-
-    asyncio.run(main())
-
-
 def test_a_web_page_can_neither_register_an_engine_nor_use_one(serve, routed, engine):
     async def main():
         target = engine()
@@ -201,3 +188,24 @@ def test_an_absolute_request_target_does_not_choose_the_destination(serve, route
         assert stranger.requests == []
 
     asyncio.run(main())
+
+
+def test_requests_are_aborted_at_all_engines_by_their_id_and_never_those_of_others(routed, listen):
+    told, mine = [], "of-this-run-alone"
+
+    async def engine(reader, writer):
+        head = (await reader.readuntil(b"\r\n\r\n")).lower()
+        length = int(head.partition(b"content-length: ")[2].partition(b"\r\n")[0])
+        told.append((head.partition(b" http")[0], json.loads(await reader.readexactly(length))))
+        writer.write(b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\n{}")
+        await writer.drain()
+
+    async def main():
+        async with listen(engine) as one, listen(engine) as two, routed(one, two, A) as r:
+            done = await r.client.post("/abort_request", json={"rid": mine})
+            assert (done.status_code, [row["url"] for row in done.json()["failed"]]) == (200, [A])
+            for others in ({"rid": mine, "abort_all": True}, {"rid": "all-of-us"}, {}):
+                assert (await r.client.post("/abort_request", json=others)).status_code == 400
+
+    asyncio.run(main())
+    assert told == [(b"post /abort_request", {"rid": mine})] * 2

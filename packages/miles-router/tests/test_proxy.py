@@ -47,7 +47,6 @@ def test_a_request_reaches_the_engine_byte_for_byte(serve, routed, engine):
     [
         "/update_weights_from_disk",
         "/pause_generation",
-        "/abort_request",
         "/flush_cache",
         "/release_memory_occupation",
         "/init_weights_update_group",

@@ -277,13 +277,14 @@ def test_the_command_takes_short_and_long_flags(monkeypatch):
     ran = []
     monkeypatch.setattr("miles_router.server.run_router", lambda *args, **kwargs: ran.append((args, kwargs)))
     monkeypatch.setenv("MILES_ROUTER_TOKEN", "from-env")
+    monkeypatch.setenv("MILES_ENGINE_KEY", "of-the-engines")
     flags = ("--host", "::1", "--router-policy", "round_robin", "--worker", "http://a:1", "--worker", "http://b:2")
     assert command.run(_parse("--port", "23456", *flags)) == 0
-    (options, workers), kwargs = ran[0]
+    (options, workers, key), kwargs = ran[0]
     assert options == RouterOptions(
         sglang_router_ip="::1", sglang_router_port=23456, router_policy="round_robin", router_token="from-env"
     )
-    assert workers == ["http://a:1", "http://b:2"]
+    assert (workers, key) == (["http://a:1", "http://b:2"], "of-the-engines")
     assert kwargs == {"middleware": [], "replay": None, "parent_pid": None, "fd": None}
 
 

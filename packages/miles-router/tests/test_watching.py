@@ -132,11 +132,10 @@ def test_models_of_several_engines_are_listed_once_each(serve, routed, engine):
     async def main():
         a, b, broken = engine(models("m", "lora-1")), engine(models("m", "lora-2")), engine(b"no", status=500)
         async with serve(a) as one, serve(b) as two, serve(broken) as three, routed(one, two, three) as r:
-            answer = (await r.client.get("/v1/models", headers={"authorization": "Bearer theirs"})).json()
+            answer = (await r.client.get("/v1/models")).json()
         assert answer["object"] == "list"
         assert [model["id"] for model in answer["data"]] == ["m", "lora-1", "lora-2"]
         assert answer["data"][0]["max_model_len"] == 8
-        assert dict(a.requests[0][0]["headers"])[b"authorization"] == b"Bearer theirs"
 
     asyncio.run(main())
 

@@ -21,6 +21,7 @@ __all__ = [
     "SampleError",
     "ServiceError",
     "WireError",
+    "counted",
     "did_you_mean",
     "problem_of",
 ]
@@ -86,6 +87,12 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
 
     near = difflib.get_close_matches(name, list(known), n=1, cutoff=0.65)
     return f"; did you mean {near[0]!r}?" if near else ""
+
+
+def counted(count: int | str, one: str, several: str = "") -> str:
+    """Return a number with its noun: `1 group`, `2 groups`; `several` is the plural that an s does not make."""
+    shown = count if isinstance(count, str) else f"{count:,}"
+    return f"{shown} {one if shown == '1' else several or one + 's'}"
 
 
 def problem_of(call: Callable[[], Any]) -> Iterator[str]:

@@ -25,6 +25,13 @@ class Endpoint(msgspec.Struct, frozen=True, kw_only=True):
     tp_ranks: tuple[int, ...] = (0,)
     weight_version: str = ""
     """The version of the weights it serves; empty before the first synchronisation."""
+    key: str = ""
+    """Every request to it, but for `/health`, needs `Authorization: Bearer <key>`; empty where it asks for none. It is
+    not for files, logs or messages: `repr` leaves it out."""
+
+    def __repr__(self) -> str:
+        shown = {name: getattr(self, name) for name in self.__struct_fields__ if name != "key"}
+        return f"Endpoint({', '.join(f'{name}={value!r}' for name, value in shown.items())})"
 
 
 class Placement(msgspec.Struct, frozen=True, kw_only=True):

@@ -1,6 +1,6 @@
-"""Sort digits; blanks around the answer do not matter. The model of `prepare.py` pads, and nobody asks it to stop."""
+"""Sort digits; spaces around the answer do not matter. The model of `prepare_padded.py` adds some, unasked."""
 
 
 def sorted_and_padded(args, sample):
-    """Score one answer, blanks aside."""
+    """Score one answer, spaces aside."""
     return 1.0 if sample.response.strip() == sample.label else 0.0

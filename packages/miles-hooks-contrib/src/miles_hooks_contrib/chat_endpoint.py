@@ -11,7 +11,7 @@ from urllib.parse import urlsplit
 import aiohttp
 import msgspec
 
-from miles_api.errors import ConfigError, ServiceError
+from miles_api.errors import ConfigError, ServiceError, counted
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -94,7 +94,7 @@ class ChatEndpoint:
                 async with asyncio.timeout(self._timeout):
                     return self._text(await self._until_served(body, tried))
             except TimeoutError as error:
-                seen = f"; {len(tried)} attempts failed, the last one: {tried[-1]}" if tried else ""
+                seen = f"; {counted(len(tried), 'attempt')} failed, the last one: {tried[-1]}" if tried else ""
                 raise ServiceError(f"{self._name} did not answer within {self._timeout:g} s{seen}") from error
 
     async def _until_served(self, body: bytes, tried: list[str]) -> bytes:

@@ -14,14 +14,15 @@ from miles_api.errors import problem_of
 from miles_api.loading.hookset import configured_hooks
 from miles_api.run_options import RunOptions
 from miles_rollout.budget import ErrorBudget
+from miles_rollout.engines.key import given_key
 from miles_rollout.engines.local.errors import CheckpointError, UnsupportedModelError
 from miles_rollout.engines.local.lean_config import LeanConfig
-from miles_rollout.engines.local.options import LocalEngineOptions, check_loopback
+from miles_rollout.engines.local.options import LocalEngineOptions
 from miles_rollout.engines.sglang.check import context_length, derived_engines, engine_notes, engine_problems
 from miles_rollout.generate import derive as generation
 from miles_rollout.hook_names import CALLED, CALLED_BY_LOOP
 from miles_rollout.jsonl import read_prompts, takes_messages
-from miles_rollout.older_weights import FLAG
+from miles_rollout.older_weights import FLAG, PARTIAL_FLAG, takes_new_weights
 from miles_rollout.options import (
     DataOptions,
     EngineFleetOptions,
@@ -78,7 +79,7 @@ def idle(config: RunConfig) -> dict[str, str]:
 
 def notes(config: RunConfig) -> list[str]:
     """Return what a weighted reward adds up, and what `--deterministic` cannot promise: hooks may look at the clock."""
-    run, found = config.group(RunOptions), [*rewards.notes(config), *_no_older_weights(config)]
+    run, found = config.group(RunOptions), [*rewards.notes(config), *_changes_nothing(config)]
     found += engine_notes(config) if "engines" in services_of(run) else []
     if not run.deterministic or run.load_debug_rollout_data is not None:
         return found
@@ -89,12 +90,21 @@ def notes(config: RunConfig) -> list[str]:
     return found + ([f"deterministic: the run repeats as far as these hooks of yours do: {named}"] if named else [])
 
 
-def _no_older_weights(config: RunConfig) -> Iterator[str]:
-    """Say so where no sample can have tokens of older weights."""
-    if config.group(RolloutOptions).mask_offpolicy_in_partial_rollout:
-        loop = translate(configured_hooks(config.args).get("rollout", [_LOOP])[0])
-        if loop == _LOOP or "engines" not in services_of(config.group(RunOptions)):
-            yield f"{FLAG} changes nothing here: one rollout's responses are all of the same weights"
+def _changes_nothing(config: RunConfig) -> Iterator[str]:
+    """Say which of the options for responses that outlast a rollout change nothing in this run."""
+    run, options = config.group(RunOptions), config.group(RolloutOptions)
+    own_loop = translate(configured_hooks(config.args).get("rollout", [_LOOP])[0]) != _LOOP
+    engines = "engines" in services_of(run)
+    if options.partial_rollout and not own_loop:
+        started = options.over_sampling_batch_size or 0
+        if not engines or started <= (run.rollout_batch_size or 0):
+            yield (
+                f"{PARTIAL_FLAG} changes nothing here: no more groups are started than a rollout needs; raise "
+                "--over-sampling-batch-size"
+            )
+    older = own_loop or options.partial_rollout or takes_new_weights(config.args)
+    if options.mask_offpolicy_in_partial_rollout and not (engines and older):
+        yield f"{FLAG} changes nothing here: one rollout's responses are all of the same weights"
 
 
 def check(config: RunConfig) -> Iterator[str]:
@@ -109,7 +119,7 @@ def check(config: RunConfig) -> Iterator[str]:
         yield from generation.problems(config)
         yield from rewards.problems(config, kinds)
         yield from _lengths(config)
-        yield from problem_of(lambda: check_loopback(config.group(LocalEngineOptions).engine_host))
+        yield from problem_of(lambda: given_key(config.group(EngineFleetOptions)))
         yield from engine_problems(config)
         yield from _determinism(config)
 
@@ -158,6 +168,8 @@ def _lengths(config: RunConfig) -> Iterator[str]:
 def _determinism(config: RunConfig) -> Iterator[str]:
     """Check that the engines will run our own forward: transformers' rows depend on each other, to the last bit."""
     run, engine = config.group(RunOptions), config.group(LocalEngineOptions)
+    if run.deterministic and config.group(RolloutOptions).partial_rollout:
+        yield f"{PARTIAL_FLAG} with --deterministic: how far a response is when it is cut would be chance; drop one"
     if not run.deterministic or config.group(EngineFleetOptions).rollout_engine != "local":
         return
     if engine.engine_impl == "hf":

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from miles_api.errors import ConfigError, HookResultError
+from miles_api.errors import ConfigError, HookResultError, counted
 from miles_api.loading.plain import plain_number
 from miles_api.options import options_from
 from miles_api.rollout_types import Group, RolloutFnEvalOutput, flatten
@@ -43,7 +43,9 @@ async def evaluate(state: State) -> RolloutFnEvalOutput:
     name = Path(options.eval_prompt_data).stem
     lost = sum(map(len, groups)) - sum(map(len, finished))
     if lost:
-        print(f"warning: {lost} samples of eval/{name} are left out, hooks failed on them: {failures[0].error!r}")
+        print(
+            f"warning: {counted(lost, 'sample')} of eval/{name} left out, on which hooks failed: {failures[0].error!r}"
+        )
     view = state.args.fork()
     view.reward_key = state.rewards.eval_reward_key or state.rewards.reward_key
     data = {

@@ -11,6 +11,7 @@ from miles_api.errors import HookResultError
 from miles_api.rollout_types import GenerateFnInput, GenerateFnOutput, Group, flatten
 from miles_rollout.failures import HookFailed, named
 from miles_rollout.generate.turn import TAKES_LAST_REWARD
+from miles_rollout.interrupts import is_done, is_unfinished
 from miles_rollout.pristine import copied, copy_sample, without_response
 from miles_rollout.results import checked_generation, checked_reward, checked_samples
 
@@ -29,12 +30,20 @@ async def run_group(state: State, group: Group, pristine: Group | None, *, evalu
 
     `pristine` is an untouched copy of `group`; None where only our own defaults see the samples. Raises `HookFailed`
     when a hook fails for good on one of them: then nothing of the group is worth keeping.
+
+    With `--partial-rollout` responses that are whole are not generated again, those that were cut go on, and a group
+    that is interrupted comes back with what it has, without the scores that need more.
     """
     pairs = zip(group, pristine or itertools.repeat(None), strict=pristine is not None)
     results = await gather(*(_run_item(state, item, clean, evaluation) for item, clean in pairs))
-    if state.scores_groups(evaluation):
-        await _score_group(state, flatten([results]), evaluation)
+    samples = flatten([results])
+    if state.scores_groups(evaluation) and not _interrupted(state, samples):
+        await _score_group(state, samples, evaluation)
     return results
+
+
+def _interrupted(state: State, samples: list[Sample]) -> bool:
+    return state.interrupts is not None and state.aborted and any(is_unfinished(sample) for sample in samples)
 
 
 async def gather(*coroutines: Coroutine[Any, Any, Any]) -> list[Any]:
@@ -59,10 +68,18 @@ async def _run_item(
         pairs = zip(item, pristine or itertools.repeat(None), strict=pristine is not None)
         return list(await gather(*(_run_item(state, one, clean, evaluation) for one, clean in pairs)))
     async with state.generate_fn_semaphore:
-        result = await _generate(state, item, pristine, evaluation)
-    if not state.scores_groups(evaluation):
-        await _score_made(state, result if isinstance(result, list) else [result], evaluation)
+        result = await _whole(state, item, pristine, evaluation)
+    made = result if isinstance(result, list) else [result]
+    if not state.scores_groups(evaluation) and not _interrupted(state, made):
+        await _score_made(state, made, evaluation)
     return result
+
+
+async def _whole(state: State, sample: Sample, pristine: Sample | None, evaluation: bool) -> Sample | list[Sample]:
+    """Generate, unless that was done in an earlier rollout or this one has enough."""
+    if state.interrupts is not None and not evaluation and (state.aborted or is_done(sample)):
+        return sample
+    return await _generate(state, sample, pristine, evaluation)
 
 
 async def _score_made(state: State, samples: list[Sample], evaluation: bool) -> None:

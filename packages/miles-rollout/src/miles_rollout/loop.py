@@ -6,7 +6,7 @@ import asyncio
 from collections import Counter
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from miles_api.errors import DataError, MilesError
+from miles_api.errors import DataError, MilesError, counted
 from miles_api.loading.hookset import HookSet
 from miles_api.options import options_from
 from miles_api.rollout_types import (
@@ -22,6 +22,7 @@ from miles_rollout.evaluate import evaluate
 from miles_rollout.failures import HookFailed, count_drop, named
 from miles_rollout.group import run_group
 from miles_rollout.hook_names import CALLED_BY_LOOP
+from miles_rollout.interrupts import left_of
 from miles_rollout.options import RolloutOptions
 from miles_rollout.pristine import copy_group, without_response
 from miles_rollout.results import checked_data, checked_samples, checked_verdict
@@ -52,9 +53,18 @@ class _Turn(NamedTuple):
             return self.pristine
         return [without_response(sample) for sample in flatten([self.group])]
 
+    def left(self, task: asyncio.Task[Group]) -> Group:
+        """Return the group as it came out of its interrupted `task`, to go on; as it was, if nothing came out."""
+        if not task.done() or task.cancelled() or task.exception() is not None:
+            return self.unused()
+        return left_of(task.result(), self.unused())
+
 
 class InferenceRollout:
-    """Generate, score and filter groups concurrently; what is left over when enough are kept goes to the buffer."""
+    """Generate, score and filter groups concurrently; what is left over when enough are kept goes to the buffer.
+
+    It starts anew in the next rollout; with `--partial-rollout` it goes on from where it was.
+    """
 
     def __init__(self, input: RolloutFnConstructorInput) -> None:  # noqa: A002
         args: Args = input.args
@@ -63,12 +73,14 @@ class InferenceRollout:
         self._hooks = HookSet(args, CALLED_BY_LOOP)
         self._state = State(args, self._hooks)
         self._state.watchdog.add(hook for name in CALLED_BY_LOOP for hook in self._hooks.many(name))
+        self._interrupts = self._state.interrupts
         self._options: RolloutOptions = options_from(args, RolloutOptions)
         self._target: int = args.rollout_batch_size
         self._in_order: bool = args.deterministic
         self._everything: list[Group] = []
         self._dropped: list[tuple[Group, str]] = []
         self._counts: Counter[str] = Counter()
+        self._continued: Counter[str] = Counter()
         self._start_over: list[Group] = []
         self._returned: dict[int | None, bool] = {}
         """Groups in the buffer, by their first sample's index: whether they have had their first chance already."""
@@ -102,6 +114,7 @@ class InferenceRollout:
 
     async def _train(self) -> RolloutFnTrainOutput:
         self._everything, self._dropped, self._counts, self._start_over = [], [], Counter(), []
+        self._continued = Counter(continued_samples=0, continued_tokens=0) if self._interrupts else Counter()
         kept = await self._collect(self._target)
         kept.sort(key=lambda group: flatten([group])[0].group_index or 0)
         for hook in self._hooks.many("all_samples_process"):
@@ -109,6 +122,7 @@ class InferenceRollout:
             with self._state.guard.judging(hook):
                 checked_samples(flatten(kept), named(hook))
         metrics = {f"rollout/dropped/{reason}": float(n) for reason, n in self._counts.items()}
+        metrics |= {f"rollout/{name}": float(n) for name, n in self._continued.items()}
         return RolloutFnTrainOutput(samples=kept, metrics=metrics | self._state.hook_metrics())
 
     async def aclose(self) -> None:
@@ -137,15 +151,25 @@ class InferenceRollout:
                         self._everything.append(group)
                         if keeps:
                             kept.append(group)
+                            self._count_continued(turn)
                     except HookFailed as failure:
                         self._lose(turn, failure)
                 self._require_progress(target)
             if self._in_order and running:
                 # How far they get before they are cancelled, and which hooks they call, would be chance.
                 await asyncio.wait(running)
+            elif self._interrupts and running:
+                self._state.aborted = True
+                await self._interrupts.end(running, self._state.guard.grace)
         finally:
             await self._put_back(running)
         return kept
+
+    def _count_continued(self, turn: _Turn) -> None:
+        """Count the samples of a kept group that an earlier rollout began, and the tokens that were not made again."""
+        if self._interrupts and turn.pristine is not None:
+            begun = [sample.response_length for sample in flatten([turn.pristine]) if sample.response_length]
+            self._continued.update(continued_samples=len(begun), continued_tokens=sum(begun))
 
     async def _next_done(self, running: dict[asyncio.Task[Group], _Turn]) -> Collection[asyncio.Task[Group]]:
         """Wait for the groups to judge next: those that end first or, with `--deterministic`, the oldest."""
@@ -212,20 +236,22 @@ class InferenceRollout:
         if len(self._dropped) >= self._options.max_filter_attempts * target:
             counts = ", ".join(f"{reason}: {n}" for reason, n in self._counts.most_common())
             raise MilesError(
-                f"--dynamic-sampling-filter-path dropped {len(self._dropped)} groups in one rollout of {target} "
-                f"({counts}); --max-filter-attempts {self._options.max_filter_attempts} ends the run here"
+                f"--dynamic-sampling-filter-path dropped {counted(len(self._dropped), 'group')} in one rollout of "
+                f"{target} ({counts}); --max-filter-attempts {self._options.max_filter_attempts} ends the run here"
             )
 
     async def _put_back(self, running: dict[asyncio.Task[Group], _Turn]) -> None:
-        """Cancel what is not needed any more; its prompts start anew in the next rollout.
+        """Cancel what is not needed any more; its prompts start anew in the next rollout, or go on in it.
 
-        What goes back was never given to a hook, whose thread may still write to the samples it has.
+        What goes back anew was never given to a hook, whose thread may still write to the samples it has. What goes on
+        has come back from all its hooks.
         """
         if not running and not self._start_over:
             return
         self._state.aborted = True
         await self._state.guard.cancel(list(running))
-        back = [(turn.unused(), turn.again) for turn in running.values()]
+        left = [turn.left(task) if self._interrupts else turn.unused() for task, turn in running.items()]
+        back = list(zip(left, (turn.again for turn in running.values()), strict=True))
         back += [(group, True) for group in self._start_over]
         self._returned |= {_key(group): again for group, again in back}
         self._data_source.add_samples([group for group, _ in back])

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from typing import TYPE_CHECKING, Any
 
-from miles_api.errors import SampleError
+from miles_api.errors import SampleError, counted
 from miles_api.sample import Sample, Status
 
 if TYPE_CHECKING:
@@ -25,24 +25,31 @@ _SAID = (
 
 def rollout_metrics(args: Args, samples: list[Sample]) -> dict[str, float]:
     """Return scalars of one rollout: rewards and their parts, lengths in tokens, shares of truncated samples and of
-    equal groups."""
+    equal groups; without what tells of rewards where training is supervised."""
     size = len(samples)
-    rewards = [sample.get_reward_value(args) for sample in samples]
     lengths = [sample.response_length for sample in samples]
-    groups: dict[int | None, set[float]] = defaultdict(set)
-    for sample, value in zip(samples, rewards, strict=True):
-        groups[sample.group_index].add(value)
     return {
-        "rollout/reward": sum(rewards) / size,
+        # Supervised samples are not scored.
+        **({} if args.loss_type == "sft_loss" else _rewards(args, samples)),
         "rollout/response_length": sum(lengths) / size,
         "rollout/response_length_max": float(max(lengths)),
         "rollout/tokens": float(sum(lengths)),
         "rollout/samples": float(size),
         "rollout/truncated": sum(sample.status == Status.TRUNCATED for sample in samples) / size,
         "rollout/removed": sum(sample.remove_sample for sample in samples) / size,
+        **_conversations(samples),
+    }
+
+
+def _rewards(args: Args, samples: list[Sample]) -> dict[str, float]:
+    rewards = [sample.get_reward_value(args) for sample in samples]
+    groups: dict[int | None, set[float]] = defaultdict(set)
+    for sample, value in zip(samples, rewards, strict=True):
+        groups[sample.group_index].add(value)
+    return {
+        "rollout/reward": sum(rewards) / len(rewards),
         "rollout/equal_groups": sum(len(values) == 1 for values in groups.values()) / len(groups),
         **{f"rollout/reward/{name}": mean for name, mean in reward_parts(samples, args.reward_key).items()},
-        **_conversations(samples),
     }
 
 
@@ -67,8 +74,9 @@ def reward_parts(samples: list[Sample], key: str | None) -> dict[str, float]:
         if len(column) < len(scored):
             lacking = [sample.index for sample in scored if name not in sample.reward]  # type: ignore[operator]
             raise SampleError(
-                f"the rewards of {len(column)} samples have a part {name!r}, and those of {len(lacking)} lack it, such "
-                f"as samples {lacking[:8]}: a reward hook gives every sample the same parts"
+                f"the rewards of {counted(len(column), 'sample')} have a part {name!r}, and those of {len(lacking)} "
+                f"lack it, such as samples {lacking[:8]}: a reward hook gives every sample the same parts, so let it "
+                f"return {name!r}: 0.0 where there is nothing to score"
             )
     return {name: sum(column) / len(column) for name, column in columns.items() if name != key}
 

@@ -51,10 +51,14 @@ class RolloutOptions(Options, frozen=True, kw_only=True):
     generate_timeout: _Seconds = 600.0
     """Seconds one generation request may take before the run stops, all attempts together: what an engine or the router
     took with it when it died is sent again."""
+    partial_rollout: bool = False
+    """End what still runs when a rollout has enough groups, and let these responses go on in the next one from where
+    they are: --over-sampling-batch-size starts more groups than are needed. Off: they start anew. Tokens train with the
+    log-probs of the weights that generated them; --use-tis corrects for their age, rollout/staleness reports it."""
     mask_offpolicy_in_partial_rollout: bool = False
-    """Leave response tokens out of the loss that older weights generated than the rollout was asked for, and count them
-    as rollout/offpolicy_masked_tokens; off, such a sample stops the run. Only a rollout hook of your own that keeps
-    responses from one rollout to the next has any."""
+    """Leave response tokens out of the loss that older weights generated than the newest by which a rollout was made,
+    and count them as rollout/offpolicy_masked_tokens. Off: with --partial-rollout and with weights pushed in flight
+    they train; without either they stop the run, as only a rollout hook of your own can have kept them."""
     max_filter_attempts: _Positive = 100
     """Stop the run when dynamic filters have dropped this many times --rollout-batch-size groups in one rollout."""
 
@@ -118,7 +122,7 @@ class RewardOptions(Options, frozen=True, kw_only=True):
 
 
 class EngineFleetOptions(Options, frozen=True, kw_only=True):
-    """Which inference engine runs, and how many."""
+    """Which inference engine runs, how many, where they listen, and by which key."""
 
     rollout_engine: Literal["local", "sglang"] = "local"
     """`local`: our own server for small models, on CPU. `sglang`: SGLang's, launched by the run or attached to."""
@@ -131,6 +135,18 @@ class EngineFleetOptions(Options, frozen=True, kw_only=True):
     engine_health_timeout: Annotated[float, msgspec.Meta(ge=0, le=1e9)] = 300.0
     """Seconds that an engine which lives may not react (to `/server_info`, which even a busy or paused one answers)
     until it counts as dead. Longer than loading weights takes; 0 never asks."""
+    engine_host: str = "127.0.0.1"
+    """Address the engines listen on; 0.0.0.0 or :: are all of the machine's. Anything but loopback can be reached from
+    other machines: such engines ask for a key. On a Ray cluster of several nodes each engine listens on its node's own
+    address in place of loopback."""
+    engine_start_timeout: _Seconds = 300.0
+    """Seconds an engine may take to load its model and answer."""
+    rollout_engine_base_port: Annotated[int, msgspec.Meta(ge=1, le=65535)] | None = None
+    """First port of the engines, counted up; by default the system picks free ones."""
+    engine_key_variable: str | None = None
+    """The environment variable that holds the key which engines ask for, sent as a bearer token: those of
+    --rollout-engine-urls, or those that the run starts. By default it makes one up for engines that other machines can
+    reach, and there is none for the others."""
 
 
 class EvalOptions(Options, frozen=True, kw_only=True):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from miles_api.errors import ConfigError, DataError
+from miles_api.errors import ConfigError, DataError, counted
 from miles_api.record import RecordedRollout, read_dump
 from miles_api.rollout_types import RolloutFnConstructorInput, RolloutFnEvalInput, RolloutFnTrainInput
 from miles_api.rollout_types import RolloutFnTrainOutput as Output
@@ -46,8 +46,8 @@ class RecordedRollouts:
         place = self._places.get(input.rollout_id)
         if place is None:
             raise DataError(
-                f"--load-debug-rollout-data {self._path} holds {len(self._places)} rollouts{self._span()}, and not "
-                f"rollout {input.rollout_id}{self._damage}"
+                f"--load-debug-rollout-data {self._path} holds {counted(len(self._places), 'rollout')}{self._span()}, "
+                f"and not rollout {input.rollout_id}{self._damage}"
             )
         record = self._at(place)
         dropped = {name: value for name, value in record.metrics.items() if name.startswith(_CARRIED)}

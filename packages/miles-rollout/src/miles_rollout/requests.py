@@ -16,7 +16,7 @@ from urllib.parse import unquote
 import aiohttp
 import msgspec
 
-from miles_api.errors import ServiceError
+from miles_api.errors import ServiceError, counted
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -55,7 +55,7 @@ class Requests:
     """
 
     def __init__(self, url: str, headers: Mapping[str, str], timeout: float, connections: int) -> None:
-        self._url, self._timeout, self._connections = url, timeout, connections
+        self.url, self._timeout, self._connections = url, timeout, connections
         self.headers = {"Content-Type": "application/json", **headers}
         self._repeated = 0
 
@@ -65,13 +65,17 @@ class Requests:
         connector = aiohttp.TCPConnector(limit=self._connections, keepalive_timeout=3600)
         return aiohttp.ClientSession(connector=connector, timeout=aiohttp.ClientTimeout(total=self._timeout))
 
+    def aside(self) -> aiohttp.ClientSession:
+        """Return a new connection, for a word that must not wait until a request has ended."""
+        return aiohttp.ClientSession(headers=self.headers, timeout=aiohttp.ClientTimeout(total=self._timeout))
+
     async def post(self, path: str, payload: Mapping[str, Any]) -> dict[str, Any]:
         """POST JSON and return the decoded answer; who made and who changed its tokens is in each `meta_info`.
 
         Sent again where nobody served it. Raises `ServiceError` with status and body when it is refused, and with what
         was tried when the deadline is past.
         """
-        url, body = self._url + path, _encode(payload)
+        url, body = self.url + path, _encode(payload)
         deadline = time.monotonic() + self._timeout
         tries, pause, problem, after = 0, _FIRST_PAUSE, "", 0.0
         while (left := deadline - time.monotonic()) > 0:
@@ -85,7 +89,7 @@ class Requests:
                 problem, after = str(error), error.after
             await asyncio.sleep(min(max(pause, after), max(deadline - time.monotonic(), 0.0)))
             pause = min(2 * pause, _LONGEST_PAUSE)
-        tried = f", though it was sent {tries} times; last seen: {problem}" if problem else ""
+        tried = f", though it was sent {counted(tries, 'time')}; last seen: {problem}" if problem else ""
         raise ServiceError(f"{url} did not answer within --generate-timeout {self._timeout:g} s{tried}")
 
     async def _once(self, url: str, body: bytes, seconds: float) -> tuple[bytes, Mapping[str, str]]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from miles_api.errors import HookResultError
+from miles_api.errors import HookResultError, counted
 from miles_api.loading.plain import make_plain, plain_number
 from miles_api.rollout_types import DynamicFilterOutput, flatten
 from miles_api.sample import Sample, Status
@@ -121,8 +121,8 @@ def checked_verdict(verdict: Any, who: str) -> DynamicFilterOutput:
 def checked_data(groups: Any, count: int, size: int, who: str) -> list[Group]:
     """Return `count` groups of `size` samples each, as a data source has to hand them out."""
     if not isinstance(groups, list) or len(groups) != count:
-        got = f"{len(groups)} groups" if isinstance(groups, list) else type(groups).__name__
-        raise HookResultError(f"{who} returned {got}; {count} groups were asked for")
+        got = counted(len(groups), "group") if isinstance(groups, list) else type(groups).__name__
+        raise HookResultError(f"{who} returned {got}; {count} {'was' if count == 1 else 'were'} asked for")
     for number, group in enumerate(groups):
         if not isinstance(group, list) or not all(isinstance(sample, Sample) for sample in flatten([group])):
             raise HookResultError(f"{who} returned a group (number {number}) that is not a list of Samples")
@@ -139,9 +139,9 @@ def checked_groups(groups: Any, count: int, who: str) -> list[Group]:
         raise HookResultError(f"{who} returned something else than a list of groups, each a list of Samples")
     samples = flatten(groups)
     if not all(isinstance(sample, Sample) for sample in samples):
-        raise HookResultError(f"{who} returned {len(groups)} groups that are not all of Samples")
+        raise HookResultError(f"{who} returned {counted(len(groups), 'group')} that are not all of Samples")
     if len(groups) != count:
-        raise HookResultError(f"{who} returned {len(groups)} groups; --rollout-batch-size is {count}")
+        raise HookResultError(f"{who} returned {counted(len(groups), 'group')}; --rollout-batch-size is {count}")
     if len({id(sample) for sample in samples}) < len(samples):
         raise HookResultError(f"{who} returned one Sample object in two places: copy it")
     return groups
@@ -159,7 +159,7 @@ def _floats(values: Any, samples: list[Sample], who: str, name: str) -> list[flo
     values = values.tolist() if hasattr(values, "tolist") else values
     if not isinstance(values, list | tuple) or len(values) != len(samples):
         got = f"{len(values)} {name}" if isinstance(values, list | tuple) else f"{type(values).__name__} as {name}"
-        raise HookResultError(f"{who} returned {got} for {len(samples)} samples")
+        raise HookResultError(f"{who} returned {got} for {counted(len(samples), 'sample')}")
     return [
         value
         if type(value) is float and value - value == 0

@@ -18,7 +18,6 @@ from miles_api.errors import HookResultError
 from miles_api.loading.hookset import HookSet
 from miles_api.record import RecordedRollout
 from miles_api.rollout_types import (
-    Group,
     RolloutFnConstructorInput,
     RolloutFnEvalInput,
     RolloutFnTrainInput,
@@ -37,6 +36,7 @@ from miles_rollout.older_weights import train_on
 from miles_rollout.recording import Recorder
 from miles_rollout.results import checked_groups, checked_rewards, checked_samples, require_numbers
 from miles_rollout.running import announce, of_loop
+from miles_rollout.shown import shown_samples
 
 if TYPE_CHECKING:
     from miles_api.config import RunConfig
@@ -149,7 +149,7 @@ class RolloutWorker:
         return {
             "batch": batch,
             "metrics": {} if silent else metrics | extra | self._counts.metrics(report),
-            "samples": _shown(output.samples, self._run.report_samples),
+            "samples": shown_samples(output.samples, self._run.report_samples),
             "seconds": seconds,
             "hooks": report,
         }
@@ -221,7 +221,7 @@ class RolloutWorker:
         metrics = {} if silent else {**eval_metrics(output.data, key), **output.metrics}
         if self._recorder:
             self._recorder.write(self._recorder.evaluation(rollout_id, weight_version, samples, metrics))
-        shown = _shown([[s] for s in samples], self._run.report_samples)
+        shown = shown_samples([[s] for s in samples], self._run.report_samples)
         return {"metrics": metrics, "samples": shown, "hooks": self.report()}
 
     def save(self, rollout_id: int, directory: str) -> None:
@@ -292,9 +292,3 @@ class RolloutWorker:
 
 async def _awaited(result: Any) -> Any:
     return await result
-
-
-def _shown(groups: list[Group], count: int) -> list[dict[str, Any]]:
-    """Return a few groups, as plain values, for the report's sample browser."""
-    fields = ("group_index", "index", "prompt", "response", "label", "reward", "status", "response_length")
-    return [{field: getattr(s, field) for field in fields} for s in flatten(groups[:count])]

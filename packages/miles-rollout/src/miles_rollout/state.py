@@ -13,6 +13,7 @@ from miles_api.options import options_from
 from miles_api.sample import Sample
 from miles_rollout import running
 from miles_rollout.failures import Guard
+from miles_rollout.interrupts import Interrupts
 from miles_rollout.joint import JointRequests
 from miles_rollout.options import EngineFleetOptions, EvalOptions, RewardOptions, RolloutOptions
 from miles_rollout.requests import Requests
@@ -91,9 +92,12 @@ class State:
             self.options.generate_timeout,
             self.concurrency,
         )
+        self.interrupts = Interrupts(self.requests) if self.options.partial_rollout else None
+        """Ends generations before they are done; None where they start anew."""
         self.joint = JointRequests(self.post, self._may_join, fleet.rollout_num_engines)
-        if "generate" in configured_hooks(args):
-            # It is given this state. Loaded when first asked for, the tokenizer would hold up all generations.
+        if "generate" in configured_hooks(args) or self.interrupts:
+            # It is given this state, or a text is put together of parts. Loaded when first asked for, the tokenizer
+            # would hold up all generations.
             _ = self.tokenizer
 
     @functools.cached_property
@@ -166,10 +170,15 @@ class State:
     async def post(self, path: str, payload: dict[str, Any]) -> dict[str, Any]:
         """POST JSON to the router and return the decoded answer.
 
-        What nobody served is sent again within `--generate-timeout`. Raises `ServiceError` with status and body when it
+        What nobody served is sent again within `--generate-timeout`. Once a rollout has enough, with
+        `--partial-rollout`, a generation is answered as aborted. Raises `ServiceError` with status and body when it
         is refused, and with what was tried when the time is up.
         """
-        return await self.requests.post(path, payload)
+        if self.interrupts is None:
+            return await self.requests.post(path, payload)
+        if self.aborted and (refusal := self.interrupts.refusal(path, payload)) is not None:
+            return refusal
+        return await self.requests.post(path, self.interrupts.named(path, payload))
 
     async def close(self) -> None:
         """Close the connections, the hook threads, the grading processes, and hooks that can be closed."""

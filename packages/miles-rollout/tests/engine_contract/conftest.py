@@ -23,11 +23,14 @@ from miles_rollout.engines.local.fleet import LocalFleet
 from miles_rollout.engines.local.options import LocalEngineOptions
 from miles_rollout.engines.sglang.fleet import SGLangFleet
 from miles_rollout.engines.sglang.options import SGLangOptions
+from miles_rollout.options import EngineFleetOptions
 
 HERE = Path(__file__).parent
 CHARACTERS = "0123456789> abcdefghijklmnopqrstuvwxyz"
 VOCABULARY = {token: index for index, token in enumerate(["<pad>", "<eos>", "<unk>", *CHARACTERS])}
 LONGEST = 2048
+KEY = "of-the-contract"
+"""What the engines of these tests ask for; a server at `MILES_SGLANG_URL` may ask for it or for none."""
 _START_SECONDS = 300
 _VOLATILE = frozenset({"e2e_latency", "response_sent_to_client_ts", "queue_time", "embedding"})
 """Of a recorded answer these are left out: they differ each time, or are long and not ours to know."""
@@ -86,8 +89,8 @@ class Wire:
     """One engine's HTTP; keeps what is said by `ask`."""
 
     def __init__(self, kind: str, url: str, models: Models) -> None:
-        self.kind, self.models = kind, models
-        self.client = httpx.Client(base_url=url, timeout=120)
+        self.kind, self.models, self.key = kind, models, KEY
+        self.client = httpx.Client(base_url=url, timeout=120, headers={"authorization": f"Bearer {KEY}"})
         self.said: list[dict] = []
 
     def ask(self, path: str, body: dict | None = None, *, method: str = "POST") -> httpx.Response:
@@ -138,9 +141,10 @@ def last_event():
 
 @contextlib.contextmanager
 def _served(kind: str, models: Models):
-    addresses = LocalEngineOptions(engine_start_timeout=_START_SECONDS)
+    os.environ["CONTRACT_KEY"] = KEY
+    addresses = EngineFleetOptions(engine_start_timeout=_START_SECONDS, engine_key_variable="CONTRACT_KEY")
     if kind == "local":
-        fleet = LocalFleet(addresses, models.path(0), seed=0)
+        fleet = LocalFleet(LocalEngineOptions(), models.path(0), seed=0, addresses=addresses)
     else:
         options = SGLangOptions(sglang_python=os.environ["MILES_SGLANG_PYTHON"])
         fleet = SGLangFleet(options, addresses, models.path(0), seed=0)
@@ -162,7 +166,9 @@ def wire(request, tmp_path_factory):
     with contextlib.ExitStack() as stack:
         given = os.environ.get("MILES_SGLANG_URL") if request.param == "sglang" else None
         if given:
-            root = Path(httpx.get(f"{given}/model_info").json()["model_path"]).parent
+            root = Path(
+                httpx.get(f"{given}/model_info", headers={"authorization": f"Bearer {KEY}"}).json()["model_path"]
+            ).parent
         models = Models(root)
         url = given or stack.enter_context(_served(request.param, models))
         wire = Wire(request.param, url, models)

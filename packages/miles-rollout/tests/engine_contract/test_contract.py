@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import threading
 from itertools import pairwise
+from pathlib import Path
 
+import httpx
 import msgspec
 import pytest
 
@@ -254,3 +257,25 @@ def test_health_and_model_are_told(wire):
 
 def model_info(wire) -> ModelInfo:
     return msgspec.json.decode(wire.ask("/model_info", method="GET").content, type=ModelInfo)
+
+
+@pytest.mark.parametrize("shown", [None, "Bearer another", "Bearer", "Basic KEY", "KEY", "Bearer  KEY", "Bearer KEYS"])
+def test_who_does_not_show_the_key_may_ask_for_health_alone(wire, shown):
+    headers = {} if shown is None else {"authorization": shown.replace("KEY", wire.key)}
+    with httpx.Client(base_url=wire.client.base_url, timeout=120, headers=headers) as stranger:
+        for path in ("/model_info", "/server_info", "/nothing"):
+            assert stranger.get(path).status_code == 401
+        for path in ("/generate", "/abort_request", "/update_weights_from_disk", "/pause_generation"):
+            answer = stranger.post(path, json={})
+            assert (answer.status_code, answer.json()) == (401, {"error": "Unauthorized"})
+        assert stranger.get("/health").status_code == 200
+    assert wire.client.get("/model_info").status_code == 200
+
+
+def test_the_key_is_on_no_command_line(wire):
+    lines = []
+    for file in Path("/proc").glob("[0-9]*/cmdline"):
+        with contextlib.suppress(OSError):
+            lines.append(file.read_bytes())
+    assert any(wire.models.path(0).encode() in line for line in lines)
+    assert not any(wire.key.encode() in line for line in lines)

@@ -116,6 +116,32 @@ def test_sent_weights_are_those_of_a_directory_that_holds_them(kit, others, impl
     assert all(torch.equal(tensor, expected[name]) for name, tensor in engine.model.tensors().items())
 
 
+def test_the_end_of_a_session_finds_everything_ready(kit, others, monkeypatch):
+    engine, fresh = Updated(kit.directory("qwen3")), Updated(kit.directory("qwen3", seed=1))
+    before = engine.sums()
+    assert engine.ask("begin") == ""
+    items = list(others.items())
+    assert engine.ask("from_tensor", serialized_named_tensors=[listed(dict(items[:7]))]) == ""
+    last = {"serialized_named_tensors": [listed(dict(items[7:]))], "weight_version": "5"}
+    assert engine.ask("from_tensor", **last) == ""
+    assert engine.sums() == before
+    with monkeypatch.context() as patch:
+        patch.setattr(engine.model, "stage", lambda weights: pytest.fail("it is staged while requests wait"))
+        assert engine.ask("end") == ""
+    assert (engine.sums(), engine.version) == (fresh.sums(), "5")
+
+
+def test_what_comes_after_the_version_still_counts(kit, others):
+    engine, fresh = Updated(kit.directory("qwen3")), Updated(kit.directory("qwen3", seed=1))
+    wrong, right = torch.zeros(32), others["model.norm.weight"]
+    assert engine.ask("begin") == ""
+    first = {"serialized_named_tensors": [listed(others | {"model.norm.weight": wrong})], "weight_version": "5"}
+    assert engine.ask("from_tensor", **first) == ""
+    assert engine.ask("from_tensor", serialized_named_tensors=[listed({"model.norm.weight": right})]) == ""
+    assert engine.ask("end") == ""
+    assert engine.sums() == fresh.sums()
+
+
 def test_tensors_that_are_not_sent_stay_as_they_are(kit, others):
     engine = Updated(kit.directory("qwen3"))
     before, name = engine.sums()[0], "model.layers.1.mlp.down_proj.weight"
@@ -217,10 +243,13 @@ def test_a_bucket_whose_places_are_not_in_it_is_refused(changes):
         unpack([flattened({"a": torch.zeros(3)}, **changes)], "flattened_bucket")
 
 
-def test_a_tensor_is_a_copy_because_its_sender_writes_the_next_one_there():
+@pytest.mark.parametrize("load_format", [None, "flattened_bucket"])
+def test_a_tensor_is_a_copy_because_its_sender_writes_the_next_one_there(load_format):
     with named_memory():
         tensor = torch.zeros(3).share_memory_()
-    message = serialized([("a", tensor)])
-    got = unpack([message], None)["a"]
+    place = SimpleNamespace(name="a", shape=(3,), dtype=torch.float32, start_idx=0, end_idx=12, numel=12)
+    bucket = {"flattened_tensor": tensor.view(torch.uint8), "metadata": [place]}
+    message = serialized(bucket if load_format else [("a", tensor)])
+    got = unpack([message], load_format)["a"]
     tensor.fill_(1)
     assert got.tolist() == [0, 0, 0]

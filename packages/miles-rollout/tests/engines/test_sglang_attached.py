@@ -40,11 +40,11 @@ def models_on_disk(tmp_path_factory):
 def serve():
     servers = []
 
-    def start(model="elsewhere/letters"):
+    def start(model="elsewhere/letters", *more):
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
-        command = [sys.executable, "-m", "sglang.launch_server", "--model-path", str(model), "--port", str(port)]
+        command = [sys.executable, "-m", "sglang.launch_server", "--model-path", str(model), "--port", str(port), *more]
         servers.append(subprocess.Popen(command, env={**os.environ, "PYTHONPATH": STAND_IN}, start_new_session=True))
         url, deadline = f"http://127.0.0.1:{port}", time.monotonic() + 20
         while True:
@@ -114,6 +114,22 @@ def test_a_server_that_another_run_of_this_machine_uses_is_refused_until_that_ha
     first.stop()
     second.start([Placement()])
     second.stop()
+
+
+def test_a_server_with_a_key_is_used_with_that_key_and_refused_by_the_options_name_without(serve, models_on_disk):
+    model = str(models_on_disk / "letters")
+    url, _ = serve(model, "--api-key", "theirs")
+    for key, advice in (("", "asks for a key"), ("other", "does not take the key")):
+        fleet = AttachedFleet([url], model, health_timeout=0, key=key)
+        with pytest.raises(ServiceError, match=f"refused /model_info with 401: it {advice}.*--engine-key-variable"):
+            fleet.start([Placement()])
+    fleet = AttachedFleet([url], model, health_timeout=60, key="theirs")
+    fleet.start([Placement()])
+    (endpoint,) = fleet.endpoints()
+    assert (endpoint.key, endpoint.weight_version) == ("theirs", "")
+    fleet.pause()
+    assert request(url + "/server_info", None, 10, "theirs")["paused"]
+    fleet.stop()
 
 
 def test_a_server_that_speaks_another_protocol_is_named(models_on_disk):

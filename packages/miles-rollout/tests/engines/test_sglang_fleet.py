@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 import signal
@@ -13,18 +14,18 @@ from pathlib import Path
 
 import pytest
 
-from miles_api.errors import ConfigError, ServiceError
+from miles_api.errors import ServiceError
 from miles_api.parsing.parse import parse_run
 from miles_api.services import EngineFleet, Placement
 from miles_rollout.engines.asking import request
 from miles_rollout.engines.fleet import create
 from miles_rollout.engines.local.fleet import LocalFleet
-from miles_rollout.engines.local.options import LocalEngineOptions
 from miles_rollout.engines.sglang import fleet as fleet_module
 from miles_rollout.engines.sglang.arguments import find_sglang
 from miles_rollout.engines.sglang.attached import AttachedFleet
 from miles_rollout.engines.sglang.fleet import SGLangFleet
 from miles_rollout.engines.sglang.options import SGLangOptions
+from miles_rollout.options import EngineFleetOptions
 
 STAND_IN = str(Path(__file__).with_name("stand_in"))
 
@@ -44,8 +45,8 @@ def make():
     fleets = []
 
     def build(health_timeout=0.0, seed=3, args=None, **settings):
-        local = {name: settings.pop(name) for name in list(settings) if name in LocalEngineOptions.__struct_fields__}
-        options, addresses = SGLangOptions(sglang_args=args or {}), LocalEngineOptions(**local)
+        mine = {name: settings.pop(name) for name in list(settings) if name in EngineFleetOptions.__struct_fields__}
+        options, addresses = SGLangOptions(sglang_args=args or {}), EngineFleetOptions(**mine)
         fleets.append(SGLangFleet(options, addresses, "the-model", seed, health_timeout=health_timeout, **settings))
         return fleets[-1]
 
@@ -209,10 +210,10 @@ def test_engines_die_with_a_killed_parent(tmp_path):
         "import os\n"
         "from miles_api.services import Placement\n"
         "from miles_rollout.engines.asking import request\n"
-        "from miles_rollout.engines.local.options import LocalEngineOptions\n"
+        "from miles_rollout.options import EngineFleetOptions\n"
         "from miles_rollout.engines.sglang.fleet import SGLangFleet\n"
         "from miles_rollout.engines.sglang.options import SGLangOptions\n"
-        "fleet = SGLangFleet(SGLangOptions(), LocalEngineOptions(), 'the-model', 1)\n"
+        "fleet = SGLangFleet(SGLangOptions(), EngineFleetOptions(), 'the-model', 1)\n"
         "fleet.start([Placement()])\n"
         "told = request(fleet.endpoints()[0].url + '/server_info', None, 10)\n"
         "print(fleet._children[0].process.pid, *told['pids'], flush=True)\n"
@@ -280,6 +281,46 @@ def test_what_sglang_does_not_accept_starts_nothing(make):
     assert fleet._children == []
 
 
-def test_a_fleet_that_others_could_reach_is_refused(make):
-    with pytest.raises(ConfigError, match=r"--engine-host 0\.0\.0\.0 is not loopback"):
-        make(engine_host="0.0.0.0")
+def on_a_command_line(text):
+    """Say whether any process of this machine shows `text` in its arguments."""
+    lines = []
+    for file in Path("/proc").glob("[0-9]*/cmdline"):
+        with contextlib.suppress(OSError):
+            lines.append(file.read_bytes())
+    return text.encode() in b"".join(lines)
+
+
+def test_a_server_that_others_could_reach_asks_for_a_key_that_only_its_endpoint_tells(make, tmp_path, monkeypatch):
+    monkeypatch.setattr(fleet_module.tempfile, "tempdir", str(tmp_path))
+    fleet = make(engine_host="0.0.0.0")
+    fleet.start([Placement(node="127.0.0.2")])
+    (endpoint,) = fleet.endpoints()
+    assert endpoint.url.startswith("http://127.0.0.2:")
+    assert len(endpoint.key) > 32
+    assert request(endpoint.url + "/server_info", None, 10, endpoint.key)["api_key"] == endpoint.key
+    with pytest.raises(OSError, match="401"):
+        about(endpoint)
+    fleet.pause()
+    assert not on_a_command_line(endpoint.key)
+    assert list(tmp_path.glob("miles-engine-*")) == []
+    with pytest.raises(OSError, match=r"."):
+        request(endpoint.url + "/die", {}, 10, endpoint.key)
+    until(fleet.dead, "its death is seen")
+    assert "api_key=(the key)" in fleet.dead()[0]
+    assert endpoint.key not in fleet.dead()[0] + repr(endpoint)
+    assert fleet.restart(0).key == endpoint.key
+
+
+def test_a_key_of_the_users_own_is_asked_for_on_loopback_too(make, monkeypatch):
+    monkeypatch.setenv("OUR_KEY", "correct-horse")
+    fleet = make(engine_key_variable="OUR_KEY")
+    fleet.start([Placement()])
+    assert fleet.endpoints()[0].key == "correct-horse"
+    with pytest.raises(OSError, match="401"):
+        about(fleet.endpoints()[0])
+
+
+def test_an_idle_server_may_be_told_to_spin(make):
+    fleet = make(args={"sleep_on_idle": False})
+    fleet.start([Placement()])
+    assert about(fleet.endpoints()[0])["sleep_on_idle"] is False

@@ -11,11 +11,11 @@ import pytest
 
 from miles_api.services import Placement
 from miles_rollout.engines.asking import request
-from miles_rollout.engines.local.options import LocalEngineOptions
 from miles_rollout.engines.sglang.arguments import OWNED, ask_arguments, find_sglang
 from miles_rollout.engines.sglang.attached import AttachedFleet
 from miles_rollout.engines.sglang.fleet import SGLangFleet
 from miles_rollout.engines.sglang.options import SGLangOptions
+from miles_rollout.options import EngineFleetOptions
 
 PYTHON = os.environ.get("MILES_SGLANG_PYTHON", "")
 pytestmark = [
@@ -28,7 +28,7 @@ SHORT = {"max_new_tokens": 4, "temperature": 0, "ignore_eos": True}
 @pytest.fixture(scope="module")
 def fleet(kit):
     options = SGLangOptions(sglang_python=PYTHON, sglang_args={"max_running_requests": 8})
-    addresses = LocalEngineOptions(engine_start_timeout=600)
+    addresses = EngineFleetOptions(engine_start_timeout=600)
     fleet = SGLangFleet(options, addresses, str(kit.directory("qwen3")), seed=1, health_timeout=60)
     fleet.start([Placement()])
     yield fleet

@@ -244,7 +244,7 @@ def engine(tmp_path_factory, kit):
         initializer_range=0.3,
     )  # fmt: skip
     Qwen3ForCausalLM(config).save_pretrained(folder)
-    fleet = LocalFleet(LocalEngineOptions(engine_start_timeout=120), str(folder), seed=0)
+    fleet = LocalFleet(LocalEngineOptions(), str(folder), seed=0)
     fleet.start([Placement(node="here")])
     yield str(folder), fleet.endpoints()[0].url
     fleet.stop()

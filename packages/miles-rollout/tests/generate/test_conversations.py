@@ -331,3 +331,27 @@ def test_the_real_engine_continues_the_recorded_ids_and_scores_them_as_recorded(
         wanted = [value if on else 0.0 for value, on in zip(scored, sample.loss_mask, strict=True)]
         assert sample.rollout_log_probs == pytest.approx(wanted, abs=1e-4)
     assert samples[-1].tokens[: len(sent[-1])] == sent[-1]
+
+
+@pytest.mark.parametrize(("answer", "length"), [(0, 0), (0, 9), (1, 0), (1, 2)])
+def test_a_conversation_that_was_cut_goes_on_as_if_it_had_not_been(bench, tools, answer, length):
+    answers = [call("quick"), "done"]
+    whole = bench(answers, **tools()).run()
+    before, cut = answers[:answer], answers[answer]
+    state = bench([*before, {"text": cut[:length], "finish": "abort"}], **tools())
+    post = state.post
+
+    async def until_enough(path, payload):
+        state.aborted = len(state.requests) == answer
+        return await post(path, payload)
+
+    state.post = until_enough
+    begun = state.run()
+    assert begun.status is Status.ABORTED
+    # As a checkpoint keeps it.
+    begun = Sample.from_dict(json.loads(json.dumps(begun.to_dict())))
+    state = bench([cut[length:], *answers[answer + 1 :]], **tools())
+    found = state.run(begun=begun)
+    assert state.requests[0][1]["input_ids"] == whole.tokens[: len(state.requests[0][1]["input_ids"])]
+    for field in ("tokens", "loss_mask", "rollout_log_probs", "response_length", "status", "metadata"):
+        assert getattr(found, field) == getattr(whole, field), field

@@ -318,6 +318,7 @@ def test_a_server_cannot_be_asked_outside_of_a_run(args_of):
         ({"rm_type": "remote_rm", "rm_url": "http://host:port/x"}, "is no address"),
         ({"rm_type": "remote_rm", "rm_url": "http:///x"}, "is no address"),
         ({"rm_type": "f1", "rm_url": "http://host/x"}, "--rm-url is set, and nothing asks it"),
+        ({"rm_type": "remote_rm", "rm_url": "http://host/x", "eval_reward_key": "acc"}, "pass --reward-key too"),
         ({"rm_type": "boxed_remote_rm", "rm_url": "http://host/x"}, "leave boxed_ out"),
     ],
 )

@@ -1,6 +1,7 @@
 """What several engines say of themselves, in the form in which one says it.
 
-With one healthy engine its answer passes through as it is; nothing here is called.
+With one healthy engine that has no key its answer passes through as it is; nothing here is called. SGLang names its own
+key in `/server_info`: what an engine says is passed on without it.
 """
 
 from __future__ import annotations
@@ -18,8 +19,7 @@ if TYPE_CHECKING:
 
     from .workers import Worker
 
-    Headers = Sequence[tuple[bytes, bytes]]
-    Aggregate = Callable[[Sequence[Worker], str, Headers], Awaitable[tuple[int, object]]]
+    Aggregate = Callable[[Sequence[Worker], str], Awaitable[tuple[int, object]]]
 
 __all__ = ["AGGREGATED"]
 
@@ -27,9 +27,9 @@ _DEADLINE_S = 10.0
 _OK = 200
 
 
-async def _models(workers: Sequence[Worker], path: str, headers: Headers) -> tuple[int, object]:
+async def _models(workers: Sequence[Worker], path: str) -> tuple[int, object]:
     """Every model that any engine serves, once."""
-    answers, problems = await _ask(workers, path, headers)
+    answers, problems = await _ask(workers, path)
     models: dict[str, Any] = {}
     for _, answer in answers:
         for model in _listed(answer.get("data")):
@@ -41,27 +41,29 @@ def _listed(data: object) -> list[dict[str, Any]]:
     return [model for model in data if isinstance(model, dict)] if isinstance(data, list) else []
 
 
-async def _servers(workers: Sequence[Worker], path: str, headers: Headers) -> tuple[int, object]:
-    """What the first engine says, and under `workers` what each says, with its URL."""
-    answers, problems = await _ask(workers, path, headers)
+async def _servers(workers: Sequence[Worker], path: str) -> tuple[int, object]:
+    """What the first engine says and, of several, under `workers` what each says, with its URL."""
+    answers, problems = await _ask(workers, path)
+    if answers and len(workers) == 1:
+        return 200, answers[0][1]
     rows = [{**answer, "url": worker.url} for worker, answer in answers]
     return (200, {**answers[0][1], "workers": rows}) if answers else _nobody(path, problems)
 
 
-async def _ask(
-    workers: Sequence[Worker], path: str, headers: Headers
-) -> tuple[list[tuple[Worker, dict[str, Any]]], list[str]]:
+async def _ask(workers: Sequence[Worker], path: str) -> tuple[list[tuple[Worker, dict[str, Any]]], list[str]]:
     """Return the answers of those that answer, and what is wrong with the others."""
-    said = await asyncio.gather(*(_ask_one(worker, path, headers) for worker in workers))
+    said = await asyncio.gather(*(_ask_one(worker, path) for worker in workers))
     answers = [(worker, value) for worker, value in zip(workers, said, strict=True) if isinstance(value, dict)]
     problems = [f"{w.url} {value}" for w, value in zip(workers, said, strict=True) if isinstance(value, str)]
     return answers, problems
 
 
-async def _ask_one(worker: Worker, path: str, headers: Headers) -> dict[str, Any] | str:
+async def _ask_one(worker: Worker, path: str) -> dict[str, Any] | str:
     try:
         async with asyncio.timeout(_DEADLINE_S):
-            status, body = await fetch(worker, path, *headers)
+            status, body = await fetch(worker, path)
+        if worker.key:
+            body = body.replace(worker.key, b"")
         return msgspec.json.decode(body, type=dict[str, Any]) if status == _OK else f"answers {path} with {status}"
     except TimeoutError:
         return f"does not answer {path} within {_DEADLINE_S:g} s"

@@ -7,7 +7,7 @@ launch scripts written for either keep working.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Iterable
 from typing import TYPE_CHECKING, NamedTuple
 from urllib.parse import parse_qs, unquote
 
@@ -15,6 +15,7 @@ import msgspec
 
 from miles_api.errors import ConfigError
 
+from .aborting import abort
 from .access import allowed_methods, bears, comes_from_a_web_page, names_this_machine
 from .aggregate import AGGREGATED
 from .choosing import looks_at_requests, make_policy
@@ -56,6 +57,8 @@ class _NewWorker(msgspec.Struct):
 
     url: str
     weight_version: str = ""
+    api_key: str | None = None
+    """What the engine asks for; every request to it brings it, and nobody else is told."""
 
 
 class _Weights(msgspec.Struct):
@@ -86,7 +89,6 @@ class RouterApp:
             metrics=self.metrics,
             max_body=self._max_body,
             bodies=self.bodies,
-            keep_authorization=self._token is None,
         )
         looks = looks_at_requests(options.router_policy)
         self.lane = None if self._gate is not None else self._make_lane(policy, looks)
@@ -98,6 +100,7 @@ class RouterApp:
             "/list_workers": {"GET": self._list_urls},
             "/workers": {"GET": self._list_workers, "POST": self._add_by_body},
             "/weight_version": {"GET": self._weights, "POST": self._require_weights},
+            "/abort_request": {"POST": self._abort},
             "/status": {"GET": self._status},
         }
         self._delete_route: dict[str, _Handler] = {"DELETE": self._remove_by_path}
@@ -109,7 +112,7 @@ class RouterApp:
             looks,
             self.metrics,
             self._proxy.exchanges,
-            KnownRequests(self._goes_short, generates, self._proxy.not_forwarded),
+            KnownRequests(self._goes_short, generates),
             KnownAnswers(),
             self.bodies,
             self._max_body,
@@ -170,8 +173,9 @@ class RouterApp:
         allowed = allowed_methods(path)
         if scope["method"] in allowed:
             asked = Route(scope, b"").candidates(self.registry) if path in AGGREGATED else []
-            if scope["method"] == "GET" and len(asked) > 1:
-                await self._aggregate(path, asked, scope, send)
+            # What one engine says goes as it is, unless any may tell its key.
+            if path in AGGREGATED and scope["method"] == "GET" and (len(asked) > 1 or self.registry.any_key):
+                await send_json(send, *await AGGREGATED[path](asked, path))
             else:
                 await self._proxy(scope, receive, send)
         elif allowed:
@@ -225,11 +229,6 @@ class RouterApp:
         else:
             await send_bytes(send, 200, page(), b"text/html; charset=utf-8", *PAGE_HEADERS)
 
-    async def _aggregate(self, path: str, asked: Sequence[Worker], scope: Scope, send: Send) -> None:
-        headers = [] if self._token else [pair for pair in scope["headers"] if pair[0] == b"authorization"]
-        status, value = await AGGREGATED[path](asked, path, headers)
-        await send_json(send, status, value)
-
     def _on_quarantine(self, worker: Worker) -> None:
         self._prober.watch(self.registry, worker)
 
@@ -242,8 +241,8 @@ class RouterApp:
     def _status(self, _call: _Call) -> _Answer:
         return 200, describe(self.metrics, self.registry, self._queued())
 
-    def _add(self, url: str, weight_version: str) -> _Answer:
-        worker = self.registry.add(url, weight_version)
+    def _add(self, url: str, weight_version: str, key: str = "") -> _Answer:
+        worker = self.registry.add(url, weight_version, key)
         return 200, {"status": "success", "url": worker.url, "worker_id": worker.id}
 
     def _add_by_query(self, call: _Call) -> _Answer:
@@ -251,7 +250,7 @@ class RouterApp:
 
     def _add_by_body(self, call: _Call) -> _Answer:
         new = msgspec.json.decode(call.body, type=_NewWorker)
-        return self._add(new.url, new.weight_version)
+        return self._add(new.url, new.weight_version, new.api_key or "")
 
     def _remove(self, key: str) -> _Answer:
         worker = self.registry.remove(key)
@@ -274,6 +273,9 @@ class RouterApp:
         await self._prober.require_weights(self.registry, wanted)
         held = [{"url": worker.url, "reason": worker.reason} for worker in self.registry if not worker.healthy]
         return 200, {"status": "success", "weight_version": wanted, "held_back": held}
+
+    async def _abort(self, call: _Call) -> _Answer:
+        return await abort(list(self.registry), call.body)
 
     def _list_urls(self, _call: _Call) -> _Answer:
         return 200, {"urls": [worker.url for worker in self.registry]}

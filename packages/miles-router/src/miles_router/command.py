@@ -13,7 +13,7 @@ from miles_api.errors import ConfigError
 from miles_api.options import field_docs, flag_of, option_kind
 
 from . import hook_values
-from .options import TOKEN_VARIABLE, RouterOptions, short_flag
+from .options import KEY_VARIABLE, TOKEN_VARIABLE, RouterOptions, short_flag
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -50,8 +50,9 @@ class RouterCommand:
                 how = {"choices": kind}
             parser.add_argument(short_flag(field), flag_of(field), dest=field, default=shown, help=text, **how)
         parser.add_argument(
-            "--worker", action="append", default=[], metavar="URL", help="an engine to start with (repeatable)"
-        )
+            "--worker", action="append", default=[], metavar="URL",
+            help=f"an engine to start with (repeatable); the key it asks for is read from {KEY_VARIABLE}",
+        )  # fmt: skip
         _add_middleware(parser)
         parser.add_argument(
             "--replay", metavar="FILE", help="answer from what the `recorder` middleware wrote; there are no engines"
@@ -82,7 +83,8 @@ class RouterCommand:
         if namespace.replay is not None and namespace.worker:
             raise ConfigError("miles router: --replay answers by itself: leave --worker out")
         inherited = {"parent_pid": namespace.parent_pid, "fd": namespace.fd}
-        run_router(options, namespace.worker, middleware=middleware, replay=namespace.replay, **inherited)
+        key = os.environ.get(KEY_VARIABLE, "")
+        run_router(options, namespace.worker, key, middleware=middleware, replay=namespace.replay, **inherited)
         return 0
 
 

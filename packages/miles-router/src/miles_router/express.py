@@ -152,14 +152,14 @@ class Express:
         self._reused = reused
         lane = self._lane
         lane.exchanges.begin(connection, worker, generates=self._head.generates)
-        connection.begin_direct(self, lane.answers, self._upstream_pieces(self._size))
+        connection.begin_direct(self, lane.answers, self._upstream_pieces(worker))
 
     def _request(self) -> RouteRequest:
         return RouteRequest(self._head.headers, b"".join(self._pieces)[self._body_at :])
 
-    def _upstream_pieces(self, size: int) -> list[bytes]:
-        first = self._pieces[0][self._body_at :]
-        head = b"%b%d\r\n\r\n" % (self._head.start, size)
+    def _upstream_pieces(self, worker: Worker) -> list[bytes]:
+        first, size = self._pieces[0][self._body_at :], self._size
+        head = b"%b%d\r\n%b\r\n" % (self._head.start, size, worker.key_line)
         if size < _JOIN_BELOW_BYTES:
             return [b"".join((head, first, *self._pieces[1:]))]
         return [head, first, *self._pieces[1:]]

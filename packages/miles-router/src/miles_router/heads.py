@@ -10,26 +10,23 @@ if TYPE_CHECKING:
     from .connection import UpstreamConnection
     from .messages import Message, Scope
 
-__all__ = ["BODILESS", "ENGINE", "NOT_RETURNED", "client_head", "not_forwarded", "request_head", "response_start"]
+__all__ = ["BODILESS", "ENGINE", "NOT_FORWARDED", "NOT_RETURNED", "client_head", "request_head", "response_start"]
 
 # `expect` is not hop-by-hop, but the server in front has answered it and the body is here
-_NOT_FORWARDED = frozenset(
+_ONE_HOP = frozenset(
     b"connection keep-alive proxy-authenticate proxy-authorization proxy-connection te trailer trailers "
     b"transfer-encoding upgrade content-length expect".split()
 )
+NOT_FORWARDED = _ONE_HOP | {b"authorization"}
+"""Names of headers that do not reach an engine: what a client shows is for the router, and each engine has a key."""
 ENGINE = b"x-miles-engine"
 """The response header that says which engine answered, `host:port`."""
-NOT_RETURNED = _NOT_FORWARDED - {b"content-length", b"expect"} | {ENGINE}
+NOT_RETURNED = _ONE_HOP - {b"content-length", b"expect"} | {ENGINE}
 """Names of headers that do not reach a client; no engine speaks for another."""
 BODILESS = frozenset((204, 304))
 _NONE: frozenset[bytes] = frozenset()
 _CONNECTION_LENGTH = len(b"connection")
 _PLAIN_CONNECTION = frozenset((b"keep-alive", b"close", b"Keep-Alive", b"Close"))
-
-
-def not_forwarded(*, keep_authorization: bool) -> frozenset[bytes]:
-    """Return the names of headers that do not reach an engine."""
-    return _NOT_FORWARDED if keep_authorization else _NOT_FORWARDED | {b"authorization"}
 
 
 def _nominated(headers: list[tuple[bytes, bytes]]) -> frozenset[bytes]:
@@ -41,15 +38,15 @@ def _nominated(headers: list[tuple[bytes, bytes]]) -> frozenset[bytes]:
     return _NONE
 
 
-def request_head(scope: Scope, host: bytes, length: int, without: frozenset[bytes]) -> bytes:
-    """Return the head of the request to an engine: a body of `length` bytes, no header named in `without`."""
+def request_head(scope: Scope, host: bytes, length: int, key_line: bytes = b"") -> bytes:
+    """Return the head of the request to an engine, for a body of `length` bytes, with the line that shows its key."""
     headers: list[tuple[bytes, bytes]] = scope["headers"]
     parts = [scope["method"].encode(), b" ", scope["raw_path"]]
     if scope["query_string"]:
         parts += (b"?", scope["query_string"])
     parts.append(b" HTTP/1.1\r\n")
     nominated = _nominated(headers)
-    dropped = without | nominated if nominated else without
+    dropped = NOT_FORWARDED | nominated if nominated else NOT_FORWARDED
     framed = length > 0
     hosted = False
     for name, value in headers:
@@ -61,6 +58,7 @@ def request_head(scope: Scope, host: bytes, length: int, without: frozenset[byte
         parts += (name, b": ", value, b"\r\n")
     if not hosted:
         parts += (b"host: ", host, b"\r\n")
+    parts.append(key_line)
     if framed:
         parts.append(b"content-length: %d\r\n" % length)
     parts.append(b"\r\n")

@@ -66,15 +66,12 @@ class RequestHead(NamedTuple):
 class KnownRequests:
     """The heads of POST requests to paths, with headers, that `admit` lets through.
 
-    Headers named in `without` do not reach an engine; nor does an engine work for what `generates` denies.
+    An engine does not work for what `generates` denies.
     """
 
-    def __init__(
-        self, admit: Callable[[str, Headers], bool], generates: Callable[[str], bool], without: frozenset[bytes]
-    ) -> None:
+    def __init__(self, admit: Callable[[str, Headers], bool], generates: Callable[[str], bool]) -> None:
         self._admit = admit
         self._generates = generates
-        self._without = without
         self._known: dict[bytes, RequestHead | None] = {}
 
     def find(self, key: bytes, digits_at: int) -> RequestHead | None:
@@ -100,7 +97,7 @@ class KnownRequests:
         if not path or "%" in path or not self._admit(path, seen.headers):
             return None
         scope = {"method": "POST", "raw_path": url.path, "query_string": url.query or b"", "headers": seen.headers}
-        head = request_head(scope, b"", 0, self._without)
+        head = request_head(scope, b"", 0)
         return RequestHead(head.removesuffix(_NO_BODY), seen.headers, self._generates(path))
 
 

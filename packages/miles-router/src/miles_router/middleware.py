@@ -61,7 +61,8 @@ class MiddlewareStack:
     """The router within its middleware, outermost first; build it in the event loop that serves it.
 
     Requests that the router itself refuses at the door (no token, a web page) reach no middleware, nor do `/`,
-    `/health` and `/hooks`: whoever asks for those asks about this process.
+    `/health` and `/hooks`: whoever asks for those asks about this process; nor does what registers an engine, which
+    has its key.
     """
 
     def __init__(self, router: RouterApp, options: RouterOptions, hooks: Sequence[BoundHook]) -> None:
@@ -82,6 +83,8 @@ class MiddlewareStack:
             await self._router(scope, receive, send)
         elif (refusal := self._router.refusal(scope["headers"])) is not None:
             await self._router.refuse(send, *refusal)
+        elif path == "/workers" and scope["method"] == "POST":
+            await self._router(scope, receive, send)
         elif path == REPORT_PATH:
             await send_json(send, 200, {"hooks": self.report()})
         else:

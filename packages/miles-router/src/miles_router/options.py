@@ -11,6 +11,7 @@ from miles_api.errors import ConfigError
 from miles_api.options import Options, flag_of
 
 __all__ = [
+    "KEY_VARIABLE",
     "MIDDLEWARE_HOOK",
     "READY_PREFIX",
     "REPORT_PATH",
@@ -28,6 +29,8 @@ READY_PREFIX = "miles-router is ready at "
 """What the one line on a router's stdout begins with; its URL follows."""
 TOKEN_VARIABLE = "MILES_ROUTER_TOKEN"
 """Where the token comes from when no flag gives it: command lines show in process lists."""
+KEY_VARIABLE = "MILES_ENGINE_KEY"
+"""Where the key of the engines that a router starts with comes from; who registers one later brings its key."""
 
 
 class RouterOptions(Options, frozen=True, kw_only=True):

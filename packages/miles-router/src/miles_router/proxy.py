@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from .errors import ClientGoneError, LocalError, LostError, UpstreamError
 from .exchanges import Exchanges
 from .express import CLIENT_LEFT, CUT_SHORT
-from .heads import not_forwarded, request_head, response_start
+from .heads import request_head, response_start
 from .lane import HANDED
 from .messages import read_body, send_json, until_gone
 from .routing import Refusal, Route
@@ -46,8 +46,8 @@ def generates(path: str) -> bool:
 class Proxy:
     """Forward requests to the healthy workers of `registry`.
 
-    Bodies of more than `max_body` bytes are refused; all together are counted in `bodies`. `keep_authorization` is
-    False where that header is our own token. Without a `gate` nothing is limited.
+    Bodies of more than `max_body` bytes are refused; all together are counted in `bodies`. Without a `gate` nothing is
+    limited.
     """
 
     def __init__(
@@ -59,7 +59,6 @@ class Proxy:
         metrics: Metrics,
         max_body: int,
         bodies: BodyMemory,
-        keep_authorization: bool,
     ) -> None:
         self._registry = registry
         self._policy = policy
@@ -67,7 +66,6 @@ class Proxy:
         self._metrics = metrics
         self._max_body = max_body
         self._bodies = bodies
-        self.not_forwarded = not_forwarded(keep_authorization=keep_authorization)
         self.exchanges = Exchanges()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -132,7 +130,7 @@ class Proxy:
         Raises an `UpstreamError` while nothing was sent back.
         """
         worker.sent += 1
-        head = request_head(scope, worker.host, len(body), self.not_forwarded)
+        head = request_head(scope, worker.host, len(body), worker.key_line)
         head_only = scope["method"] == "HEAD"
         connection = worker.pool.take_idle()
         if connection is not None:

@@ -35,6 +35,7 @@ _PARENT_POLL_S = 0.5
 def run_router(
     options: RouterOptions,
     workers: Iterable[str] = (),
+    key: str = "",
     *,
     middleware: Sequence[BoundHook] = (),
     replay: str | None = None,
@@ -44,9 +45,9 @@ def run_router(
     """Serve until SIGINT or SIGTERM, or until `parent_pid` is no longer the parent.
 
     Prints one line, `READY_PREFIX` and the URL, when it accepts requests; warnings go to stderr. `workers` are URLs
-    registered from the start; `middleware` (`resolve_middleware` makes it) wraps the router, outermost first; `replay`
-    is a recording to answer from, without engines; `fd` is a listening socket to use instead of opening one. Raises
-    `ConfigError` or `ServiceError` if it cannot start.
+    registered from the start, `key` is what they ask for; `middleware` (`resolve_middleware` makes it) wraps the
+    router, outermost first; `replay` is a recording to answer from, without engines; `fd` is a listening socket to use
+    instead of opening one. Raises `ConfigError` or `ServiceError` if it cannot start.
     """
     check_binding(options)
     _allow_many_connections()
@@ -55,7 +56,7 @@ def run_router(
     sock = bind(options.sglang_router_ip, options.sglang_router_port) if fd is None else socket.socket(fileno=fd)
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         try:
-            runner.run(_serve(router, options, sock, list(workers), middleware, parent_pid))
+            runner.run(_serve(router, options, sock, dict.fromkeys(workers, key), middleware, parent_pid))
         except KeyboardInterrupt:
             return
 
@@ -64,12 +65,12 @@ async def _serve(
     router: RouterApp,
     options: RouterOptions,
     sock: socket.socket,
-    workers: list[str],
+    workers: dict[str, str],
     middleware: Sequence[BoundHook],
     parent_pid: int | None,
 ) -> None:
-    for url in workers:
-        router.registry.add(url)
+    for url, key in workers.items():
+        router.registry.add(url, key=key)
     stack = MiddlewareStack(router, options, middleware) if middleware else None
     server = _Server(_uvicorn_config(stack or router, options), _url_of(sock))
     await router.start()

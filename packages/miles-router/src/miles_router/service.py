@@ -116,7 +116,8 @@ class Router:
         Called again for a known engine, it clears a quarantine and replaces the weight version that the engine has
         to show before it is re-admitted after a failure. Raises `ServiceError`.
         """
-        self._call("POST", "/workers", {"url": endpoint.url, "weight_version": endpoint.weight_version})
+        body = {"url": endpoint.url, "weight_version": endpoint.weight_version, "api_key": endpoint.key or None}
+        self._call("POST", "/workers", body)
 
     def unregister(self, endpoint: Endpoint) -> None:
         """Send an engine nothing more; what it works on finishes. An unknown engine is no error."""

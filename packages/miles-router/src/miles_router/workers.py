@@ -24,6 +24,7 @@ _MAX_LOST = 3
 _BAD_ANSWERS = 5
 _FIRST_BAD_STATUS = 500
 _NO_ADDRESS = "worker url {!r} is not of the form http://host:port"
+_KEY = re.compile(r"[!-~]*")
 _HOST = re.compile(r"[a-z0-9._-]+|[0-9a-f:.]+(%[a-z0-9._-]+)?")
 
 
@@ -52,6 +53,8 @@ class Worker:
         "host",
         "hung",
         "id",
+        "key",
+        "key_line",
         "lost",
         "outstanding",
         "pool",
@@ -69,6 +72,7 @@ class Worker:
         self.id = f"worker-{number}"
         self.url = url
         self.host = parts.netloc.encode()
+        self.use_key("")
         self.pool = ConnectionPool(str(parts.hostname), int(parts.port or 0))
         self.outstanding = 0
         """Requests sent to it that are not answered yet."""
@@ -94,6 +98,12 @@ class Worker:
         """When a generation that is over sent something last, on the clock of the event loop."""
         self.hung = False
         """Whether it was found to hang and was not re-admitted since."""
+
+    def use_key(self, key: str) -> None:
+        """Show this key with every request from now on; none if it is empty."""
+        self.key = key.encode()
+        self.key_line = b"authorization: Bearer %b\r\n" % self.key if key else b""
+        """The header line."""
 
     def describe(self) -> dict[str, object]:
         """Return the row of `GET /workers`."""
@@ -139,15 +149,26 @@ class WorkerRegistry:
     def __contains__(self, worker: Worker) -> bool:
         return self._by_url.get(worker.url) is worker
 
-    def add(self, url: str, weight_version: str = "") -> Worker:
+    @property
+    def any_key(self) -> bool:
+        """Whether any worker asks for a key."""
+        return any(worker.key for worker in self)
+
+    def add(self, url: str, weight_version: str = "", key: str = "") -> Worker:
         """Register an engine, or take the word of the caller that a known one is healthy and has these weights.
 
-        Where other weights are required, nobody's word is taken: it is quarantined until it shows those.
+        Where other weights are required, nobody's word is taken: it is quarantined until it shows those. `key` is sent
+        to this engine alone; a known one keeps the one it has where none is given. Raises `ConfigError`.
         """
         url = normalise_url(url)
+        if not _KEY.fullmatch(key):
+            raise ConfigError(f"the key of {url} has characters that no header may hold")
         worker = self._by_url.get(url)
+        if worker is not None and key:
+            worker.use_key(key)
         if worker is None:
             worker = self._by_url[url] = Worker(next(self._numbers), url, weight_version)
+            worker.use_key(key)
             self.urls = frozenset(self._by_url)
             if self.required in ("", weight_version):
                 self._refresh()

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from miles_api.batch import PER_RESPONSE_TOKEN, check_columns
-from miles_api.errors import SampleError
+from miles_api.errors import SampleError, counted
 from miles_train.batching import spread
 from miles_train.siblings import MASK_SUMS
 
@@ -124,7 +124,9 @@ def split_steps(
     parts = f" of {different} rollouts, which are never cut," if different else ""
     each = f" of at least {least}, one for each data-parallel rank" if least > 1 else ""
     apart = "; samples of a rollout must follow one another" if len(ends) < different - 1 else ""
-    raise SampleError(f"{count} samples{parts} cannot be split into {num_steps} optimizer steps{each}{apart}")
+    raise SampleError(
+        f"{counted(count, 'sample')}{parts} cannot be split into {counted(num_steps, 'optimizer step')}{each}{apart}"
+    )
 
 
 def _cuts(groups: Sequence[Any], num_steps: int, ends: Sequence[int], least: int, reach: int) -> tuple[int, ...] | None:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
-from miles_api.errors import MilesError
+from miles_api.errors import MilesError, counted
 from miles_api.loading.hookset import configured_hooks
 from miles_api.run_options import RunOptions
 from miles_train.estimators import ESTIMATORS
@@ -98,7 +98,7 @@ def models_notes(config: RunConfig) -> Iterator[str]:
     if config.group(RunOptions).loss_type == "value_loss":
         yield "loss_type: value_loss trains the critic alone, the policy stays as it is"
     elif has_critic(config) and alone:
-        yield f"num_critic_only_steps: the first {alone} rollouts train the critic alone"
+        yield f"num_critic_only_steps: the critic trains alone in the first {counted(alone, 'rollout')}"
 
 
 def check_models(config: RunConfig) -> Iterator[str]:

@@ -214,9 +214,10 @@ class ClusterOptions(Options, frozen=True, kw_only=True):
 
     ray_address: str | None = None
     """Address of a running Ray cluster; default: a Ray of its own on this machine."""
-    rollout_schedule: Literal["sync", "one-step-off"] = "sync"
+    rollout_schedule: Literal["sync", "one-step-off", "in-flight"] = "sync"
     """`sync`: make a rollout, train on it. `one-step-off`: make the next rollout while this one trains, by weights that
-    are one version older than those that train on it; the metric rollout/staleness says so."""
+    are one version older than those that train on it; the metric rollout/staleness says so. `in-flight`: the same, and
+    new weights do not wait for the rollout that is being made: what it generates from then on is theirs."""
     colocate: bool = False
     """Give engines the trainer's GPUs: the two take turns. Off: --rollout-num-gpus beside those of the trainer."""
     rollout_num_gpus: _Positive | None = None

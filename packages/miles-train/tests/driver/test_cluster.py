@@ -5,6 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import ray
+from ray._private.worker import print_worker_logs
 
 from miles_api.errors import ServiceError
 from miles_train.driver import cluster, room
@@ -31,6 +32,21 @@ def test_a_sigterm_that_comes_while_ray_has_it_still_reaches_the_run(monkeypatch
     finally:
         signal.signal(signal.SIGTERM, before)
     assert came == [signal.SIGTERM]
+
+
+def test_rays_prefix_has_colours_on_a_terminal_alone(monkeypatch, capsys):
+    monkeypatch.setattr(os, "environ", {**os.environ})
+    os.environ.pop("RAY_COLOR_PREFIX", None)
+    monkeypatch.setattr(ray, "init", lambda: None)
+    line = {"pid": 7, "ip": "127.0.0.1", "job": "", "is_err": False, "actor_name": "rank-0", "lines": ["hello"]}
+    shown = []
+    for is_terminal in (True, False):
+        for stream in (sys.stdout, sys.stderr):
+            monkeypatch.setattr(stream, "isatty", lambda is_terminal=is_terminal: is_terminal)
+        cluster._init_ray()
+        print_worker_logs(line, sys.stdout)
+        shown.append(capsys.readouterr().out)
+    assert [("hello" in text, "\x1b[" in text) for text in shown] == [(True, True), (True, False)]
 
 
 @pytest.fixture
@@ -101,7 +117,7 @@ def test_an_engine_larger_than_a_node_has_a_part_on_each_of_several(cluster_of):
     assert [seat.resources["scheduling_strategy"] for seat in seats] == [0, 1]
 
 
-def test_engines_without_gpus_stay_on_the_drivers_node(cluster_of):
+def test_engines_without_gpus_may_be_on_any_node(cluster_of):
     bundles = cluster_of(8)
     room.Room(Layout(trainer_nodes=1, trainer_slots=1, engines=1), engines_too=True)
-    assert bundles == [{"CPU": 1}, {"CPU": 1, "node:10.0.0.1": 0.001}]
+    assert bundles == [{"CPU": 1}, {"CPU": 1}]

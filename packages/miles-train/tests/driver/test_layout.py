@@ -7,14 +7,14 @@ import pytest
 from miles_api.config import RunConfig
 from miles_api.run_options import RunOptions
 from miles_train.driver.layout import derived_engines, layout_of, layout_problems, lives_on_ray
-from miles_train.options import ClusterOptions, ParallelOptions
+from miles_train.options import ClusterOptions, ParallelOptions, WeightSyncOptions
 
 
-def config(engines=None, nodes=1, ranks=1, run=None, engine="sglang", **cluster):
+def config(engines=None, nodes=1, ranks=1, run=None, engine="sglang", pause="retract", **cluster):
     given = {} if engines is None else {"rollout_num_engines": engines}
     base = RunConfig.of(
         RunOptions(**(run or {})), ParallelOptions(actor_num_nodes=nodes, actor_num_gpus_per_node=ranks),
-        ClusterOptions(**cluster),
+        ClusterOptions(**cluster), WeightSyncOptions(pause_generation_mode=pause),
     )  # fmt: skip
     one = base.replace("command line", rollout_engine=engine, **given, **cluster)
     return one.replace("derived", **derived_engines(one))
@@ -65,6 +65,8 @@ def test_slots_are_shared_or_side_by_side(options, slots):
         ({"rollout_schedule": "one-step-off", "colocate": True}, "each needs its own GPUs"),
         ({"rollout_schedule": "one-step-off", "offload_train": True}, "neither trainer nor engines ever pause"),
         ({"rollout_schedule": "one-step-off", "run": {"deterministic": True}}, "with --deterministic"),
+        ({"rollout_schedule": "in-flight", "colocate": True}, "each needs its own GPUs"),
+        ({"rollout_schedule": "in-flight", "pause": "abort"}, "take retract or in_place"),
     ],
 )
 def test_what_does_not_add_up_is_refused_with_the_numbers(options, words):

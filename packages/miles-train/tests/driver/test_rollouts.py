@@ -14,14 +14,14 @@ class Service:
     """A rollout process that makes a rollout when somebody waits for it; `events` is what it was told, in order."""
 
     def __init__(self):
-        self.events = []
+        self.events, self.metrics = [], {}
 
     def begin_split(self, method, key, rollout_id, weights):
         self.events.append(("begin", rollout_id, weights))
 
         def wait():
             self.events.append(("made", rollout_id))
-            return {"metrics": {"rollout/reward": 1.0}, "seconds": {"generate": 2.0, "convert": 1.0}}
+            return {"metrics": {"rollout/reward": 1.0, **self.metrics}, "seconds": {"generate": 2.0, "convert": 1.0}}
 
         return Pending(f"batch {rollout_id}", wait)
 
@@ -63,6 +63,22 @@ def test_ahead_the_next_one_is_begun_with_older_weights_and_made_before_new_ones
         ("push", 2),
     ]  # fmt: skip
     assert staleness == [0.0, 1.0]
+
+
+def test_in_flight_new_weights_do_not_wait_for_the_rollout_that_is_being_made(service, tmp_path):
+    rollouts, rows = Rollouts(service, 2, ahead=True, in_flight=True, aside=tmp_path / "aside"), []
+    for version in range(2):
+        # Half of the tokens are of the weights that came meanwhile.
+        service.metrics = {"rollout/staleness": -0.5 * version, "rollout/staleness_max": 0.0}
+        rollout = rollouts.take(version, version, str(version))
+        rollouts.begin(version + 1, version, str(version), saves=False)
+        rollouts.settle()
+        service.events.append(("push", version + 1))
+        rows.append(rollouts.row(rollout, version)[0])
+    assert service.events == [
+        ("begin", 0, "0"), ("made", 0), ("begin", 1, "0"), ("push", 1), ("made", 1), ("push", 2),
+    ]  # fmt: skip
+    assert [(row["rollout/staleness"], row["rollout/staleness_max"]) for row in rows] == [(0.0, 0.0), (0.5, 1.0)]
 
 
 def test_a_checkpoint_holds_the_rollout_process_as_it_was_before_the_next_rollout_began(service, tmp_path):

@@ -103,6 +103,19 @@ def test_a_resumed_run_keeps_its_id_and_the_rows_up_to_its_checkpoint(configure)
     assert summary["notes"] == [f"continued after rollout 1, from {first.path / 'checkpoints' / 'rollout_000001'}"]
 
 
+def test_damaged_rows_are_taken_out_and_told_and_the_whole_ones_behind_them_stay(configure, capsys):
+    config = configure(resume=True)
+    first = began(config, 0, 1, 2)
+    file = first.path / "metrics.jsonl"
+    whole = file.read_bytes().splitlines(keepends=True)
+    file.write_bytes(whole[0] + b'{"kind": "rollout", "roll\n' + whole[1] + bytes(80) + b"\n" + whole[2] + b'{"torn')
+    RunDir(config, "a run", [])
+    assert rows(config) == [0, 1, 2]
+    told = "metrics.jsonl: 2 damaged lines were taken out"
+    assert told in json.loads((first.path / "summary.json").read_text())["notes"]
+    assert capsys.readouterr().err == f"miles train: {first.path}: {told}\n"
+
+
 def test_a_run_resumes_from_its_own_checkpoint_rather_than_from_the_one_that_it_was_given(configure, files):
     other = configure(run_dir=str(files / "other"))
     began(other, 4)
@@ -140,6 +153,12 @@ def test_what_resume_cannot_continue_is_refused(configure, files):
     (files / "run").mkdir()
     (files / "run" / "thesis.txt").write_text("precious")
     assert "there is nothing to --resume" in problems(configure(resume=True))[0]
+
+
+def test_an_earlier_run_in_the_way_is_one_problem_with_its_checkpoints(configure):
+    began(configure(), 3)
+    (text,) = problems(configure())
+    assert "holds an earlier run: pass --resume to continue it, --overwrite, or another" in text
 
 
 def test_checkpoints_of_another_run_are_not_resumed(configure, files):
@@ -285,7 +304,7 @@ def test_random_states_and_sharded_optimizers_belong_to_their_layout(configure, 
     parallel = ParallelOptions(actor_num_gpus_per_node=2, use_distributed_optimizer=True)
     optimizer, layout = problems(configure(parallel, load=saved))
     assert "whole on each rank; this run has optimizer AdamW, sharded" in optimizer
-    assert "--no-load-optim" in optimizer
+    assert "set --use-distributed-optimizer as it was, or --no-load-optim" in optimizer
     assert "layout 1 ranks, tensor 1, pipeline 1; this run has layout 2 ranks" in layout
     assert "--no-load-rng" in layout
     assert problems(configure(parallel, load=saved, load_optim=False, load_rng=False)) == []

@@ -148,6 +148,19 @@ def test_a_file_of_the_right_size_and_the_wrong_content_is_called_damaged(make_r
     assert "http" not in str(caught.value)
 
 
+@pytest.mark.parametrize(("saved", "way_out"), [(True, "with .*: pass it again"), (False, "without .*: leave it out")])
+def test_an_optimizer_of_the_other_kind_is_refused_with_its_flag(megatron, hf_dir, tmp_path, saved, way_out):
+    def make(sharded):
+        parallel = ParallelOptions(use_distributed_optimizer=sharded)
+        model = build_model(hf_dir("qwen3-tied"), parallel)
+        return model, build_optimizer(model, OptimizerOptions(), parallel, total_steps=1)
+
+    checkpoint.save(*make(saved), str(tmp_path / "saved"))
+    with pytest.raises(DataError, match=f"was saved {way_out}, or .* --no-load-optim"):
+        checkpoint.load(*make(not saved), str(tmp_path / "saved"))
+    checkpoint.load(*make(not saved), str(tmp_path / "saved"), with_optimizer=False)
+
+
 def test_a_checkpoint_of_another_model_is_refused(megatron, hf_dir, tmp_path):
     parallel = ParallelOptions()
 

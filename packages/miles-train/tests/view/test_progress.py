@@ -46,6 +46,15 @@ def test_a_plain_line_says_what_matters():
     )
 
 
+def test_where_nothing_is_scored_the_loss_is_what_is_told():
+    stream = io.StringIO()
+    with Progress(1, stream, now=Clock()) as progress:
+        progress.rollout(0, {"rollout/tokens": 360.0, "train/loss": 1.2345}, SECONDS)
+    first, last = stream.getvalue().splitlines()
+    assert first.startswith("rollout 1/1  loss 1.23  1,241 tok/s")
+    assert last.endswith("  loss 1.23")
+
+
 def test_quick_rollouts_do_not_each_get_a_line_but_the_first_and_the_last_do():
     stream, clock = io.StringIO(), Clock()
     with Progress(120, stream, now=clock) as progress:
@@ -157,6 +166,6 @@ def test_why_steps_changed_nothing_is_said_once_for_each_cause():
             progress.rollout(rollout_id, METRICS | more, SECONDS)
     said = [line for line in stream.getvalue().splitlines() if "changed nothing" in line]
     assert [line.partition(" (")[0] for line in said] == [
-        "rollout 2: 2 optimizer step(s) changed nothing: every advantage was 0: in each group all rewards were equal",
-        "rollout 4: 1 optimizer step(s) changed nothing: every token was masked",
+        "rollout 2: 2 optimizer steps changed nothing: every advantage was 0: in each group all rewards were equal",
+        "rollout 4: 1 optimizer step changed nothing: every token was masked",
     ]

@@ -104,7 +104,8 @@ def test_a_report_shows_rewards_first_to_last_with_every_held_out_set(make_run):
 
 
 def test_a_response_that_closes_the_script_stays_text(make_run):
-    evil = sample(prompt=[{"role": "user", "content": EVIL}], response=EVIL, label={"a": EVIL}, status=EVIL)
+    chat = [{"role": "user", "content": EVIL}]
+    evil = sample(prompt=chat, response=EVIL, label={"a": EVIL}, status=EVIL, metadata={EVIL: EVIL})
     hook = {"process": EVIL, "hook": EVIL, "reference": EVIL, "file": EVIL, "calls": 1, "seconds": 1}
     run = make_run(
         [line(0, **{f"hook__{EVIL}": 1.0})],
@@ -247,6 +248,18 @@ def test_samples_of_a_group_share_its_prompt_and_groups_of_two_datasets_stay_apa
     assert groups[0]["samples"][1]["reward"] == {"right": 1.0}
 
 
+def test_metadata_of_a_prompt_stands_in_its_group_once_and_what_a_conversation_counts_in_each_sample(make_run):
+    metadata = {"source": "gsm8k", "tests": [1, 2], "tool_calls": 2}
+    samples = [sample(index=i, metadata={**metadata, "seed": i}) for i in range(2)] + [sample(index=2, metadata={})]
+    samples += [sample(index=3, group_index=1), sample(index=4, group_index=2, metadata=metadata)]
+    page = page_of(make_run([line(0)], [{"kind": "train", "rollout_id": 0, "samples": samples}]))
+    told, silent, alone = page.data["sample-data"]["train"]["rollouts"][0]["groups"]
+    assert told["metadata"] == silent["metadata"] == {}
+    assert [one["metadata"] for one in told["samples"]] == [metadata | {"seed": 0}, metadata | {"seed": 1}, {}]
+    assert alone["metadata"] == {"source": "gsm8k", "tests": [1, 2]}
+    assert alone["samples"][0]["metadata"] == {"tool_calls": 2}
+
+
 def test_the_share_that_is_neither_generation_nor_training_is_said(make_run):
     seconds = {"generate": 5.0, "train": 3.0, "weight_sync": 1.5, "other": 0.5, "total": 10.0}
     text = words(page_of(make_run([line(i, seconds=seconds) for i in range(2)])))
@@ -277,6 +290,13 @@ def test_hooks_are_added_up_over_processes_and_differing_files_are_pointed_out(m
     assert "was loaded and never called" in text
     run = make_run([line(0)], hooks=[{**rank, "reference": "default", "calls": 0}])
     assert "never called" not in words(page_of(run))
+
+
+def test_a_class_whose_calls_nobody_counts_is_not_said_to_have_none(make_run):
+    names = ("data_source", "convert_samples")
+    hooks = [{"hook": name, "reference": "default", "process": "rollout"} for name in names]
+    text = words(page_of(make_run([line(0)], hooks=hooks)))
+    assert "data_sourcerollout default — – — — — 0 convert_samplesrollout default — – 0 — — 0" in text
 
 
 def test_metrics_that_no_chart_knows_are_shown_too(make_run):

@@ -62,6 +62,15 @@ def test_every_engine_is_told_the_same_directory_and_version(engines, make_sync)
     assert first["weight_version"] == "7"
 
 
+def test_engines_that_stage_weights_are_paused_when_they_have_read_them(engines, make_sync):
+    for engine in engines:
+        engine.replies = {"/server_info": (200, {"stages_weights": True})}
+    make_sync().push(7)
+    steps = ["/begin_weight_update", UPDATE, "/pause_generation", "/end_weight_update", "/continue_generation"]
+    for engine in engines:
+        assert [path for path in engine.paths() if path in steps] == steps
+
+
 def test_engines_are_reached_past_a_proxy(engines, make_sync, monkeypatch):
     monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
     make_sync().push(1)

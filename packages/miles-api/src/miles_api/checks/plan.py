@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from miles_api.checks.run_checks import services_of
+from miles_api.errors import counted
 from miles_api.run_options import RunOptions
 
 if TYPE_CHECKING:
@@ -32,9 +33,10 @@ def plan_lines(report: CheckReport) -> list[str]:
         without.append("no engine starts" + (", so nothing is evaluated" if run.eval_interval is not None else ""))
     sizes = (run.rollout_batch_size, run.n_samples_per_prompt, run.num_steps_per_rollout, run.global_batch_size)
     prompts, group, steps, step = map(_known, sizes)
+    each = "" if steps == 1 else " each"
     lines = [
-        f"plan: {run.num_rollout} rollouts × {prompts} prompts × {group} samples, "
-        f"{steps} optimizer steps of {step} each; {run.loss_type}",
+        f"plan: {counted(run.num_rollout, 'rollout')} × {counted(prompts, 'prompt')} × {counted(group, 'sample')}, "
+        f"{counted(steps, 'optimizer step')} of {step}{each}; {run.loss_type}",
         f"{_INDENT}model {_known(run.hf_checkpoint)}, run directory {run.run_dir}",
         *(_INDENT + text for text in without),
         *(_INDENT + _hook_line(row) for row in report.hooks),
@@ -77,6 +79,6 @@ def report_json(report: CheckReport) -> dict[str, Any]:
     }
 
 
-def _known(value: object) -> object:
+def _known(value: int | str | None) -> int | str:
     """Return `?` for what is not set: the report says so among the problems."""
     return "?" if value is None else value

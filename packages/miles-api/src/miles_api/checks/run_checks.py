@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from miles_api.errors import MilesError, did_you_mean
+from miles_api.errors import MilesError, counted, did_you_mean
 from miles_api.loading.hookset import configured_hooks
 from miles_api.options import flag_of
 from miles_api.record import RecordedRollout, read_dump
@@ -107,8 +107,8 @@ def _recorded(run: RunOptions, file: Path) -> Iterator[str]:
     if lacking:
         damage = f"; its end is damaged: {dump.damage}" if dump.damage else ""
         yield (
-            f"{flag} holds {len(held)} rollouts, and --num-rollout is {run.num_rollout}: rollout {lacking[0]} is "
-            f"missing{damage}"
+            f"{flag} holds {counted(len(held), 'rollout')}, and --num-rollout is {run.num_rollout}: rollout "
+            f"{lacking[0]} is missing{damage}"
         )
 
 

@@ -23,7 +23,10 @@ __all__ = ["main"]
 USAGE_ERROR = 2
 INTERRUPTED = 130
 _UNREAD = 1
-_ELSEWHERE = {"train": "miles-train", "report": "miles-train", "router": "miles-router", "sglang-cpu": "miles-rollout"}
+_ELSEWHERE = {
+    "train": "miles-train", "report": "miles-train", "router": "miles-router", "sglang-cpu": "miles-rollout",
+    "retrieval-server": "miles-hooks-contrib",
+}  # fmt: skip
 """The commands of other packages."""
 _INSTALL = {"miles-train": "miles-train[full]"}
 
@@ -95,6 +98,7 @@ def _run(name: str, rest: list[str]) -> int:
 
 def _overview(names: list[str]) -> str:
     lines = ["usage: miles COMMAND …", "", "commands:"]
-    lines += [f"  {name:10} {entry_points('miles.commands')[name][0].load().help}" for name in names]
+    wide = max(map(len, names), default=0)
+    lines += [f"  {name:{wide}}  {entry_points('miles.commands')[name][0].load().help}" for name in names]
     codes = "exit codes: 0 done, 1 failed while running, 2 refused before it started"
     return "\n".join([*lines, "", codes, "`miles COMMAND --help` says more."])

@@ -90,7 +90,7 @@ def _in_sft(flag: Flag, flags: Flags) -> Drop | Lack:
 def program_rule(program: str) -> Lack | None:
     """Judge the program that the script starts."""
     if program == "train_async.py":
-        return Lack('set rollout_schedule = "one-step-off": rollouts one step ahead of training')
+        return Lack('set rollout_schedule = "one-step-off", or "in-flight": rollouts one step ahead of training')
     return None if program in ("train.py", "") else Lack("only train.py is known here")
 
 
@@ -154,7 +154,6 @@ THEIRS: dict[str, Rule] = {
     **lack("pass --load with the checkpoint to continue from", "--start-rollout-id", "--ckpt-step", "--ref-ckpt-step"),
     # Data and rollouts
     **lack("count it: num_rollout = epochs × prompts / rollout_batch_size", "--num-epoch"),
-    **lack("unfinished responses start anew in the next rollout", "--partial-rollout"),
     **lack("evaluation has temperature, top-p and length of its own, and no more", "--eval-min-new-tokens",
            "--eval-max-prompt-len", "--eval-max-context-len"),
     "--eval-top-k": lambda flag, _flags: (

@@ -12,12 +12,11 @@ import msgspec
 from miles_api.errors import did_you_mean
 from miles_api.hook_options import specs_by_field
 from miles_api.options import OptionKind, flag_of, option_kind, own_fields
+from miles_api.parsing.flags import UNSET
 
 __all__ = ["COMMAND_LINE", "Given", "convert", "explain", "locate", "references"]
 
 COMMAND_LINE = "command line"
-
-_UNSET = "null"
 
 
 class Given(msgspec.Struct):
@@ -90,8 +89,8 @@ def _hook_value(item: Given, many: bool) -> Any:
 
 
 def _option_value(item: Given, shape: OptionKind, annotation: Any) -> Any:
-    # TOML has no word for a value that is not set; a file of that name is `./null`.
-    if item.value == _UNSET and shape.optional:
+    # A file of that name is `./null`.
+    if item.value == UNSET and shape.optional:
         return None
     return _path(msgspec.convert(_raw(item, shape), annotation, strict=False), shape, item)
 

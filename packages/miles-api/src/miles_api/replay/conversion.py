@@ -8,7 +8,7 @@ import copy
 from typing import TYPE_CHECKING, Any
 
 from miles_api.batch import REQUIRED_COLUMNS, check_columns
-from miles_api.errors import HookLoadError, MilesError, SampleError
+from miles_api.errors import HookLoadError, MilesError, SampleError, counted
 from miles_api.loading.load import provider
 from miles_api.loading.plain import plain_number
 from miles_api.replay.replayer import Replayer, same, trained
@@ -166,10 +166,10 @@ class ConvertReplayer(_WholeRollout):
     def lines(self) -> list[str]:
         lines = ["columns:", *(f"  {name:20} {words}" for name, words in self._columns.items())]
         if self._compared:
-            lines.append(f"against the default conversion, in {self._compared} rollouts:")
-            lines += [f"  {name}: {count} entries differ" for name, count in self._differ.items()] or [
-                "  no difference"
-            ]
+            lines.append(f"against the default conversion, in {counted(self._compared, 'rollout')}:")
+            lines += [
+                f"  {name}: {counted(count, 'entry differs', 'entries differ')}" for name, count in self._differ.items()
+            ] or ["  no difference"]
         if self._no_default:
             lines.append(f"not compared: {self._no_default}")
         return lines

@@ -7,6 +7,7 @@ from __future__ import annotations
 from collections import Counter
 from typing import TYPE_CHECKING, Any
 
+from miles_api.errors import counted
 from miles_api.replay.replayer import Replayer, copies
 from miles_api.replay.subject import Subject
 from miles_api.rollout_types import flatten
@@ -190,10 +191,10 @@ class AllSamplesReplayer(Replayer):
 
     def lines(self) -> list[str]:
         if not self._fields:
-            return [f"ran on {self._rollouts} rollouts and changed no sample"]
+            return [f"ran on {counted(self._rollouts, 'rollout')} and changed no sample"]
         return [
-            f"ran on {self._rollouts} rollouts and changed samples in {self.changed}",
-            *(f"  {name}: {count} samples" for name, count in self._fields.most_common()),
+            f"ran on {counted(self._rollouts, 'rollout')} and changed samples in {self.changed}",
+            *(f"  {name}: {counted(count, 'sample')}" for name, count in self._fields.most_common()),
         ]
 
 

@@ -35,6 +35,12 @@ async def post(
     A refused connection or a busy server is asked again up to `max_retries` times in all, a second apart. Raises
     `ServiceError` with status and body.
     """
+    state = running.of_this_loop()
+    if state is not None and state.interrupts is not None:
+        path = url.removeprefix(state.requests.url)
+        if state.aborted and (refusal := state.interrupts.refusal(path, payload)) is not None:
+            return refusal
+        payload = state.interrupts.named(path, payload)
     body = None if action in ("get", "delete") else msgspec.json.encode(payload or {})
     for attempt in range(1, max_retries + 1):
         try:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
+from miles_rollout.engines.key import header_of
 from miles_rollout.engines.protocol import ModelInfo
 
 if TYPE_CHECKING:
@@ -20,13 +21,16 @@ __all__ = ["REQUEST_TIMEOUT", "model_info", "request", "with_version"]
 REQUEST_TIMEOUT = 30.0
 
 
-def request(url: str, body: dict[str, Any] | None, timeout: float) -> dict[str, Any]:
+def request(url: str, body: dict[str, Any] | None, timeout: float, key: str = "") -> dict[str, Any]:
     """POST `body`, or GET without one; return the JSON object that is answered, empty where there is none.
 
+    `key` is the engine's, where it asks for one.
     Raises `OSError`: `urllib.error.HTTPError` for an answer that says no, others for an engine that does not answer.
     """
     data = None if body is None else json.dumps(body).encode()
     asked = urllib.request.Request(url, data, {"content-type": "application/json"})
+    for name, value in header_of(key).items():
+        asked.add_unredirected_header(name, value)
     # Whatever http_proxy says: a proxy elsewhere knows no loopback address of ours.
     direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     try:
@@ -49,10 +53,10 @@ def _object(url: str, answer: bytes) -> dict[str, Any]:
     return value
 
 
-def model_info(url: str) -> ModelInfo:
+def model_info(url: str, key: str = "") -> ModelInfo:
     """Ask the engine at `url` what it serves. Raises `OSError` as `request` does, and for what is no such answer."""
     try:
-        return msgspec.convert(request(url + "/model_info", None, REQUEST_TIMEOUT), ModelInfo)
+        return msgspec.convert(request(url + "/model_info", None, REQUEST_TIMEOUT, key), ModelInfo)
     except msgspec.ValidationError as error:
         raise ConnectionError(f"{url} answers /model_info otherwise than SGLang: {error}") from None
 
@@ -61,6 +65,6 @@ def with_version(endpoint: Endpoint) -> Endpoint:
     """Return `endpoint` with the weight version that the engine reports; without one if it does not answer."""
     version = ""
     with contextlib.suppress(OSError):
-        version = model_info(endpoint.url).weight_version
+        version = model_info(endpoint.url, endpoint.key).weight_version
     # SGLang's name for weights that were never synchronised.
     return msgspec.structs.replace(endpoint, weight_version="" if version == "default" else version)

@@ -6,12 +6,14 @@ import os
 import subprocess
 import sys
 import threading
+from contextlib import ExitStack
 from typing import IO, TYPE_CHECKING
 
 from miles_rollout.engines.health import HealthWatch
 
 if TYPE_CHECKING:
-    import socket
+    from collections.abc import Iterable
+    from contextlib import AbstractContextManager
 
     from miles_api.services import Endpoint
 
@@ -32,27 +34,34 @@ class Child:
         errors: IO[bytes],
         *,
         serves: bool = True,
-        reserved: socket.socket | None = None,
+        until_it_answers: Iterable[AbstractContextManager[object]] = (),
         grace: float = _STOP_GRACE,
     ) -> None:
-        """`serves` is False for a part that answers nobody, `reserved` holds its port until it listens, and after
-        `grace` seconds a request to end becomes an order."""
+        """`serves` is False for a part that answers nobody; after `grace` seconds a request to end becomes an order.
+
+        What is needed `until_it_answers`, such as a socket that holds its port, is closed then, or when it ends.
+        """
         self.index, self.process, self.endpoint, self.serves = index, process, endpoint, serves
         self._errors = errors
-        self._reserved, self._grace = reserved, grace
+        self._grace = grace
+        self._at_start = ExitStack()
+        for each in until_it_answers:
+            self._at_start.enter_context(each)
         self._errors_lock = threading.Lock()
         self._told_to_end = False
         self._watcher: threading.Thread | None = None
         self._health: HealthWatch | None = None
 
     def last_lines(self) -> str:
-        """Return the end of what it wrote on stderr; nothing after `end`."""
+        """Return the end of what it wrote on stderr, without its key; nothing after `end`."""
         with self._errors_lock:
             if self._errors.closed:
                 return ""
             descriptor = self._errors.fileno()
             # not seek and read: the offset is also where the engine writes next
             tail = os.pread(descriptor, _TAIL_BYTES, max(os.fstat(descriptor).st_size - _TAIL_BYTES, 0))
+        if key := self.endpoint.key.encode():
+            tail = tail.replace(key, b"(the key)")
         return "\n".join(tail.decode(errors="replace").splitlines()[-_TAIL_LINES:])
 
     def why_dead(self) -> str:
@@ -67,11 +76,12 @@ class Child:
 
     def watch(self, health_timeout: float = 0.0) -> None:
         """Print `why_dead` on stderr should it die from now on, or not react for so many seconds; 0 is for ever."""
-        self._release()
+        self._at_start.close()
         self._watcher = threading.Thread(target=self._watch, name=f"engine-{self.index}-watch", daemon=True)
         self._watcher.start()
         if self.serves:
-            self._health = HealthWatch(self.endpoint.url, health_timeout, lambda _: self._report())
+            key = self.endpoint.key
+            self._health = HealthWatch(self.endpoint.url, health_timeout, lambda _: self._report(), key=key)
 
     def tell_to_end(self) -> None:
         """Send SIGTERM; one that is dead already keeps its own reason."""
@@ -84,7 +94,7 @@ class Child:
     def end(self) -> None:
         """Wait until it has ended, if need be by SIGKILL; may be called twice."""
         self.tell_to_end()
-        self._release()
+        self._at_start.close()
         try:
             self.process.wait(self._grace)
         except subprocess.TimeoutExpired:
@@ -101,10 +111,6 @@ class Child:
 
     def _said(self) -> str:
         return self.last_lines() or "(nothing on stderr)"
-
-    def _release(self) -> None:
-        if self._reserved is not None:
-            self._reserved.close()
 
     def _watch(self) -> None:
         self.process.wait()

@@ -26,12 +26,14 @@ _ASKS = 5
 class HealthWatch:
     """Asks one engine again and again, from a thread of its own, until `stop`."""
 
-    def __init__(self, url: str, timeout: float, on_change: Callable[[str], None] = lambda _: None) -> None:
+    def __init__(
+        self, url: str, timeout: float, on_change: Callable[[str], None] = lambda _: None, *, key: str = ""
+    ) -> None:
         """Watch the engine at `url`; silent for `timeout` seconds it counts as dead, 0 never asks.
 
-        `on_change` is told why it counts as dead, once.
+        `on_change` is told why it counts as dead, once; `key` is the engine's.
         """
-        self._url, self._timeout, self._on_change = url, timeout, on_change
+        self._url, self._timeout, self._on_change, self._key = url, timeout, on_change, key
         self._stopped = threading.Event()
         self.problem = ""
         """Why it counts as dead; empty while it reacts."""
@@ -61,7 +63,7 @@ class HealthWatch:
     def _asked(self, timeout: float) -> str:
         """Return why the engine did not answer; an answer that says no is one, too."""
         try:
-            request(self._url + "/server_info", None, timeout)
+            request(self._url + "/server_info", None, timeout, self._key)
         except urllib.error.HTTPError:
             return ""
         except OSError as error:

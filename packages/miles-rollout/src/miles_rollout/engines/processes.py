@@ -148,6 +148,6 @@ class ProcessFleet(ABC):
     def _post_all(self, path: str, body: dict[str, Any]) -> None:
         for child in [child for child in self._children if child.serves]:
             try:
-                request(child.endpoint.url + path, body, REQUEST_TIMEOUT)
+                request(child.endpoint.url + path, body, REQUEST_TIMEOUT, child.endpoint.key)
             except OSError as error:
                 raise ServiceError(f"engine {child.index} at {child.endpoint.url} failed {path}: {error}") from error

@@ -13,6 +13,7 @@ from miles_api.sample import Status
 from miles_rollout.generate.session import Session
 from miles_rollout.generate.session_samples import fill_samples, reward_samples
 from miles_rollout.generate.session_server import SessionServer
+from miles_rollout.state import State
 
 if TYPE_CHECKING:
     from miles_api.loading.bind import BoundHook
@@ -44,12 +45,17 @@ class Agentic:
             sample.reset_for_retry()
         if not input.state.aborted:
             self._aborted = False
-        session = Session(input)
+        metadata, session = dict(sample.metadata), Session(input)
         started = time.perf_counter()
         async with self._server().serving(session) as base_url:
             result = await self._run(agent, input, session, base_url)
         sample.non_generation_time += time.perf_counter() - started - session.at_engines.seconds
         samples = _samples(agent, input, session, _checked(agent, input, session, result))
+        if isinstance(input.state, State) and input.state.interrupts and session.aborted:
+            # What the agent knew is lost.
+            sample.reset_for_retry()
+            sample.metadata = metadata
+            samples = [sample]
         return GenerateFnOutput(samples=samples if len(samples) > 1 and not input.evaluation else samples[-1])
 
     async def aclose(self) -> None:

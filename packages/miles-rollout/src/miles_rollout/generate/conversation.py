@@ -19,8 +19,10 @@ if TYPE_CHECKING:
     from miles_rollout.generate.options import GenerateOptions
     from miles_rollout.generate.tool_calls import Parser
 
-__all__ = ["Conversation"]
+__all__ = ["UNFINISHED", "Conversation"]
 
+UNFINISHED = "unfinished_conversation"
+"""The metadata key of what a conversation that was cut goes on from: its messages, its turn, the ids of its answer."""
 _COUNTS = ("turns", *COUNTS, "turn_timeouts", "observation_tokens")
 
 
@@ -30,6 +32,8 @@ class Conversation:
     The ids of the whole conversation only grow: what the engine continues begins with all that it was sent and answered
     before. With `--generate-multi-samples` each answer is a sample of its own, and its prompt what the chat template
     renders; where that is the text of the ids so far, it is these ids.
+
+    One that is cut, and is one sample, says in its metadata where: it goes on there when it is held again.
     """
 
     def __init__(
@@ -43,14 +47,16 @@ class Conversation:
         self._start = len(request.sample.tokens) - request.sample.response_length
         self._seen: list[int] = request.sample.tokens
         self._samples: list[Sample] = []
+        self._begun: list[int] = []
+        """Ids of the answer that an earlier rollout has cut."""
 
     async def hold(self) -> list[Sample]:
         """Return the samples of the finished conversation: one, or with `--generate-multi-samples` one an answer.
 
         In evaluation it is the last answer's alone, so that each conversation counts once.
         """
-        sample = self._begin(self._request.sample)
-        for turn in range(self._options.generate_max_turns):
+        sample, first = self._resume(self._request.sample)
+        for turn in range(first, self._options.generate_max_turns):
             answer = await self._answer(sample, turn)
             if answer is None or sample.status is not Status.COMPLETED:
                 break
@@ -78,6 +84,22 @@ class Conversation:
             self._samples[-1].status = empty.status
             self._samples[-1].metadata["turn_timeouts"] += empty.metadata["turn_timeouts"]
 
+    def _resume(self, sample: Sample) -> tuple[Sample, int]:
+        """Return the sample to go on with, and the number of the next answer: 0, unless it was begun before."""
+        cut = sample.metadata.get(UNFINISHED)
+        if cut is None:
+            return self._begin(sample), 0
+        sample.metadata = {key: value for key, value in sample.metadata.items() if key != UNFINISHED}
+        self._samples.append(sample)
+        self._history, self._begun = list(cut["messages"]), list(cut["answer"])
+        return sample, cut["turn"]
+
+    def _cut(self, sample: Sample, turn: int, answer: list[int]) -> None:
+        """Note where a conversation ends because its rollout has enough."""
+        if sample.status is Status.ABORTED and self._request.state.aborted and not self._options.generate_multi_samples:
+            cut = {"messages": list(self._history), "turn": turn, "answer": answer}
+            sample.metadata = {**sample.metadata, UNFINISHED: cut}
+
     def _begin(self, sample: Sample) -> Sample:
         sample.metadata = {**sample.metadata, **dict.fromkeys(_COUNTS, 0)}
         if self._options.generate_multi_samples:
@@ -94,7 +116,8 @@ class Conversation:
         """Let the model answer and append that; None if it has no room, or its time was up."""
         left, aborted = self._room(sample), self._request.state.aborted
         if left == 0 or aborted:
-            return _ends(sample, Status.ABORTED if aborted else Status.TRUNCATED)
+            _ends(sample, Status.ABORTED if aborted else Status.TRUNCATED)
+            return self._cut(sample, turn, self._begun)
         assert sample.tokens[: len(self._seen)] == self._seen, "what the model has seen does not change"
         deadline = asyncio.timeout(self._options.generate_turn_timeout)
         try:
@@ -107,7 +130,10 @@ class Conversation:
             return _ends(sample, Status.TRUNCATED)
         answer.append_to(sample)
         self._seen = sample.tokens
-        sample.metadata["turns"] += 1
+        answer = answer._replace(ids=[*self._begun, *answer.ids])
+        self._begun = []
+        self._cut(sample, turn, answer.ids)
+        sample.metadata["turns"] += UNFINISHED not in sample.metadata
         return answer
 
     def _show(self, sample: Sample, answer: Answer, text: str, shown: Messages) -> Sample | None:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from miles_api.options import options_from
 from miles_api.rollout_types import GenerateFnInput, GenerateFnOutput
 from miles_rollout.generate.chat import ChatTemplate, prompt_ids
-from miles_rollout.generate.conversation import Conversation
+from miles_rollout.generate.conversation import UNFINISHED, Conversation
 from miles_rollout.generate.options import GenerateOptions
 from miles_rollout.generate.tool_parsers import parser_for
 from miles_rollout.generate.tool_specs import checked_specs
@@ -44,8 +44,8 @@ class MultiTurn:
         """Hold one conversation and return it as one sample, or with `--generate-multi-samples` as one an answer."""
         run = self._run = self._run or _begin(input)
         sample = input.sample
-        # What tools did until then and where the last answer broke off is not in it: one that was begun starts anew.
-        if sample.response_length:
+        # What tools did until then and where the last answer broke off is in it only if it says so.
+        if sample.response_length and UNFINISHED not in sample.metadata:
             sample.reset_for_retry()
         if not sample.tokens:
             sample.tokens = prompt_ids(input.state.tokenizer, input.args, sample, run.tools.specs)

@@ -76,7 +76,9 @@ async def ask(
             f"sample {sample.index}: the engine saw a prompt of {seen} tokens, and {len(tokens)} were sent: what it "
             "continued is not what the sample records"
         )
-    pairs = read.meta_info.output_token_logprobs
+    pairs, ended = read.meta_info.output_token_logprobs, read.meta_info.finish_reason
+    if pairs is UNSET and ended is not None and ended.type == "abort":
+        return _nothing(meta)
     if pairs is UNSET:
         raise ServiceError(f"sample {sample.index}: the engine's answer has no output_token_logprobs")
     log_probs, ids = [entry[0] for entry in pairs], [entry[1] for entry in pairs]
@@ -84,6 +86,11 @@ async def ask(
         raise ServiceError(f"sample {sample.index}: the engine's output_ids and output_token_logprobs differ")
     del meta["output_token_logprobs"]
     return Answer(ids, log_probs, read.text, meta)
+
+
+def _nothing(meta: dict[str, Any]) -> Answer:
+    """Return an aborted answer without log-probs, as engines give one that still waited: its tokens cannot train."""
+    return Answer([], [], "", {**meta, "completion_tokens": 0, "weight_versions": None})
 
 
 def parse_reply(answer: Any) -> Reply:

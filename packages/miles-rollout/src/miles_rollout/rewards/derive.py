@@ -123,5 +123,10 @@ def _server(options: RewardOptions, kinds: set[str | None], hooks_may_ask: bool)
             yield "remote_rm asks a server, and none is set: pass --rm-url http://HOST:PORT/PATH"
         return
     yield from problem_of(lambda: check_rm_url(str(options.rm_url)))
+    if options.rm_type == _REMOTE and options.eval_reward_key is not None and options.reward_key is None:
+        yield (
+            f"--eval-reward-key {options.eval_reward_key} picks from what remote_rm answers, and nothing says which "
+            "entry trains: pass --reward-key too"
+        )
     if _REMOTE not in kinds and not hooks_may_ask:
         yield "--rm-url is set, and nothing asks it: pass --rm-type remote_rm"

@@ -16,7 +16,7 @@ from weakref import WeakKeyDictionary
 import aiohttp
 import msgspec
 
-from miles_api.errors import ConfigError, SampleError, ServiceError
+from miles_api.errors import ConfigError, SampleError, ServiceError, counted
 
 if TYPE_CHECKING:
     from miles_api.args import Args
@@ -196,7 +196,7 @@ class RemoteRewards:
         return ServiceError(f"{self._name} answered 200 without a score, {why}: {_excerpt(answer)}")
 
     def _late(self, tried: list[str]) -> str:
-        seen = f"; {len(tried)} attempts failed, the last one: {tried[-1]}" if tried else ""
+        seen = f"; {counted(len(tried), 'attempt')} failed, the last one: {tried[-1]}" if tried else ""
         return f"{self._name} gave no score within --rm-url-timeout {self._timeout:g} s{seen}"
 
     def _warn(self, problem: str) -> None:

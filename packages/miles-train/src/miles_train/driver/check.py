@@ -136,7 +136,8 @@ def _parallel(parallel: ParallelOptions) -> Iterator[str]:
 def _checkpoints(run: RunOptions) -> Iterator[str]:
     """Check that saving replaces neither another run's checkpoints nor the source model."""
     save = checkpoint.folder_of(run)
-    own = run.overwrite and save.resolve().is_relative_to(Path(run.run_dir).resolve())
+    # What a run directory may be used for again is said of it as a whole.
+    own = save.resolve().is_relative_to(Path(run.run_dir).resolve())
     continued = run.resume or saves_where_it_loads(run)
     if checkpoint.holds_checkpoints(save) and not own and not continued:
         yield f"--save {save} holds another run's checkpoints: choose another, or continue them with --load"

@@ -6,6 +6,7 @@ import logging
 import os
 import signal
 import socket
+import sys
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
@@ -209,6 +210,9 @@ class Cluster:
 def _init_ray(**options: Any) -> None:
     """Start Ray or join one, without leaving SIGTERM to it: Ray would abort the driver."""
     ours, terminated = signal.getsignal(signal.SIGTERM), False
+    if not (sys.stdout.isatty() and sys.stderr.isatty()):
+        # What workers print gets a prefix of Ray's, coloured also in files and pipes.
+        os.environ.setdefault("RAY_COLOR_PREFIX", "0")
     try:
         ray.init(**options)
     except SystemExit:

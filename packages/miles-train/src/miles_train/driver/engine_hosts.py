@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import ipaddress
+import os
 import socket
 import threading
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from typing import TYPE_CHECKING, Any, NamedTuple
-from urllib.parse import urlsplit
 
 import msgspec
 import ray
@@ -30,7 +29,10 @@ __all__ = ["EngineHost", "Part", "RayFleet"]
 
 _SLICE = 0.2
 """Seconds between two looks at whether the run stops, while an engine starts."""
-_STOP_WITHIN = 10.0
+_STOP_WITHIN = 20.0
+"""Longer than SGLang takes to end when it is told to."""
+_HOST, _KEY_VARIABLE = "engine_host", "engine_key_variable"
+"""Options of the package that starts engines; another one may do without them."""
 
 
 class EngineHost:
@@ -46,8 +48,12 @@ class EngineHost:
         with socket.create_server((host, 0), family=family) as listener:
             return host, tuple(int(gpu) for gpu in ray.get_gpu_ids()), listener.getsockname()[1]
 
-    def start(self, config: RunConfig, placement: Placement) -> Endpoint | None:
-        """Start it; returns its address, None for a part that has none."""
+    def start(self, config: RunConfig, placement: Placement, environment: dict[str, str]) -> Endpoint | None:
+        """Start it; returns its address, None for a part that has none.
+
+        `environment` holds the variables of the driver that the options name.
+        """
+        os.environ.update(environment)
         self._fleet = provider("miles.services", "engines")(config)
         self._fleet.start([placement])
         return self.endpoint()
@@ -176,7 +182,7 @@ class RayFleet:
         if len(parts) > 1:
             return None
         try:
-            return self._reachable(self._get(parts[0].actor.restart.remote(), index, "restart"))
+            return self._get(parts[0].actor.restart.remote(), index, "restart")
         except ServiceError as error:
             if isinstance(error.__cause__, RayActorError):
                 return None
@@ -186,11 +192,12 @@ class RayFleet:
         """Place the parts of an engine and start them together; return the address of the first."""
         parts = self._engines[index]
         places = [self._get(part.actor.where.remote(), index, "start") for part in parts]
+        environment = self._environment()
         host, _, port = places[0]
         shown = f"[{host}]" if ":" in host else host
         refs = [
             part.actor.start.remote(
-                self._config,
+                self._config_on(node),
                 Placement(
                     node=node,
                     gpu_ids=given if part.gpu_ids is None else part.gpu_ids,
@@ -198,23 +205,26 @@ class RayFleet:
                     num_nodes=len(parts),
                     dist_init_addr=f"{shown}:{port}" if len(parts) > 1 else "",
                 ),
+                environment,
             )
             for rank, (part, (node, given, _)) in enumerate(zip(parts, places, strict=True))
         ]
         endpoint, *_ = [self._get(ref, index, "start") for ref in refs]
-        return self._reachable(endpoint)
-
-    def _reachable(self, endpoint: Endpoint) -> Endpoint:
-        """Refuse an engine that only its own node can reach, where that is another one."""
-        host = urlsplit(endpoint.url).hostname or ""
-        with suppress(ValueError):
-            if ipaddress.ip_address(host).is_loopback and endpoint.node != self._here:
-                raise ServiceError(
-                    f"the engine on {endpoint.node} listens at {endpoint.url}, which this node, {self._here}, cannot "
-                    "reach: engines ask nobody for a key, so they serve their own machine alone; attach to servers "
-                    "that run there already (--rollout-engine sglang --rollout-engine-urls), or keep engines here"
-                )
         return endpoint
+
+    def _config_on(self, node: str) -> RunConfig:
+        """Return the options of an engine on `node`: others than its own reach it at that address, not at loopback.
+
+        The driver is on one node; trainer ranks, which send weights, may be on any.
+        """
+        nodes = {each["NodeManagerAddress"] for each in ray.nodes() if each["Alive"]}
+        alone = nodes | {node} == {self._here}
+        return self._config if alone or not _is_loopback(self._config) else self._config.replace(**{_HOST: node})
+
+    def _environment(self) -> dict[str, str]:
+        """Return the variable with the key of the engines, which other nodes do not have."""
+        variable = self._config.flat().get(_KEY_VARIABLE)
+        return {variable: os.environ[variable]} if variable and variable in os.environ else {}
 
     def _ask(self, index: int, method: str) -> Any:
         return self._get(getattr(self._engines[index][0].actor, method).remote(), index, method)
@@ -241,3 +251,11 @@ class RayFleet:
     def _refuse_if_stopped(self) -> None:
         if self._stopped.is_set():
             raise ServiceError("the engines were stopped")
+
+
+def _is_loopback(config: RunConfig) -> bool:
+    host = config.flat().get(_HOST, "")
+    try:
+        return host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False

@@ -70,7 +70,7 @@ _PARTS = (
     _Part(("teacher",), "this run would learn from another model than before", None, True,
           "pass --opd-teacher-load with the directory that the run began with"),
     _Part(("optimizer",), "its optimizer state does not fit", "load_optim", False,
-          "--no-load-optim begins with a fresh optimizer and schedule"),
+          "set --use-distributed-optimizer as it was, or --no-load-optim begins with a fresh optimizer and schedule"),
     _Part(("layout",), "its random states belong to its ranks", "load_rng", False,
           "--no-load-rng continues with fresh ones"),
 )  # fmt: skip

@@ -13,7 +13,7 @@ import msgspec
 from miles_api.checks.run_checks import services_of
 from miles_api.config import DERIVED
 from miles_api.run_options import RunOptions
-from miles_train.options import ClusterOptions, ParallelOptions
+from miles_train.options import ClusterOptions, ParallelOptions, WeightSyncOptions
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -144,13 +144,20 @@ def _schedule_problems(config: RunConfig) -> Iterator[str]:
             f"{flag} with --offload-train or --offload-rollout: neither trainer nor engines ever pause, so none can "
             "give up its memory; drop one"
         )
+    if cluster.rollout_schedule == "in-flight" and config.group(WeightSyncOptions).pause_generation_mode == "abort":
+        yield (
+            f"{flag} with --pause-generation-mode abort: each push would end responses of the rollout that is being "
+            "made; take retract or in_place"
+        )
 
 
 def layout_notes(config: RunConfig) -> Iterator[str]:
     """Yield what the schedule changes of what is computed."""
-    if config.group(ClusterOptions).rollout_schedule != "sync":
+    schedule = config.group(ClusterOptions).rollout_schedule
+    if schedule != "sync":
+        much = "up to one version" if schedule == "in-flight" else "one version"
         yield (
-            "rollout_schedule: rollouts are made by weights one version older than those that train on them; --use-tis "
+            f"rollout_schedule: rollouts are made by weights {much} older than those that train on them; --use-tis "
             "corrects for it, and rollout/staleness reports it"
         )
 

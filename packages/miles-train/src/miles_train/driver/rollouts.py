@@ -1,4 +1,7 @@
-"""When rollouts are made: as each is needed (sync), or one step ahead, while the last one trains (one-step-off)."""
+"""When rollouts are made: as each is needed (sync), or one step ahead, while the last one trains.
+
+New weights wait until a rollout ahead is made (one-step-off), or come in the middle of it (in-flight).
+"""
 
 from __future__ import annotations
 
@@ -12,6 +15,8 @@ if TYPE_CHECKING:
     from miles_train.driver.remote import Pending, Remote
 
 __all__ = ["Rollout", "Rollouts"]
+
+_STALENESS = "rollout/staleness"
 
 
 class Rollout(NamedTuple):
@@ -35,14 +40,14 @@ class Rollouts:
     """The rollouts of a run in order, each made once.
 
     Ahead of training, `begin` starts the next one, `settle` waits for it before weights change under it, and `take`
-    hands it out. Without `ahead` the first two do nothing, and `take` makes it.
+    hands it out. Without `ahead` the first two do nothing, and `take` makes it; `in_flight` nobody settles.
     """
 
-    def __init__(self, service: Remote, count: int, *, ahead: bool, aside: Path) -> None:
+    def __init__(self, service: Remote, count: int, *, ahead: bool, aside: Path, in_flight: bool = False) -> None:
         """`count` is where the run ends; `aside` is a directory of this run alone, there while it is needed."""
         self._service = service
         self._count = count
-        self._ahead = ahead
+        self._ahead, self._in_flight = ahead, in_flight
         self._begun: _Begun | None = None
         self._waited = 0.0
         self._aside = aside
@@ -52,8 +57,7 @@ class Rollouts:
     def take(self, rollout_id: int, version: int, weights: str) -> Rollout:
         """Return this rollout; it is made now, with these weights, if it was not begun before."""
         begun = self._begun or self._begin(rollout_id, version, weights)
-        self._begun = begun
-        self.settle()
+        self._wait_for(begun)
         self._begun = None
         self._forget()
         return Rollout(*begun.call.result(), begun.version)
@@ -72,11 +76,9 @@ class Rollouts:
         self._begun = self._begin(rollout_id, version, weights)
 
     def settle(self) -> None:
-        """Wait until a rollout that was begun is made: engines take new weights between two rollouts, not in one."""
-        if self._begun is not None:
-            started = time.perf_counter()
-            self._begun.call.result()
-            self._waited += time.perf_counter() - started
+        """Wait until a rollout that was begun is made, unless engines may take new weights in the middle of it."""
+        if self._begun is not None and not self._in_flight:
+            self._wait_for(self._begun)
 
     def row(self, rollout: Rollout, version: int) -> tuple[dict[str, float], dict[str, float]]:
         """Return metrics and seconds of a rollout that was trained on, by weights of this version.
@@ -87,12 +89,11 @@ class Rollouts:
         self._waited = 0.0
         if not self._ahead:
             return metrics, dict(rollout.said["seconds"])
-        made_in = sum(rollout.said["seconds"].values())
-        return {
-            **metrics,
-            "rollout/staleness": float(version - rollout.version),
-            "rollout/made_in_seconds": made_in,
-        }, {"generate": waited}
+        # What the rollout process reports of tokens counts from the weights that the rollout was begun with.
+        ages = {name: age for name, age in metrics.items() if name.startswith(_STALENESS)} or {_STALENESS: 0.0}
+        metrics |= {name: age + version - rollout.version for name, age in ages.items()}
+        metrics["rollout/made_in_seconds"] = sum(rollout.said["seconds"].values())
+        return metrics, {"generate": waited}
 
     def save(self, rollout_id: int, directory: str) -> None:
         """Write what the rollout process has come to after this rollout, whatever it has begun since."""
@@ -104,6 +105,11 @@ class Rollouts:
     def close(self) -> None:
         """Remove what was kept aside."""
         self._forget()
+
+    def _wait_for(self, begun: _Begun) -> None:
+        started = time.perf_counter()
+        begun.call.result()
+        self._waited += time.perf_counter() - started
 
     def _begin(self, rollout_id: int, version: int, weights: str) -> _Begun:
         return _Begun(rollout_id, version, self._service.begin_split("generate", "batch", rollout_id, weights))

@@ -17,8 +17,6 @@ __all__ = ["Room", "Seat"]
 
 _PATIENCE = 60.0
 """Seconds in which a cluster that has the room gives it."""
-_PIN = 0.001
-"""Of a node's own resource, which keeps a bundle there."""
 
 
 class Seat(NamedTuple):
@@ -48,9 +46,9 @@ class Room:
         own_engines = layout.engines if engines_too and not layout.shared else 0
         self._nodes_an_engine = layout.nodes_of_engine(self._largest_node())
         self._first = layout.trainer_nodes
-        bundles = [self._bundle(layout.trainer_slots, gpu=True, pin=engines_too and layout.shared)] * self._first
+        bundles = [self._bundle(layout.trainer_slots, gpu=True)] * self._first
         part = layout.engine_slots // self._nodes_an_engine
-        bundles += [self._bundle(part, gpu=layout.engines_use_gpus, pin=True)] * (own_engines * self._nodes_an_engine)
+        bundles += [self._bundle(part, gpu=layout.engines_use_gpus)] * (own_engines * self._nodes_an_engine)
         self._group = self._reserved(bundles) if bundles else None
 
     def of_rank(self, rank: int) -> dict[str, Any]:
@@ -87,13 +85,10 @@ class Room:
             return layout.engine_slots
         return int(max(node["Resources"].get("GPU", 0) for node in ray.nodes() if node["Alive"]))
 
-    def _bundle(self, slots: int, *, gpu: bool, pin: bool) -> dict[str, float]:
+    def _bundle(self, slots: int, *, gpu: bool) -> dict[str, float]:
         bundle: dict[str, float] = {"CPU": slots}
         if gpu and self.gpus:
             bundle["GPU"] = slots
-        if pin and not self._layout.engines_use_gpus:
-            # Engines without GPU are the local ones, which serve their own machine alone.
-            bundle[f"node:{ray.util.get_node_ip_address()}"] = _PIN
         return bundle
 
     def _reserved(self, bundles: list[dict[str, float]]) -> Any:

@@ -57,7 +57,7 @@ class RunDir:
                 _empty(self.path)
             self.start = start_of(run)
             """The checkpoint that the run continues from, None if it begins anew."""
-            self._prepare(run)
+            damaged = self._prepare(run)
         checkpoint.sweep(checkpoint.folder_of(run))
         earlier = read_summary(self.path)
         self.id: str = earlier.get("id") or secrets.token_hex(8)
@@ -69,7 +69,7 @@ class RunDir:
             "title": title,
             "started": earlier.get("started") or time.time(),
             "save": saves_in(run),
-            "notes": [*notes, *self._origin()],
+            "notes": [*notes, *self._origin(), *damaged],
         }
         self._write_summary()
         # As it is needed to go on: what was overwritten is gone.
@@ -148,13 +148,19 @@ class RunDir:
             folder.mkdir(parents=True, exist_ok=True)
             self._locks.enter_context(_locked(folder, "--save"))
 
-    def _prepare(self, run: RunOptions) -> None:
+    def _prepare(self, run: RunOptions) -> list[str]:
+        """Bring the files to where the run begins; return which rows were lost to damage, which is printed too."""
+        found = []
         if self.start is not None and self.start.own:
             for name in _ROWS:
-                cut_after(self.path / name, self.start.state.rollout_id)
+                damaged = cut_after(self.path / name, self.start.state.rollout_id)
+                if damaged:
+                    found.append(f"{name}: {damaged} damaged {'line was' if damaged == 1 else 'lines were'} taken out")
+                    print(f"miles train: {self.path}: {found[-1]}", file=sys.stderr)
         elif run.resume:
             for name in (*_ROWS, *_OTHERS):
                 (self.path / name).unlink(missing_ok=True)
+        return found
 
     def _origin(self) -> list[str]:
         if self.start is None:

@@ -202,9 +202,11 @@ def _supervise(
 
 
 def _rollouts(config: RunConfig, rollout: Remote) -> Rollouts:
-    run, ahead = config.group(RunOptions), config.group(ClusterOptions).rollout_schedule == "one-step-off"
+    run, schedule = config.group(RunOptions), config.group(ClusterOptions).rollout_schedule
     # In the run directory: the rollout process writes there, on this node.
-    return Rollouts(rollout, run.num_rollout, ahead=ahead, aside=Path(run.run_dir, "rollout-ahead").resolve())
+    aside = Path(run.run_dir, "rollout-ahead").resolve()
+    ahead, in_flight = schedule != "sync", schedule == "in-flight"
+    return Rollouts(rollout, run.num_rollout, ahead=ahead, aside=aside, in_flight=in_flight)
 
 
 def _start_trainers(clock: _Clock, cluster: Cluster, first: Future[Any] | None) -> Remote:

@@ -36,6 +36,8 @@ _FAILURES = (dist_checkpointing.core.CheckpointingException, CheckpointException
 
 
 _Critic = tuple[list[DistributedDataParallel], "Optimizer"]
+_SHARDED = "use_distributed_optimizer"
+"""What a checkpoint says of its optimizer, whose state another kind of optimizer cannot read."""
 _CRITIC = "critic"
 """The part of a checkpoint that has the critic, as one of its own: both models' weights have the same names."""
 
@@ -73,7 +75,8 @@ def load(
     A critic that was saved and is not asked for stays unread. Without `with_optimizer` optimizers and their schedules
     stay as they were built, on the loaded weights; without `with_rng` so do the random states. The parallel sizes may
     differ from the saved ones, but not if the random states are loaded. Raises DataError when the directory holds no
-    checkpoint, one of another model or without the critic, or random states of other ranks.
+    checkpoint, one of another model, of another kind of optimizer or without the critic, or random states of other
+    ranks.
     """
     if critic is not None and Path(directory).is_dir() and not Path(directory, _CRITIC).is_dir():
         raise DataError(
@@ -90,13 +93,15 @@ def load(
 def _save(model: list[DistributedDataParallel], optimizer: Optimizer, directory: Path) -> None:
     directory.mkdir(parents=True, exist_ok=True)
     state = _state(model, optimizer, is_loading=False)
-    dist_checkpointing.save(state, str(directory), content_metadata=dict(_METADATA))
+    dist_checkpointing.save(state, str(directory), content_metadata=_METADATA | {_SHARDED: optimizer.is_sharded})
 
 
 def _load(model: list[DistributedDataParallel], optimizer: Optimizer, directory: str, *, with_optimizer: bool) -> None:
     try:
         if not dist_checkpointing.check_is_distributed_checkpoint(directory):
             raise DataError(f"{directory} holds no training checkpoint")
+        if with_optimizer:
+            _check_kind(optimizer, directory)
         # it returns a tuple only under a `strict` that asks for the keys that do not match
         wanted = _state(model, optimizer if with_optimizer else None, is_loading=True)
         with warnings.catch_warnings():
@@ -111,6 +116,16 @@ def _load(model: list[DistributedDataParallel], optimizer: Optimizer, directory:
     else:
         # fp32 masters and shards were copied from the weights before these were loaded
         optimizer.inner.reload_model_params()
+
+
+def _check_kind(optimizer: Optimizer, directory: str) -> None:
+    is_sharded = (dist_checkpointing.load_content_metadata(directory) or {}).get(_SHARDED, optimizer.is_sharded)
+    if is_sharded != optimizer.is_sharded:
+        saved, way_out = ("with", "pass it again") if is_sharded else ("without", "leave it out")
+        raise DataError(
+            f"{directory} was saved {saved} --use-distributed-optimizer, which keeps another optimizer state: "
+            f"{way_out}, or begin with a fresh optimizer by --no-load-optim"
+        )
 
 
 def _state(model: list[DistributedDataParallel], optimizer: Optimizer | None, *, is_loading: bool) -> dict[str, Any]:

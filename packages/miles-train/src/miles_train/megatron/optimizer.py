@@ -45,6 +45,11 @@ class Optimizer:
         return self.inner.param_groups[0]["lr"]
 
     @property
+    def is_sharded(self) -> bool:
+        """Say whether each data-parallel rank holds a part of its state alone (`--use-distributed-optimizer`)."""
+        return self.inner.chained_optimizers[0].config.use_distributed_optimizer
+
+    @property
     def steps(self) -> int:
         """Return how many steps were taken."""
         return self.scheduler.num_steps

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from miles_api.errors import counted
 from miles_api.hooks import REGISTRY
 from miles_api.loading.bind import HookStats
 from miles_train.view.words import duration, number
@@ -51,6 +52,11 @@ class HookTotals(HookStats, kw_only=True):
         drops = report.get("drops")
         for reason, count in drops.items() if isinstance(drops, dict) else ():
             self.drops[str(reason)] = self.drops.get(str(reason), 0) + _count(count)
+
+    @property
+    def is_counted(self) -> bool:
+        """Say whether no calls means that nobody called it; of a class only what it is asked for later is counted."""
+        return bool(self.calls) or self.hook not in REGISTRY or REGISTRY[self.hook].kind == "function"
 
     @property
     def where(self) -> str:
@@ -108,18 +114,17 @@ def hook_attention(rows: Sequence[HookTotals], *, has_rollouts: bool) -> list[st
     """Return what a reader should not overlook about the hooks of a run."""
     found = []
     for row in rows:
-        parts = [(row.errors, f"raised {row.errors:,} errors"), (row.timeouts, f"timed out {row.timeouts:,} times")]
+        parts = [
+            (row.errors, f"raised {counted(row.errors, 'error')}"),
+            (row.timeouts, f"timed out {counted(row.timeouts, 'time')}"),
+        ]
         if any(count for count, _ in parts):
             found.append(f"hook {row.hook} ({row.reference}) " + " and ".join(text for count, text in parts if count))
     found += [
         f"hook {row.hook} ({row.reference}) was loaded and never called"
         for row in rows
         # Counts are written after each rollout: before the first one is done they say nothing.
-        if has_rollouts
-        and not (row.calls or row.skipped or row.idle)
-        and row.reference != DEFAULT
-        # Of a class only what it is asked for later is counted, if anything.
-        and (row.hook not in REGISTRY or REGISTRY[row.hook].kind == "function")
+        if has_rollouts and not (row.calls or row.skipped or row.idle) and row.reference != DEFAULT and row.is_counted
     ]
     references = {(row.hook, row.reference) for row in rows}
     if len(references) < len(rows):

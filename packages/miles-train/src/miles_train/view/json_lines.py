@@ -61,27 +61,34 @@ class JsonLines:
         return DataError(f"{self._path} cannot be written: {error.strerror or error}")
 
 
-def cut_after(path: Path, rollout_id: int) -> None:
-    """Cut a file of rows at the first that belongs to a later rollout, or that cannot be read.
+def cut_after(path: Path, rollout_id: int) -> int:
+    """Cut a file of rows at the first that belongs to a later rollout; return how many before it could not be read.
 
-    Raises `DataError` when it cannot be changed.
+    Those are taken out too. Half a line at the end is not counted: a crash leaves it. Raises `DataError` when the file
+    cannot be changed.
     """
     if not path.is_file():
-        return
-    end = 0
+        return 0
+    damaged, aside = 0, path.with_name(f".{path.name}")
     try:
-        with path.open("r+b") as file:
-            for line in file:
-                if not _stays(line, rollout_id):
+        with path.open("rb") as lines, aside.open("wb") as kept:
+            for line in lines:
+                of = _rollout_of(line)
+                if of is None:
+                    damaged += line.endswith(b"\n")
+                elif of <= rollout_id:
+                    kept.write(line)
+                else:
                     break
-                end += len(line)
-            file.truncate(end)
+        aside.replace(path)
     except OSError as error:
+        aside.unlink(missing_ok=True)
         raise DataError(f"{path} cannot be written: {error.strerror or error}") from error
+    return damaged
 
 
-def _stays(line: bytes, rollout_id: int) -> bool:
+def _rollout_of(line: bytes) -> int | None:
     try:
-        return line.endswith(b"\n") and int(json.loads(line)["rollout_id"]) <= rollout_id
+        return int(json.loads(line)["rollout_id"]) if line.endswith(b"\n") else None
     except (ValueError, KeyError, TypeError):
-        return False
+        return None

@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 from typing import TYPE_CHECKING
 
+from miles_api.errors import counted
+
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
@@ -16,7 +18,7 @@ REWARD_PART = "rollout/reward/"
 """How the names of metrics begin that are the means of a reward's parts."""
 CAUSES = {
     "masked": "every token was masked",
-    "learning_rate": "the learning rate was 0",
+    "learning_rate": "the learning rate was 0, as in the first step of a warm-up",
     "zero_advantages": "every advantage was 0: in each group all rewards were equal",
     "clipped": "every token with an advantage was clipped",
     "no_gradient": "the loss had no gradient: a correction, a reducer or the loss itself left no token",
@@ -135,7 +137,7 @@ def unsaid(metrics: Mapping[str, float], told: set[str]) -> list[str]:
     new = [cause for cause in CAUSES if metrics.get(CAUSE + cause) and cause not in told]
     told.update(new)
     return [
-        f"{metrics[CAUSE + cause]:.0f} optimizer step(s) changed nothing: {CAUSES[cause]} (train/zero_gradient_steps "
-        "counts them; this is said once)"
+        f"{counted(round(metrics[CAUSE + cause]), 'optimizer step')} changed nothing: {CAUSES[cause]} "
+        "(train/zero_gradient_steps counts them; this is said once)"
         for cause in new
     ]

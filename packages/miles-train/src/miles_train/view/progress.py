@@ -226,7 +226,7 @@ class _State:
         trend = (
             Text.assemble("reward ", (number(self.rewards[-1]), "bold green"), " ", (sparkline(self.rewards), "green"))
             if self.rewards
-            else Text()
+            else Text("  ".join(self._measured()))
         )
         learned = [trend, Text(self._held_out(first=True)), Text(self._length()), Text(self._gap())]
         spent = [self._speed(), self._each(), *self._split(), *self._rest()]
@@ -244,7 +244,10 @@ class _State:
         return since.ljust(ACTIVITY_WIDTH)
 
     def _measured(self) -> list[str]:
-        return [f"reward {self.rewards[-1]:.2f}"] if self.rewards else []
+        if self.rewards:
+            return [f"reward {self.rewards[-1]:.2f}"]
+        loss = self.metrics.get("train/loss")
+        return [] if loss is None else [f"loss {number(loss)}"]
 
     def _held_out(self, *, first: bool) -> str:
         shown = []

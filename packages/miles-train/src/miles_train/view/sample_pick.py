@@ -22,6 +22,8 @@ _T = TypeVar("_T")
 
 _SAMPLE_FIELDS = ("group_index", "index", "response", "reward", "status", "response_length", "dataset")
 _PROMPT_FIELDS = ("prompt", "label")
+_OWN = ("turn", "turns", "tool_calls", "malformed_tool_calls", "tool_timeouts", "turn_timeouts", "observation_tokens")
+"""Metadata that tells of one sample's conversation, also where all samples of its group have the same."""
 
 
 class _Head(msgspec.Struct):
@@ -89,6 +91,7 @@ def _entry(rollout_id: int, line: dict[str, Any]) -> dict[str, Any]:
     """Group a rollout's samples; what a group has in common stands in it once."""
     samples = [sample for sample in line.get("samples") or [] if isinstance(sample, dict)]
     groups: dict[Any, dict[str, Any]] = {}
+    metadata: dict[Any, list[dict[str, Any]]] = {}
     for place, sample in enumerate(samples[:MOST_SAMPLES]):
         index = sample.get("group_index")
         key = (index if isinstance(index, int) else f"sample {place}", msgspec.json.encode(sample.get("prompt")))
@@ -96,7 +99,24 @@ def _entry(rollout_id: int, line: dict[str, Any]) -> dict[str, Any]:
             shared = {name: _clip(sample.get(name)) for name in _PROMPT_FIELDS}
             groups[key] = {"index": index, **shared, "samples": []}
         groups[key]["samples"].append({name: _clip(sample[name]) for name in _SAMPLE_FIELDS if name in sample})
+        said = sample.get("metadata")
+        metadata.setdefault(key, []).append(_clip(said) if isinstance(said, dict) else {})
+    for key, found in metadata.items():
+        _share(groups[key], found)
     return {"rollout_id": rollout_id, "groups": list(groups.values()), "left_out": max(0, len(samples) - MOST_SAMPLES)}
+
+
+def _share(group: dict[str, Any], metadata: list[dict[str, Any]]) -> None:
+    """Put metadata that all samples of a group have, a prompt's usually, in the group and the rest in each sample."""
+    first, *others = metadata
+    shared = {
+        name: value
+        for name, value in first.items()
+        if name not in _OWN and all(name in other and other[name] == value for other in others)
+    }
+    group["metadata"] = shared
+    for sample, own in zip(group["samples"], metadata, strict=True):
+        sample["metadata"] = {name: value for name, value in own.items() if name not in shared}
 
 
 def _clip(value: Any) -> Any:

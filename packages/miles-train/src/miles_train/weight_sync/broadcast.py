@@ -77,7 +77,7 @@ class BroadcastLink(Link):
         shapes = [list(tensor.shape) for _, tensor in bucket.tensors]
         body = {**body, "names": names, "dtypes": dtypes, "shapes": shapes}
         for receiver in self._receivers:
-            self._post(receiver.url, _PATH, {**body, "group_name": self._name, "load_format": FLATTENED})
+            self._post(receiver, _PATH, {**body, "group_name": self._name, "load_format": FLATTENED})
         self._work = dist.broadcast(flat, src=0, group=self._group, async_op=True)
 
     def _settle(self) -> None:
@@ -102,7 +102,7 @@ class BroadcastLink(Link):
         offset = 1
         for receiver in receivers:
             place = {"rank_offset": offset, "group_name": self._name}
-            self._post(receiver.url, "/init_weights_update_group", {**body, **place})
+            self._post(receiver, "/init_weights_update_group", {**body, **place})
             offset += receiver.ranks
         problem = self._form(size)
         if problem:
@@ -138,7 +138,8 @@ class BroadcastLink(Link):
         self._drop()
         for receiver in members:
             try:
-                ask(Endpoint(url=receiver.url), "/destroy_weights_update_group", {"group_name": self._name})
+                member = Endpoint(url=receiver.url, key=receiver.key)
+                ask(member, "/destroy_weights_update_group", {"group_name": self._name})
             except (EngineGoneError, RefusedError):
                 # It has died, or did not get as far as joining.
                 continue

@@ -18,11 +18,13 @@ import msgspec
 
 from miles_api.errors import ServiceError
 from miles_train.weight_sync.engine import ask
-from miles_train.weight_sync.frame import Gone, ask_all
+from miles_train.weight_sync.session import begin, end
+from miles_train.weight_sync.way import Gone, ask_all, without
 
 if TYPE_CHECKING:
     from miles_api.services import Endpoint
-    from miles_train.weight_sync.frame import Push, Source
+    from miles_train.weight_sync.frame import Source
+    from miles_train.weight_sync.way import Push
 
 __all__ = ["IN_PLACE", "DiskWay", "make_folder"]
 
@@ -100,7 +102,12 @@ class DiskWay:
 
     def deliver(self, endpoints: list[Endpoint], push: Push) -> Gone:
         """Let all engines read the directory at once; return those that died."""
-        return ask_all(self._pool, endpoints, lambda endpoint: self.load(endpoint, push))
+        gone = ask_all(self._pool, endpoints, begin) if push.staged else []
+        return gone + ask_all(self._pool, without(endpoints, gone), lambda endpoint: self.load(endpoint, push))
+
+    def finish(self, endpoints: list[Endpoint], push: Push) -> Gone:
+        """Let engines that only staged what they read serve it; return those that died."""
+        return ask_all(self._pool, endpoints, end) if push.staged else []
 
     def hand(self, endpoint: Endpoint, push: Push) -> bool:
         """Let one engine read it."""

@@ -5,27 +5,28 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor, wait
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING
 
 import msgspec
 
 from miles_api.errors import MilesError, ServiceError
 from miles_train.weight_sync.engine import EngineGoneError, ask
 from miles_train.weight_sync.plan import Plan, Sent
+from miles_train.weight_sync.session import stages
 from miles_train.weight_sync.verify import Reference, as_metrics, check_engine, default_tolerance
+from miles_train.weight_sync.way import Gone, Push, ask_all, without
 
 if TYPE_CHECKING:
     from miles_api.services import Endpoint
     from miles_train.options import WeightSyncOptions
     from miles_train.weight_sync.verify import Finding
+    from miles_train.weight_sync.way import Way
 
-__all__ = ["Gone", "Push", "Source", "Way", "WeightSync", "ask_all", "without"]
+__all__ = ["Source", "WeightSync"]
 
 _PATIENCE = 600.0
 """Longer than a new engine takes to start; who replaces engines gives up earlier if they do not start."""
-Gone = list[tuple["Endpoint", EngineGoneError]]
 
 
 class Source(msgspec.Struct, frozen=True):
@@ -43,55 +44,13 @@ class Source(msgspec.Struct, frozen=True):
     """`snapshot(directory, version)` exports the weights if they are still those that `send` sent as that version."""
 
 
-class Push(msgspec.Struct, eq=False):
-    """One version of the weights on its way."""
-
-    version: str
-    due: bool
-    """Whether it is checked."""
-    folder: Path | None = None
-    """Where the weights lie, if they do."""
-    checksums: dict[str, str] = {}
-    dtype: str = ""
-    reference: Reference | None = None
-    """Against what engines are checked, once it is known."""
-
-
-class Way(Protocol):
-    """How weights get from the trainer to engines."""
-
-    def prepare(self, push: Push) -> None:
-        """Do once for a push what does not need engines; nothing is left if it fails."""
-        ...
-
-    def deliver(self, endpoints: list[Endpoint], push: Push) -> Gone:
-        """Give paused engines all weights; return those that died. Raises `ServiceError` if one does not take them.
-
-        Fills `checksums` and `dtype` of a push that is checked.
-        """
-        ...
-
-    def hand(self, endpoint: Endpoint, push: Push) -> bool:
-        """Give one new engine the weights of an earlier push; False if they are not to be had any more.
-
-        Raises `EngineGoneError`, and `ServiceError` as `deliver` does.
-        """
-        ...
-
-    def retire(self, push: Push) -> None:
-        """Drop what `prepare` made: a newer push is ready."""
-        ...
-
-    def close(self) -> None:
-        """Drop everything."""
-        ...
-
-
 class WeightSync:
     """Bring the trainer's weights to every engine, each of which must say and prove that it serves them.
 
-    Engines are paused from before the first weight until after the last: none ever answers with half an update, and one
-    on which it fails stays paused. Requests wait meanwhile, or end, as `--pause-generation-mode` says.
+    None ever answers with half an update. Engines that write over the weights which they serve are paused from before
+    the first weight until after the last, and one on which it fails stays paused; those that stage weights are paused
+    for the moment in which they take the place of the old ones. Requests wait meanwhile, or end, as
+    `--pause-generation-mode` says.
 
     `push` is for the run's main thread. `bring` and `replace` may be called from another one, which puts new engines in
     the place of dead ones: a push in which an engine dies waits for that.
@@ -118,6 +77,8 @@ class WeightSync:
         self._current: Push | None = None
         self._served: dict[str, tuple[Push, Finding | None]] = {}
         """By the URL of each engine, what it got last and what the check saw."""
+        self._stages: dict[str, bool] = {}
+        """By the URL of each engine, whether it stages weights."""
         self._given_up: MilesError | None = None
         self._awaiting: list[Endpoint] = []
         self._check_next = True
@@ -219,13 +180,30 @@ class WeightSync:
 
     def _serve(self, endpoints: list[Endpoint], push: Push) -> Gone:
         """Load on these engines and verify those that did not die; return those that did."""
-        mode = {"mode": self._options.pause_generation_mode}
-        gone = ask_all(self._pool, endpoints, lambda one: ask(one, "/pause_generation", mode))
-        gone += self._way.deliver(without(endpoints, gone), push)
-        gone += ask_all(self._pool, without(endpoints, gone), lambda one: _go_on(one, push))
+        gone = self._learn(endpoints)
+        push.staged = all(self._stages[one.url] for one in without(endpoints, gone))
+        steps: list[Callable[[list[Endpoint]], Gone]] = [self._pause, lambda left: self._way.deliver(left, push)]
+        if push.staged:
+            steps.reverse()
+        steps.append(lambda left: self._way.finish(left, push))
+        steps.append(lambda left: ask_all(self._pool, left, lambda one: _go_on(one, push)))
+        for step in steps:
+            gone += step(without(endpoints, gone))
         self._refer(push)
         gone += ask_all(self._pool, without(endpoints, gone), lambda one: self._verify(one, push))
         return gone
+
+    def _learn(self, endpoints: list[Endpoint]) -> Gone:
+        """Ask engines of which nothing is known yet whether they stage weights."""
+
+        def learn(endpoint: Endpoint) -> None:
+            self._stages[endpoint.url] = stages(endpoint)
+
+        return ask_all(self._pool, [one for one in endpoints if one.url not in self._stages], learn)
+
+    def _pause(self, endpoints: list[Endpoint]) -> Gone:
+        mode = {"mode": self._options.pause_generation_mode}
+        return ask_all(self._pool, endpoints, lambda one: ask(one, "/pause_generation", mode))
 
     def _verify(self, endpoint: Endpoint, push: Push) -> None:
         """Note that an engine serves the weights, after it has proved it if the push is checked."""
@@ -263,27 +241,9 @@ class WeightSync:
         return endpoint.url in self._served and self._served[endpoint.url][0] is push
 
 
-def ask_all(pool: ThreadPoolExecutor, endpoints: list[Endpoint], question: Callable[[Endpoint], Any]) -> Gone:
-    """Ask all engines at once; return those that did not answer. Raises what else any of them raised."""
-    asked = [(endpoint, pool.submit(question, endpoint)) for endpoint in endpoints]
-    wait([future for _, future in asked])
-    gone: Gone = []
-    for endpoint, future in asked:
-        try:
-            future.result()
-        except EngineGoneError as error:
-            gone.append((endpoint, error))
-    return gone
-
-
 def _go_on(endpoint: Endpoint, push: Push) -> None:
     """Let an engine that has got all weights go on. Raises `ServiceError` if it says that it serves others."""
     served = ask(endpoint, "/model_info").get("weight_version")
     if served != push.version:
         raise ServiceError(f"engine {endpoint.url} took weights {push.version!r} but says it serves {served!r}")
     ask(endpoint, "/continue_generation", {})
-
-
-def without(endpoints: list[Endpoint], gone: Gone) -> list[Endpoint]:
-    """Return the engines that are not among those that died."""
-    return [one for one in endpoints if not any(one is dead for dead, _ in gone)]

@@ -114,11 +114,11 @@ class Link:
     def _start(self, bucket: Bucket, flat: Tensor, body: dict[str, Any]) -> None:
         raise NotImplementedError
 
-    def _post(self, url: str, path: str, body: dict[str, Any]) -> None:
-        self._under_way[url] = self._pool.submit(_post, url, path, body)
+    def _post(self, receiver: Receiver, path: str, body: dict[str, Any]) -> None:
+        self._under_way[receiver.url] = self._pool.submit(_post, receiver, path, body)
 
 
-def _post(url: str, path: str, body: dict[str, Any]) -> None:
-    answer = ask(Endpoint(url=url), path, body)
+def _post(receiver: Receiver, path: str, body: dict[str, Any]) -> None:
+    answer = ask(Endpoint(url=receiver.url, key=receiver.key), path, body)
     if not answer.get("success"):
-        raise ServiceError(f"engine {url} refused {path}: {answer}")
+        raise ServiceError(f"engine {receiver.url} refused {path}: {answer}")

@@ -13,6 +13,11 @@ class Receiver(msgspec.Struct, frozen=True):
     url: str
     ranks: int = 1
     """How many tensor-parallel ranks it has, each of which receives."""
+    key: str = ""
+    """What it asks for, as in `Endpoint`."""
+
+    def __repr__(self) -> str:
+        return f"Receiver(url={self.url!r}, ranks={self.ranks})"
 
 
 class Plan(msgspec.Struct, frozen=True, kw_only=True):

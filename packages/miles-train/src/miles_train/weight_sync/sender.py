@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+import msgspec
 import torch.distributed as dist
 
 from miles_api.checksum import checksums
@@ -42,6 +43,7 @@ class Sender:
         sends = parallel_state.get_tensor_model_parallel_rank() == 0 and _is_first_replica()
         stages = parallel_state.get_pipeline_model_parallel_world_size()
         mine, sent = parallel_state.get_pipeline_model_parallel_rank(), Sent()
+        plan = msgspec.structs.replace(plan, bucket_bytes=min(plan.bucket_bytes, _overlapping(model)))
         for stage in range(stages):
             if stage == mine and _is_first_replica():
                 named = hf.named_hf_tensors(model)
@@ -82,8 +84,17 @@ class Sender:
         return self._links[how]
 
 
+_BUCKETS, _LEAST = 8, 16 * 1024**2
+"""Into how many buckets a stage is cut at least, unless they would be so small that requests cost more than bytes."""
 _MORE = {"flush_cache": False}
 """What goes with a bucket that others follow."""
+
+
+def _overlapping(model: list[DistributedDataParallel]) -> int:
+    """Return of how many bytes buckets have to be for one to be packed while another one is under way."""
+    shards = parallel_state.get_tensor_model_parallel_world_size()
+    size = shards * sum(parameter.nbytes for part in model for parameter in part.parameters())
+    return max(size // _BUCKETS, _LEAST)
 
 
 def _is_first_replica() -> bool:

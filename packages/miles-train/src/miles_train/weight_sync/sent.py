@@ -14,22 +14,22 @@ from typing import TYPE_CHECKING
 
 from miles_api.errors import ServiceError
 from miles_train.weight_sync.disk import IN_PLACE, DiskWay
-from miles_train.weight_sync.engine import EngineGoneError, RefusedError, ask
-from miles_train.weight_sync.frame import Gone, ask_all, without
+from miles_train.weight_sync.engine import EngineGoneError
 from miles_train.weight_sync.plan import Plan, Receiver
+from miles_train.weight_sync.session import begin, end
+from miles_train.weight_sync.way import Gone, ask_all, without
 
 if TYPE_CHECKING:
     from miles_api.services import Endpoint
     from miles_train.options import WeightSyncOptions
-    from miles_train.weight_sync.frame import Push, Source
+    from miles_train.weight_sync.frame import Source
+    from miles_train.weight_sync.way import Push
 
 __all__ = ["SentWay"]
 
-_NOT_FOUND, _BAD_REQUEST = 404, 400
-
 
 class SentWay:
-    """Opens a session on every engine, lets the trainer send, closes it."""
+    """Opens a session on every engine and lets the trainer send; closes it."""
 
     def __init__(self, how: str, source: Source, folder: Path, options: WeightSyncOptions) -> None:
         """`how` is `tensor` or `broadcast`; snapshots are written below `folder`, which is removed at the end."""
@@ -43,13 +43,17 @@ class SentWay:
 
     def deliver(self, endpoints: list[Endpoint], push: Push) -> Gone:
         """Send everything to all engines, again to those that live if one that dies breaks it; return the dead."""
-        gone = ask_all(self._pool, endpoints, _begin)
+        gone = ask_all(self._pool, endpoints, begin)
         while left := without(endpoints, gone):
             died = self._send(left, push)
             gone += died
             if not died or self._how == "tensor":
                 break
-        return gone + ask_all(self._pool, without(endpoints, gone), _end)
+        return gone
+
+    def finish(self, endpoints: list[Endpoint], push: Push) -> Gone:  # noqa: ARG002  the session knows
+        """Close the sessions; return the engines that died."""
+        return ask_all(self._pool, endpoints, end)
 
     def hand(self, endpoint: Endpoint, push: Push) -> bool:
         """Let one engine read a snapshot, which stays until the next push, if the trainer can still write it."""
@@ -78,7 +82,7 @@ class SentWay:
             Plan(
                 how=self._how,
                 version=push.version,
-                receivers=[Receiver(one.url, len(one.tp_ranks)) for one in endpoints],
+                receivers=[Receiver(one.url, len(one.tp_ranks), one.key) for one in endpoints],
                 bucket_bytes=self._options.update_weight_buffer_size,
                 hashed=push.due,
                 flush=self._options.pause_generation_mode != IN_PLACE,
@@ -86,30 +90,7 @@ class SentWay:
         )
         if sent.refused:
             told = "; ".join(f"{who}: {what}" for who, what in sent.refused.items())
-            raise ServiceError(f"weights {push.version!r} did not arrive, and the engines stay paused. {told}")
+            state = "keep the old ones" if push.staged else "stay paused"
+            raise ServiceError(f"weights {push.version!r} did not arrive, and the engines {state}. {told}")
         push.checksums, push.dtype = sent.checksums, sent.dtype
         return [(one, EngineGoneError(sent.gone[one.url])) for one in endpoints if one.url in sent.gone]
-
-
-def _begin(endpoint: Endpoint) -> None:
-    """Open a session, where engines have them; one that a killed run left open is closed first."""
-    for _ in range(2):
-        try:
-            ask(endpoint, "/begin_weight_update", {})
-        except RefusedError as error:
-            if error.status == _NOT_FOUND:
-                return
-            if error.status != _BAD_REQUEST or "already open" not in str(error):
-                raise
-            _end(endpoint)
-        else:
-            return
-    raise ServiceError(f"engine {endpoint.url} does not open a weight-update session")
-
-
-def _end(endpoint: Endpoint) -> None:
-    try:
-        ask(endpoint, "/end_weight_update", {})
-    except RefusedError as error:
-        if error.status != _NOT_FOUND:
-            raise

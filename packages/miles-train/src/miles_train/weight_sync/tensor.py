@@ -50,7 +50,7 @@ class TensorLink(Link):
         metadata = _metadata(bucket)
         for receiver in self._receivers:
             handles = [_serialized(flat, metadata) for _ in range(receiver.ranks)]
-            self._post(receiver.url, _PATH, {**body, "serialized_named_tensors": handles, "load_format": FLATTENED})
+            self._post(receiver, _PATH, {**body, "serialized_named_tensors": handles, "load_format": FLATTENED})
 
 
 def _metadata(bucket: Bucket) -> list[SimpleNamespace]:

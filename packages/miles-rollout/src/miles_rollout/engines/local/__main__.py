@@ -19,12 +19,13 @@ import uvloop
 
 from miles_api import stacks
 from miles_api.errors import ConfigError
+from miles_rollout.engines.addresses import is_loopback
+from miles_rollout.engines.key import KEY_VARIABLE
 from miles_rollout.engines.local.control import Control
 from miles_rollout.engines.local.engine import Engine
 from miles_rollout.engines.local.errors import CheckpointError, UnsupportedModelError
 from miles_rollout.engines.local.generate import JobFactory
 from miles_rollout.engines.local.model import load_model
-from miles_rollout.engines.local.options import check_loopback
 from miles_rollout.engines.local.scheduler import Limits, Scheduler
 from miles_rollout.engines.local.server import App
 from miles_rollout.engines.local.tokenizer import TextCodec
@@ -40,11 +41,8 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m miles_rollout.engines.local", description=__doc__)
     add = parser.add_argument
     add("--model-path", required=True, help="Hugging Face directory: config.json, tokenizer, safetensors")
-    add(
-        "--host",
-        default="127.0.0.1",
-        help="--engine-host of a run: a loopback address, as nobody is asked for a key",
-    )
+    host_help = f"any but a loopback address needs a key, in the environment variable {KEY_VARIABLE}"
+    add("--host", default="127.0.0.1", help=host_help)
     add("--port", type=int, default=30000, help="0 takes a free one, named on stdout")
     add("--fd", type=int, default=None, help="a listening socket inherited from the parent, instead of host and port")
     add("--max-running-requests", type=int, default=256)
@@ -58,23 +56,32 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _socket(args: argparse.Namespace) -> socket.socket:
-    """Open or inherit the listening socket; whoever bound it, its address must be loopback."""
+def _socket(args: argparse.Namespace, key: str) -> socket.socket:
+    """Open or inherit the listening socket; without a key, whoever bound it, its address must be loopback."""
     if args.fd is not None:
         sock = socket.socket(fileno=args.fd)
-        check_loopback(sock.getsockname()[0])
+        _check(sock, key)
         return sock
     family = socket.AF_INET6 if ":" in args.host else socket.AF_INET
     sock = socket.socket(family, socket.SOCK_STREAM)
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         sock.bind((args.host, args.port))
-        check_loopback(sock.getsockname()[0])
+        _check(sock, key)
         # Without this a second engine could bind the same port while the first one still loads its model.
         sock.listen(2048)
     except OSError as error:
         raise SystemExit(f"engine: cannot listen on {args.host}:{args.port}: {error.strerror or error}") from None
     return sock
+
+
+def _check(sock: socket.socket, key: str) -> None:
+    host = sock.getsockname()[0]
+    if not (key or is_loopback(host)):
+        raise ConfigError(
+            f"--host {host} can be reached from other machines, and an engine obeys whoever reaches it: put a key into "
+            f"the environment variable {KEY_VARIABLE}, or listen on 127.0.0.1 or ::1"
+        )
 
 
 def _free_memory() -> int:
@@ -92,7 +99,7 @@ def _watch_parent(pid: int) -> None:
     threading.Thread(target=watch, name="parent-watch", daemon=True).start()
 
 
-async def _serve(args: argparse.Namespace, scheduler: Scheduler, sock: socket.socket) -> int:
+async def _serve(args: argparse.Namespace, key: str, scheduler: Scheduler, sock: socket.socket) -> int:
     loop = asyncio.get_running_loop()
     model = scheduler.model
 
@@ -111,7 +118,7 @@ async def _serve(args: argparse.Namespace, scheduler: Scheduler, sock: socket.so
     }
     limits = (model.vocab_size, model.max_positions)
     factory = JobFactory(scheduler.codec, *limits, args.seed, deterministic=model.deterministic)
-    app = App(Control(engine, info), engine, factory)
+    app = App(Control(engine, info), engine, factory, key)
     config = uvicorn.Config(
         app,
         loop="none",
@@ -147,10 +154,11 @@ def main(argv: list[str] | None = None) -> int:
     args = _parser().parse_args(argv)
     stacks.register("engine")
     torch.set_num_threads(1)
+    key = os.environ.get(KEY_VARIABLE, "")
     if args.parent_pid is not None:
         _watch_parent(args.parent_pid)
     try:
-        sock = _socket(args)
+        sock = _socket(args, key)
         directory = check_model_dir(args.model_path)
         codec = TextCodec(Path(directory))
         with torch.inference_mode():
@@ -171,7 +179,7 @@ def main(argv: list[str] | None = None) -> int:
     host, port = sock.getsockname()[:2]
     print(f"engine: {model.impl} forward of {args.model_path} on http://{host}:{port}", flush=True)
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        return runner.run(_serve(args, scheduler, sock))
+        return runner.run(_serve(args, key, scheduler, sock))
 
 
 if __name__ == "__main__":

@@ -99,7 +99,8 @@ class Control:
 
     async def server_info(self, _: bytes) -> Answer:
         """Describe the process and its load."""
-        return 200, {**self.info, "weight_version": self._scheduler.weight_version, **self._load()}
+        version = self._scheduler.weight_version
+        return 200, {**self.info, "weight_version": version, "stages_weights": True, **self._load()}
 
     async def model_info(self, _: bytes) -> Answer:
         """Describe the model."""
@@ -181,7 +182,10 @@ class Control:
         return 200, {"success": True, "status": "ok", "message": "Generation continues."}
 
     async def update_weights_from_disk(self, body: bytes) -> Answer:
-        """Read and check a directory's weights beside the running loop, then swap them in between two steps."""
+        """Read and check a directory's weights beside the running loop, then swap them in between two steps.
+
+        Within a session the swap is its end.
+        """
         request = _parse(body, UpdateFromDiskRequest)
         if isinstance(request, str):
             return _failed(request)
@@ -192,7 +196,8 @@ class Control:
                 commit = await asyncio.to_thread(scheduler.model.stage, directory)
             except (CheckpointError, UnsupportedModelError) as error:
                 return _failed(str(error))
-            await self._put(commit, directory, request.weight_version, request.abort_all_requests)
+            if not self._updates.keep(directory, commit, request):
+                await self._put(commit, directory, request.weight_version, request.abort_all_requests)
         return 200, {"success": True, "message": "Weights updated.", "num_paused_requests": 0}
 
     async def update_weight_version(self, body: bytes) -> Answer:

@@ -12,8 +12,9 @@ from miles_api.errors import ServiceError
 from miles_api.services import Endpoint
 from miles_rollout.engines.addresses import bound_socket, url_of
 from miles_rollout.engines.child import Child
-from miles_rollout.engines.local.options import check_loopback
+from miles_rollout.engines.key import KEY_VARIABLE, key_for
 from miles_rollout.engines.processes import ProcessFleet
+from miles_rollout.options import EngineFleetOptions
 
 if TYPE_CHECKING:
     import socket
@@ -35,12 +36,17 @@ class LocalFleet(ProcessFleet):
         model_path: str,
         seed: int,
         *,
+        addresses: EngineFleetOptions | None = None,
         deterministic: bool = False,
         health_timeout: float = 0.0,
     ) -> None:
-        """Check the address; nothing starts yet. Raises `ConfigError` unless `--engine-host` is loopback."""
-        check_loopback(options.engine_host)
-        super().__init__(options.engine_start_timeout, health_timeout)
+        """Take the options; nothing starts yet. `addresses` are loopback's by default.
+
+        Raises `ConfigError` for a key that is not there, or that is none.
+        """
+        self._addresses = addresses or EngineFleetOptions()
+        self._key = key_for(self._addresses)
+        super().__init__(self._addresses.engine_start_timeout, health_timeout)
         self._options, self._model_path, self._seed = options, model_path, seed
         self._deterministic = deterministic
 
@@ -59,7 +65,7 @@ class LocalFleet(ProcessFleet):
         options = self._options
         sock = self._listen(index)
         command = [sys.executable, "-m", "miles_rollout.engines.local", "--model-path", self._model_path]
-        command += ["--host", options.engine_host, "--fd", str(sock.fileno()), "--impl", options.engine_impl]
+        command += ["--fd", str(sock.fileno()), "--impl", options.engine_impl]
         command += ["--max-running-requests", str(options.engine_max_running_requests)]
         # another one after a restart: requests without a seed must not be answered with the same draws again
         seed = self._seed * 1009 + index + 1_000_003 * self._replaced
@@ -72,7 +78,7 @@ class LocalFleet(ProcessFleet):
             command.append("--deterministic")
         # A file, not a pipe: nobody has to read it while the engine runs.
         errors = tempfile.TemporaryFile()  # noqa: SIM115 - closed when the engine has ended
-        environment = {"OMP_WAIT_POLICY": "passive", **os.environ, "OMP_NUM_THREADS": "1"}
+        environment = {"OMP_WAIT_POLICY": "passive", **os.environ, "OMP_NUM_THREADS": "1", KEY_VARIABLE: self._key}
         with sock:
             process = subprocess.Popen(
                 command,
@@ -84,11 +90,12 @@ class LocalFleet(ProcessFleet):
                 # Ctrl-C is for the driver, which then stops its engines; they are not to die on their own first
                 start_new_session=True,
             )
-            endpoint = Endpoint(url=url_of(sock), node=self._placements[index].node)
+            node = self._placements[index].node
+            endpoint = Endpoint(url=url_of(sock, node), node=node, key=self._key)
         return Child(index, process, endpoint, errors)
 
     def _listen(self, index: int) -> socket.socket:
         """Open the engine's socket here, so that no other process can take the port before it listens."""
-        sock = bound_socket(index, self._options)
+        sock = bound_socket(index, self._addresses)
         sock.listen(_BACKLOG)
         return sock

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
+from miles_rollout.engines.key import bears
 from miles_rollout.engines.local.errors import EngineDeadError, ReleasedError, RequestError
 from miles_rollout.engines.local.generate import JobFactory, decode_finished, encode_reply, make_reply
 from miles_rollout.engines.protocol import GenerateRequest, Reply
@@ -22,6 +23,8 @@ __all__ = ["App"]
 _DISCONNECT_WATCH_AFTER = 1.0
 """Seconds a request runs before its connection is watched; most finish sooner and never pay for it."""
 _MAX_BODY = 256 << 20
+_OPEN = "/health"
+"""What SGLang, too, answers without its key."""
 
 _decode_generate = msgspec.json.Decoder(GenerateRequest).decode
 _encode = msgspec.json.encode
@@ -32,8 +35,10 @@ Send = Callable[[dict[str, Any]], Awaitable[None]]
 class App:
     """The ASGI application of one engine."""
 
-    def __init__(self, control: Control, engine: Engine, factory: JobFactory) -> None:
+    def __init__(self, control: Control, engine: Engine, factory: JobFactory, key: str = "") -> None:
+        """With a `key`, whoever does not bring it as a bearer token may ask for `/health` alone."""
         self.control, self.engine, self.factory = control, engine, factory
+        self._key = key.encode()
         self._routes = control.routes()
 
     def deliver(self, news: News) -> None:
@@ -53,6 +58,9 @@ class App:
     async def __call__(self, scope: dict[str, Any], receive: Receive, send: Send) -> None:
         """Serve one request."""
         path = scope["path"]
+        if self._key and not path.startswith(_OPEN) and not bears(scope["headers"], self._key):
+            await _reply(send, 401, _encode({"error": "Unauthorized"}))
+            return
         try:
             if path == "/generate" and scope["method"] in ("POST", "PUT"):
                 await self._generate(receive, send)

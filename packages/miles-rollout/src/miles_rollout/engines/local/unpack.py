@@ -57,7 +57,7 @@ def unpack(serialized: list[str], load_format: str | None) -> dict[str, torch.Te
 
 
 def _of_bucket(content: Any) -> dict[str, torch.Tensor]:
-    flat = _copy(content["flattened_tensor"]).view(torch.uint8)
+    flat = _plain(content["flattened_tensor"]).view(torch.uint8)
     tensors: dict[str, torch.Tensor] = {}
     for entry in content["metadata"]:
         start, end, shape = int(entry.start_idx), int(entry.end_idx), tuple(map(int, entry.shape))
@@ -66,15 +66,20 @@ def _of_bucket(content: Any) -> dict[str, torch.Tensor]:
             raise CheckpointError(
                 f"tensor {entry.name} of shape {list(shape)} is not bytes {start} to {end} of its bucket"
             )
-        tensors[str(entry.name)] = flat[start:end].view(dtype).view(shape)
+        # Each by itself: such memory comes back with the weights that it replaces, a whole bucket's is new each time.
+        tensors[str(entry.name)] = flat[start:end].view(dtype).view(shape).clone()
     return tensors
 
 
 def _copy(tensor: Any) -> torch.Tensor:
     """Copy what belongs to the sender, who writes the next bucket there as soon as we have answered."""
+    return _plain(tensor).clone(memory_format=torch.contiguous_format)
+
+
+def _plain(tensor: Any) -> torch.Tensor:
     if not isinstance(tensor, torch.Tensor):
         raise CheckpointError(f"a {type(tensor).__name__} is no tensor")
-    return tensor.detach().clone(memory_format=torch.contiguous_format)
+    return tensor.detach()
 
 
 class _Fixed(NamedTuple):

@@ -1,11 +1,13 @@
 """Weights that a trainer sends: a session collects them, its end puts all of them in place between two steps.
 
-An update that fails at any point leaves the engine with the weights it had.
+Requests go on meanwhile: whoever pauses for an update needs to do so for the end alone, by when everything has been
+read and computed. An update that fails at any point leaves the engine with the weights it had.
 """
 
 from __future__ import annotations
 
 import asyncio
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import msgspec
@@ -23,11 +25,13 @@ from miles_rollout.engines.protocol import (
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
+    from pathlib import Path
 
     import torch
 
     from miles_rollout.engines.local.model import SlotModel
     from miles_rollout.engines.local.weights import Weights
+    from miles_rollout.engines.protocol import UpdateFromDiskRequest
 
 __all__ = ["WeightUpdates"]
 
@@ -41,6 +45,15 @@ class _Session:
         self.tensors: dict[str, torch.Tensor] = {}
         self.version: str | None = None
         self.aborts = False
+        self.directory: Path | None = None
+        """What it has got instead of tensors, or before them."""
+        self.staged: tuple[Weights, Callable[[], None]] | None = None
+        """What the end puts in place, if everything is there already."""
+
+    def note(self, request: UpdateFromDiskRequest | UpdateFromTensorRequest | UpdateFromDistributedRequest) -> None:
+        """Take what a request says of the update as a whole."""
+        self.version = request.weight_version or self.version
+        self.aborts |= request.abort_all_requests
 
 
 class WeightUpdates:
@@ -70,15 +83,24 @@ class WeightUpdates:
         session, self._session = self._session, None
         if session is None:
             return _failed("no weight-update session is open; call begin_weight_update() first")
-        if not session.tensors:
+        if session.staged is None and not session.tensors:
             return _done("Success")
         async with self._lock:
             try:
-                weights, commit = await asyncio.to_thread(self._staged, session.tensors)
+                weights, commit = session.staged or await asyncio.to_thread(self._stage, session)
             except (CheckpointError, UnsupportedModelError) as error:
                 return _failed(str(error))
             await self._put(commit, weights, session.version, session.aborts)
         return _done("Success")
+
+    def keep(self, directory: Path, commit: Callable[[], None], request: UpdateFromDiskRequest) -> bool:
+        """Keep what was read from a directory for the end of the session; False if none is open."""
+        session = self._session
+        if session is None:
+            return False
+        session.tensors, session.directory, session.staged = {}, directory, (directory, commit)
+        session.note(request)
+        return True
 
     async def from_tensor(self, body: bytes) -> Answer:
         """Take tensors out of shared memory."""
@@ -113,18 +135,27 @@ class WeightUpdates:
 
         def add(request: UpdateFromTensorRequest | UpdateFromDistributedRequest) -> None:
             session.tensors.update(read(request))
-            session.version = request.weight_version or session.version
-            session.aborts |= request.abort_all_requests
+            session.staged = None
+            session.note(request)
+            # The version comes with the last tensors.
+            if request.weight_version:
+                self._stage_ahead(session)
 
         return await _tried(body, kind, add)
 
-    def _staged(self, sent: dict[str, torch.Tensor]) -> tuple[Weights, Callable[[], None]]:
+    def _stage_ahead(self, session: _Session) -> None:
+        """Stage what was sent, if it is everything: what is wrong, or missing, the end of the session says."""
+        with suppress(CheckpointError, UnsupportedModelError):
+            session.staged = session.tensors, self._model.stage(session.tensors)
+
+    def _stage(self, session: _Session) -> tuple[Weights, Callable[[], None]]:
         """Stage what was sent; if that is not everything, with the rest as it is now."""
+        sent = session.tensors
         try:
             return sent, self._model.stage(sent)
         except CheckpointError as problem:
             try:
-                weights = completed(sent, self._current())
+                weights = completed(sent, session.directory or self._current())
             except CheckpointError:
                 raise problem from None
             return weights, self._model.stage(weights)

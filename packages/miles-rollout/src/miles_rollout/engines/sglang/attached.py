@@ -37,9 +37,10 @@ class AttachedFleet:
     is lost stays lost.
     """
 
-    def __init__(self, urls: Sequence[str], model_path: str, *, health_timeout: float) -> None:
-        """Take the addresses, `http://host:port`; nobody is asked yet."""
+    def __init__(self, urls: Sequence[str], model_path: str, *, health_timeout: float, key: str = "") -> None:
+        """Take the addresses, `http://host:port`, and the key of all of them; nobody is asked yet."""
         self._urls, self._model_path, self._health_timeout = tuple(urls), model_path, health_timeout
+        self._key = key
         self._watches: list[HealthWatch] = []
         self._claims = contextlib.ExitStack()
         self._stopped = threading.Event()
@@ -63,11 +64,11 @@ class AttachedFleet:
                 claims.enter_context(_claimed(url))
                 self._ask(url, "/continue_generation", {})
             self._claims = claims.pop_all()
-        self._watches = [HealthWatch(url, self._health_timeout, self._say(url)) for url in self._urls]
+        self._watches = [HealthWatch(url, self._health_timeout, self._say(url), key=self._key) for url in self._urls]
 
     def endpoints(self) -> list[Endpoint]:
         """Return every server's address with the weight version it reports; one that does not answer reports none."""
-        return [with_version(Endpoint(url=url)) for url in self._urls]
+        return [with_version(Endpoint(url=url, key=self._key)) for url in self._urls]
 
     def pause(self) -> None:
         """Stop every server between two tokens; requests keep their place and their keys and values."""
@@ -103,9 +104,9 @@ class AttachedFleet:
 
     def _check(self, url: str) -> None:
         try:
-            info = model_info(url)
+            info = model_info(url, self._key)
         except OSError as error:
-            _refuse(url, "/model_info", error)
+            self._refuse(url, "/model_info", error)
         named = {info.model_path, info.tokenizer_path}
         # A weight update changes the model's path, never the tokenizer's.
         if any(_same(path, self._model_path) for path in named):
@@ -130,20 +131,27 @@ class AttachedFleet:
 
     def _ask(self, url: str, path: str, body: dict[str, Any] | None, *, required: bool = True) -> dict[str, Any]:
         try:
-            return request(url + path, body, REQUEST_TIMEOUT)
+            return request(url + path, body, REQUEST_TIMEOUT, self._key)
         except OSError as error:
             if not required and isinstance(error, urllib.error.HTTPError) and error.code in (404, 405, 501):
                 return {}
-            _refuse(url, path, error)
+            self._refuse(url, path, error)
 
+    def _refuse(self, url: str, path: str, error: OSError) -> NoReturn:
+        if isinstance(error, urllib.error.HTTPError):
+            why = self._why_not_let_in() if error.code in (401, 403) else ""
+            raise ServiceError(f"the engine at {url} refused {path} with {error.code}{why}") from error
+        raise ServiceError(
+            f"the engine at {url} (--rollout-engine-urls) does not answer {path}: {error}; is it running?"
+        ) from error
 
-def _refuse(url: str, path: str, error: OSError) -> NoReturn:
-    if isinstance(error, urllib.error.HTTPError):
-        key = ": it asks for a key, and nothing here sends one" if error.code in (401, 403) else ""
-        raise ServiceError(f"the engine at {url} refused {path} with {error.code}{key}") from error
-    raise ServiceError(
-        f"the engine at {url} (--rollout-engine-urls) does not answer {path}: {error}; is it running?"
-    ) from error
+    def _why_not_let_in(self) -> str:
+        if not self._key:
+            return ": it asks for a key; put that into an environment variable, and its name into --engine-key-variable"
+        return (
+            ": it does not take the key in the environment variable that --engine-key-variable names. Start it with "
+            "that one as --api-key, and with none or the same as --admin-api-key"
+        )
 
 
 def _claimed(url: str) -> contextlib.closing[socket.socket]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -14,26 +15,29 @@ from miles_api.errors import ServiceError
 from miles_api.services import Endpoint
 from miles_rollout.engines.addresses import bound_socket, url_of
 from miles_rollout.engines.child import Child
-from miles_rollout.engines.local.options import check_loopback
+from miles_rollout.engines.key import key_for
 from miles_rollout.engines.processes import ProcessFleet
 from miles_rollout.engines.sglang.arguments import ask_arguments, cpu_environment, find_sglang
 from miles_rollout.engines.sglang.options import interpreter
 
 if TYPE_CHECKING:
     from miles_api.services import Placement
-    from miles_rollout.engines.local.options import LocalEngineOptions
     from miles_rollout.engines.sglang.options import SGLangOptions
+    from miles_rollout.options import EngineFleetOptions
 
 __all__ = ["SGLangFleet"]
 
-_GRACE = 5.0
+# SGLang looks every 5 s whether it was told to end.
+_GRACE = 10.0
 _LAST_GRACE = 5.0
 _SEEDS = 2**31 - 1
+_KEY_FILE = "key.yaml"
 _ALWAYS = ["--log-level", "warning"]
 _ON_CPU = ["--dtype", "float32", "--mem-fraction-static", "0.1", "--max-total-tokens", "32768"]
-# Without the last an idle scheduler spins, and takes a core from whoever else computes.
-_ON_CPU += ["--max-running-requests", "64", "--sleep-on-idle"]
+_ON_CPU += ["--max-running-requests", "64"]
 """Defaults; what a run passes on comes after them and wins."""
+# Without it an idle scheduler spins, and takes a core from whoever else computes.
+_SLEEP = "sleep_on_idle"
 
 
 class SGLangFleet(ProcessFleet):
@@ -49,7 +53,7 @@ class SGLangFleet(ProcessFleet):
     def __init__(
         self,
         options: SGLangOptions,
-        addresses: LocalEngineOptions,
+        addresses: EngineFleetOptions,
         model_path: str,
         seed: int,
         *,
@@ -57,11 +61,11 @@ class SGLangFleet(ProcessFleet):
         memory_saver: bool = False,
         health_timeout: float = 0.0,
     ) -> None:
-        """Check the address; nothing starts yet. `memory_saver` lets engines give up their GPU memory between rollouts.
+        """Take the options; nothing starts yet. `memory_saver` lets engines give up their GPU memory between rollouts.
 
-        Raises `ConfigError` unless `--engine-host` is loopback.
+        Raises `ConfigError` for a key that is not there, or that is none.
         """
-        check_loopback(addresses.engine_host)
+        self._key = key_for(addresses)
         super().__init__(addresses.engine_start_timeout, health_timeout)
         self._options, self._addresses, self._model_path, self._seed = options, addresses, model_path, seed
         self._gpus_per_engine, self._memory_saver = gpus_per_engine, memory_saver
@@ -82,7 +86,7 @@ class SGLangFleet(ProcessFleet):
 
     def _spawn(self, index: int, *, again: bool) -> Child:
         placement = self._placements[index]
-        sock = bound_socket(index, self._addresses)
+        sock, given = bound_socket(index, self._addresses), self._key_file()
         guard = [sys.executable, "-I", "-S", str(Path(__file__).with_name("guard.py")), str(os.getpid()), str(_GRACE)]
         # A file, not a pipe: nobody has to read it while the engine runs.
         output = tempfile.TemporaryFile()  # noqa: SIM115 - closed when the engine has ended
@@ -93,6 +97,7 @@ class SGLangFleet(ProcessFleet):
                 "-m",
                 "sglang.launch_server",
                 *self._words(index, *sock.getsockname()),
+                *(["--config", str(Path(given.name, _KEY_FILE))] if given else []),
             ],
             stdin=subprocess.DEVNULL,
             stdout=output,
@@ -102,10 +107,24 @@ class SGLangFleet(ProcessFleet):
             start_new_session=True,
         )
         tp_ranks = tuple(range(self._gpus_per_engine))
-        endpoint = Endpoint(url=url_of(sock), node=placement.node, gpu_ids=placement.gpu_ids, tp_ranks=tp_ranks)
+        where = {"url": url_of(sock, placement.node), "node": placement.node}
+        endpoint = Endpoint(**where, gpu_ids=placement.gpu_ids, tp_ranks=tp_ranks, key=self._key)
         grace = _GRACE + _LAST_GRACE  # the guard needs a moment after its own
         serves = placement.node_rank == 0
-        return Child(index, process, endpoint, output, serves=serves, reserved=sock, grace=grace)
+        until_it_answers = (sock, *([given] if given else []))
+        return Child(index, process, endpoint, output, serves=serves, until_it_answers=until_it_answers, grace=grace)
+
+    def _key_file(self) -> tempfile.TemporaryDirectory[str] | None:
+        """Write the key into a file that SGLang reads arguments from, for this user alone; None without a key.
+
+        SGLang takes it from there or from its command line, which all users of the machine see.
+        """
+        if not self._key:
+            return None
+        folder = tempfile.TemporaryDirectory(prefix="miles-engine-")
+        # Quoted as JSON, which is YAML too: it would take 123 for a number.
+        Path(folder.name, _KEY_FILE).write_text(json.dumps({"api-key": self._key}), encoding="utf-8")
+        return folder
 
     def _words(self, index: int, host: str, port: int, *_: int) -> list[str]:
         """Return the arguments of one server; those of the run come last, as SGLang takes the last."""
@@ -121,6 +140,9 @@ class SGLangFleet(ProcessFleet):
             words += ["--dist-init-addr", placement.dist_init_addr]
         if not placement.gpu_ids:
             words += ["--device", "cpu", *_ON_CPU]
+            given = {name.replace("-", "_") for name in self._options.sglang_args}
+            # A switch, which no other one takes back.
+            words += [] if _SLEEP in given else [f"--{_SLEEP.replace('_', '-')}"]
         elif self._memory_saver:
             words.append("--enable-memory-saver")
         return [*words, *self._extra]

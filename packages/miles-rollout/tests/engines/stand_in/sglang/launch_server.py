@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 
 from sglang.srt.server_args import ServerArgs
 
@@ -20,7 +21,18 @@ class Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.0"
     state: dict = {"paused": False}
 
+    def lets_in(self):
+        key = self.state.get("api_key")
+        if not key or self.path == "/health" or self.headers["authorization"] == f"Bearer {key}":
+            return True
+        self.send_response(401)
+        self.end_headers()
+        self.wfile.write(b'{"error":"Unauthorized"}')
+        return False
+
     def do_GET(self):
+        if not self.lets_in():
+            return None
         if self.path == "/server_info":
             return self.answer(self.state)
         if self.path == "/model_info":
@@ -30,8 +42,10 @@ class Handler(BaseHTTPRequestHandler):
 
     def do_POST(self):
         body = json.loads(self.rfile.read(int(self.headers["content-length"])))
+        if not self.lets_in():
+            return None
         if self.path == "/die":
-            print("RuntimeError: out of memory", file=sys.stderr, flush=True)
+            print(f"RuntimeError: out of memory (api_key={self.state['api_key']})", file=sys.stderr, flush=True)
             os._exit(3)
         if self.path == "/pause_generation":
             self.state["paused"] = True
@@ -52,10 +66,19 @@ class Handler(BaseHTTPRequestHandler):
         pass
 
 
+def with_config(words):
+    """Put the arguments of the file that `--config` names in front, as SGLang does."""
+    if "--config" not in words:
+        return words
+    at = words.index("--config")
+    given = json.loads(Path(words[at + 1]).read_text(encoding="utf-8"))
+    return [*(word for name, value in given.items() for word in (f"--{name}", value)), *words[:at], *words[at + 2 :]]
+
+
 def main():
     parser = argparse.ArgumentParser()
     ServerArgs.add_cli_args(parser)
-    args = parser.parse_args()
+    args = parser.parse_args(with_config(sys.argv[1:]))
     if os.environ.get("STAND_IN_STUBBORN"):
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
     if os.environ.get("STAND_IN_START") == "fail":

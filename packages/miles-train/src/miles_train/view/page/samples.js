@@ -28,6 +28,24 @@ function textOf(value) {
   return node;
 }
 
+/* What is counted of a conversation with tools or an agent. */
+const COUNTED = [["turns", "turn"], ["tool_calls", "tool call"], ["malformed_tool_calls", "malformed tool call"], ["tool_timeouts", "tool timed out", "tools timed out"],
+  ["turn_timeouts", "turn timed out", "turns timed out"], ["observation_tokens", "observed token"]];
+
+function conversation(metadata) {
+  return COUNTED.filter(([name]) => typeof metadata?.[name] === "number" && metadata[name] > 0)
+    .map(([name, one, several]) => `${metadata[name].toLocaleString("en-US")} ${metadata[name] === 1 ? one : several ?? `${one}s`}`).join(" · ");
+}
+
+/* Metadata stays folded: its names say whether it is worth opening. */
+function metadataOf(metadata) {
+  const entries = Object.entries(metadata ?? {}).filter(([name]) => !COUNTED.some(([counted]) => counted === name));
+  if (!entries.length) return null;
+  const names = element("summary", {}, element("span", { className: "name" }, "metadata "), entries.map(([name]) => name).join(", "));
+  const rows = entries.flatMap(([name, value]) => [element("span", { className: "name" }, name), textOf(value)]);
+  return element("details", { className: "metadata" }, names, element("div", { className: "entries" }, ...rows));
+}
+
 /* A reward that is a table counts by its first number. */
 function scalar(reward) {
   if (typeof reward === "number") return reward;
@@ -148,6 +166,8 @@ class Browser {
     }
     const prompt = element("div", { className: "prompt" }, facts, element("span", { className: "name" }, "prompt"), textOf(group.prompt));
     if (group.label !== null && group.label !== undefined) prompt.append(element("span", { className: "name" }, "label"), textOf(group.label));
+    const shared = metadataOf(group.metadata);
+    if (shared) prompt.append(shared);
     return element("div", { className: "group" }, prompt, ...group.samples.map((sample) => this.sample(sample)));
   }
 
@@ -155,7 +175,10 @@ class Browser {
     const state = element("span", { className: "state" });
     if (sample.status && sample.status !== "completed") state.append(element("span", { className: "warned" }, String(sample.status)), " · ");
     if (typeof sample.response_length === "number") state.append(`${sample.response_length.toLocaleString("en-US")} tokens`);
-    return element("div", { className: "sample" }, this.chip(sample.reward), textOf(sample.response ?? ""), state);
+    const row = element("div", { className: "sample" }, this.chip(sample.reward), textOf(sample.response ?? ""), state);
+    const told = conversation(sample.metadata), metadata = metadataOf(sample.metadata);
+    if (told || metadata) row.append(element("div", { className: "told" }, ...(told ? [element("span", {}, told)] : []), ...(metadata ? [metadata] : [])));
+    return row;
   }
 }
 
