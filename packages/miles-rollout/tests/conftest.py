@@ -15,12 +15,13 @@ from miles_rollout.service import RolloutWorker
 CHARACTERS = "0123456789abcdefghijklmnopqrstuvwxyz >"
 
 
-@pytest.fixture(scope="session", autouse=True)
+@pytest.fixture(scope="module", autouse=True)
 def what_is_frozen_stays_frozen():
     """Spare each start of a service half a second: it collects what torch and transformers have left behind."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(gc, "unfreeze", lambda: None)
         yield
+    gc.unfreeze()
 
 
 @pytest.fixture(scope="session")

@@ -20,19 +20,24 @@ FLAGS = {
 class Weights:
     """Engines whose token at a position follows from the seed, and its log-prob from the version of the weights too.
 
-    Seeds in `slow` get `step` tokens and then wait until they are aborted; those in `brief` stop after as many.
+    Seeds in `slow` get `step` tokens and then wait until they are aborted; those in `brief` stop after as many. Like
+    SGLang's server they know requests by whole ids alone, and have no two with one id.
     """
 
     def __init__(self, fake_engine, *, prompt, step=3):
         self.version, self.prompt, self.step = 1, prompt, step
         self.slow, self.brief, self.asked, self.made = set(), set(), [], Counter()
-        self._aborted = threading.Event()
+        self._here = {}
         self.url = fake_engine(self._answer).url
 
     def _answer(self, payload):
         if "sampling_params" not in payload:
-            self._aborted.set()
+            if payload["rid"] in self._here:
+                self._here[payload["rid"]].set()
             return 200, {}
+        if payload["rid"] in self._here:
+            return 400, {"error": "Duplicate request ID detected"}
+        aborted = self._here[payload["rid"]] = threading.Event()
         params, ids = payload["sampling_params"], payload["input_ids"]
         seed, begun = params["sampling_seed"], len(ids) - self.prompt
         self.asked.append((seed, begun, params["max_new_tokens"]))
@@ -43,7 +48,7 @@ class Weights:
         for position in positions:
             self.made[seed, position] += 1
         if slow:
-            assert self._aborted.wait(10)
+            assert aborted.wait(10)
         return 200, {"text": "x" * count, "output_ids": [self.token(seed, at) for at in positions], "meta_info": {
             "finish_reason": {"type": finish}, "completion_tokens": count,
             "weight_version": str(self.version), "prompt_tokens": len(ids),
@@ -57,7 +62,6 @@ class Weights:
     def next(self, version=None):
         """New weights come."""
         self.version = version or self.version + 1
-        self._aborted.clear()
 
 
 @pytest.fixture
@@ -229,3 +233,21 @@ def test_a_router_that_tells_engines_nothing_stops_the_run_and_says_why(worker, 
     weights.slow = seeds_of(rollouts, [0, 3])
     with pytest.raises(ServiceError, match=r"answered 404.*--partial-rollout needs a router that passes it on"):
         rollouts.generate(0, "1")
+
+
+def test_a_request_that_is_sent_again_has_another_id(worker, weights, fake_engine):
+    """SGLang refuses an id that it still has, and it may notice late that nobody waits for its answer any more."""
+    lost = []
+
+    def losing(payload):
+        answer = weights._answer(payload)
+        if "sampling_params" in payload and len(lost) < SIZE:
+            lost.append(payload["rid"])
+            return 503, {"error": "the connection to the engine broke"}
+        return answer
+
+    rollouts = worker(url=fake_engine(losing).url, **FLAGS)
+    weights.slow = seeds_of(rollouts, [0, 3])
+    batch = rollouts.generate(0, "1")["batch"]
+    assert len(lost) == SIZE
+    assert len(batch["group_indices"]) == TARGET * SIZE

@@ -72,17 +72,18 @@ def test_an_engine_without_a_key_gets_none_whatever_a_client_shows(serve, routed
     asyncio.run(main())
 
 
-@pytest.mark.parametrize("engines", [1, 2])
-def test_no_answer_of_the_router_tells_a_key(serve, routed, engines):
+@pytest.mark.parametrize(("engines", "key"), [(1, KEY), (2, KEY), (1, 'quo"te\\slash'), (2, '"')])
+def test_no_answer_of_the_router_tells_a_key(serve, routed, engines, key):
     async def main():
-        async with serve(Locked()) as one, serve(Locked()) as two, routed() as r:
+        async with serve(Locked(key)) as one, serve(Locked(key)) as two, routed() as r:
             for url in (one, two)[:engines]:
-                await register(r, url)
+                await register(r, url, key)
             for path in ("/server_info", "/get_server_info", "/workers", "/list_workers", "/status", "/metrics", "/"):
                 answer = await r.client.get(path, headers=SHOWN)
                 assert answer.status_code == 200
-                assert KEY not in answer.text
+                assert key == '"' or json.dumps(key)[1:-1] not in answer.text
             assert (await r.client.get("/server_info")).json()["weight_version"] == "7"
+            assert (await r.client.get("/server_info")).json()["api_key"] == ""
 
     asyncio.run(main())
 

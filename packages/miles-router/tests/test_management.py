@@ -190,6 +190,17 @@ def test_an_absolute_request_target_does_not_choose_the_destination(serve, route
     asyncio.run(main())
 
 
+@pytest.mark.parametrize("path", ["/abort_request", "/workers", "/weight_version"])
+def test_what_is_for_the_router_itself_is_small_whatever_an_engine_may_be_sent(routed, path):
+    async def main():
+        async with routed(router_max_body_bytes=1 << 20) as r:
+            body = json.dumps({"rid": "r" * (1 << 17), "url": A, "weight_version": "1"}).encode()
+            assert (await r.client.post(path, content=body)).status_code == 413
+            assert await r.workers() == []
+
+    asyncio.run(main())
+
+
 def test_requests_are_aborted_at_all_engines_by_their_id_and_never_those_of_others(routed, listen):
     told, mine = [], "of-this-run-alone"
 

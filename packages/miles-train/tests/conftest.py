@@ -1,17 +1,8 @@
 """One tiny model for all tests of the trainer."""
 
-import gc
 from importlib import import_module
 
 import pytest
-
-
-@pytest.fixture(scope="session", autouse=True)
-def what_is_frozen_stays_frozen():
-    """Spare each start of a service half a second: it collects what torch and transformers have left behind."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(gc, "unfreeze", lambda: None)
-        yield
 
 
 @pytest.fixture(scope="session")

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-import itertools
 import uuid
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any
 
 import aiohttp
@@ -14,7 +13,7 @@ from miles_api.errors import ServiceError
 from miles_api.sample import Sample, Status
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Callable, Iterable, Iterator
 
     from miles_api.rollout_types import Group
     from miles_rollout.requests import Requests
@@ -33,20 +32,33 @@ class Interrupts:
 
     def __init__(self, requests: Requests) -> None:
         self._requests = requests
-        self._name = uuid.uuid4().hex
-        self._numbers = itertools.count()
+        self._running: set[str] = set()
+        """Ids of what is at engines, or on its way."""
 
-    def named(self, path: str, payload: Any) -> Any:
-        """Return the body of a generation request with an id of its own, or one for each of its prompts.
+    @contextmanager
+    def named(self, path: str, payload: Any) -> Iterator[Callable[[], Any]]:
+        """Give a function that returns the body of a request, to be called each time it is sent; it ends with the body.
 
-        Another request's body is returned as it is, and so is one that has ids.
+        That of a generation request has a new id each time, or one for each of its prompts: SGLang refuses an id that
+        it still has. Another request's is `payload`, and so is that of one which has ids.
         """
         if path != _GENERATE or not isinstance(payload, dict) or "rid" in payload:
-            return payload
-        prompts = _prompts(payload)
-        # Both engines end `NAME_1`, `NAME_2` … when they are told to end `NAME`.
-        ids = [f"{self._name}_{next(self._numbers)}" for _ in range(1 if prompts is None else len(prompts))]
-        return {**payload, "rid": ids[0] if prompts is None else ids}
+            yield lambda: payload
+            return
+        mine: set[str] = set()
+
+        def body() -> dict[str, Any]:
+            prompts = _prompts(payload)
+            # None begins with another: SGLang ends all whose ids begin with the one that it is told.
+            ids = [uuid.uuid4().hex for _ in prompts or [None]]
+            mine.update(ids)
+            self._running.update(ids)
+            return {**payload, "rid": ids[0] if prompts is None else ids}
+
+        try:
+            yield body
+        finally:
+            self._running -= mine
 
     def refusal(self, path: str, payload: Any) -> Any:
         """Return what an engine would answer to a generation that was aborted before its first token.
@@ -73,8 +85,13 @@ class Interrupts:
             _, left = await asyncio.wait(left, timeout=max(min(_AGAIN, deadline - loop.time()), 0.0))
 
     async def _tell(self) -> None:
-        url, word = self._requests.url + _ABORT, {"rid": self._name}
-        async with self._requests.aside() as session, session.post(url, json=word) as reply:
+        # By whole ids: SGLang's server passes on none that it has not, so no beginning of several.
+        async with self._requests.aside() as session:
+            await asyncio.gather(*(self._tell_of(rid, session) for rid in self._running))
+
+    async def _tell_of(self, rid: str, session: aiohttp.ClientSession) -> None:
+        url = self._requests.url + _ABORT
+        async with session.post(url, json={"rid": rid}) as reply:
             text = await reply.text()
         if reply.status in _UNKNOWN:
             raise ServiceError(

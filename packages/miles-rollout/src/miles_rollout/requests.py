@@ -19,7 +19,7 @@ import msgspec
 from miles_api.errors import ServiceError, counted
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping
 
 __all__ = ["Requests"]
 
@@ -69,19 +69,20 @@ class Requests:
         """Return a new connection, for a word that must not wait until a request has ended."""
         return aiohttp.ClientSession(headers=self.headers, timeout=aiohttp.ClientTimeout(total=self._timeout))
 
-    async def post(self, path: str, payload: Mapping[str, Any]) -> dict[str, Any]:
+    async def post(self, path: str, payload: Mapping[str, Any] | Callable[[], Mapping[str, Any]]) -> dict[str, Any]:
         """POST JSON and return the decoded answer; who made and who changed its tokens is in each `meta_info`.
 
-        Sent again where nobody served it. Raises `ServiceError` with status and body when it is refused, and with what
-        was tried when the deadline is past.
+        A `payload` that is a function is asked each time it is sent. Sent again where nobody served it. Raises
+        `ServiceError` with status and body when it is refused, and with what was tried when the deadline is past.
         """
-        url, body = self.url + path, _encode(payload)
+        url, body = self.url + path, b"" if callable(payload) else _encode(payload)
         deadline = time.monotonic() + self._timeout
         tries, pause, problem, after = 0, _FIRST_PAUSE, "", 0.0
         while (left := deadline - time.monotonic()) > 0:
             tries += 1
             self._repeated += tries > 1
             try:
+                body = _encode(payload()) if callable(payload) else body
                 return _stamped(url, *await self._once(url, body, left))
             except TimeoutError:
                 break

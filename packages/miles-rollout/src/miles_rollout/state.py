@@ -178,7 +178,8 @@ class State:
             return await self.requests.post(path, payload)
         if self.aborted and (refusal := self.interrupts.refusal(path, payload)) is not None:
             return refusal
-        return await self.requests.post(path, self.interrupts.named(path, payload))
+        with self.interrupts.named(path, payload) as body:
+            return await self.requests.post(path, body)
 
     async def close(self) -> None:
         """Close the connections, the hook threads, the grading processes, and hooks that can be closed."""

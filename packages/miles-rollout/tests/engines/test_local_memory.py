@@ -102,15 +102,54 @@ def test_the_hash_of_weights_that_were_released_is_refused(engine):
 def test_an_engine_that_released_holds_on_to_nothing_that_was_sent_to_it(engine, kit):
     weights = load_file(kit.directory("qwen3") / "model.safetensors")
     alive = [weakref.ref(tensor) for tensor in weights.values()]
-    session = engine._updates
     ask(engine, "/begin_weight_update")
-    session._session.tensors.update(weights)
+    engine._updates.session.tensors.update(weights)
     del weights
     assert ask(engine, "/end_weight_update")[0] == 200
     assert any(one() is not None for one in alive)
     ask(engine, "/release_memory_occupation")
     gc.collect()
     assert not any(one() is not None for one in alive)
+
+
+def test_an_engine_that_released_holds_on_to_nothing_that_a_killed_run_has_begun_to_send(engine):
+    ask(engine, "/begin_weight_update")
+    tensor = torch.zeros(3)
+    engine._updates.session.tensors["model.norm.weight"] = tensor
+    alive = weakref.ref(tensor)
+    del tensor
+    ask(engine, "/release_memory_occupation")
+    gc.collect()
+    assert alive() is None
+    assert ask(engine, "/begin_weight_update")[0] == 200
+
+
+def test_a_directory_that_a_killed_run_had_read_does_not_get_into_the_next_session(engine, kit, monkeypatch):
+    model, reading, go_on = engine.engine.scheduler.model, threading.Event(), threading.Event()
+    stage = model.stage
+
+    def slowly(weights):
+        reading.set()
+        assert go_on.wait(20)
+        return stage(weights)
+
+    def post(path, body):
+        return engine.routes()[path].handler(body)
+
+    async def both():
+        await post("/begin_weight_update", b"{}")
+        body = b'{"model_path": "%s", "weight_version": "7"}' % str(kit.directory("qwen3", seed=1)).encode()
+        monkeypatch.setattr(model, "stage", slowly)
+        reads = [asyncio.create_task(post("/update_weights_from_disk", body)) for _ in range(2)]
+        await asyncio.to_thread(reading.wait, 20)
+        assert (await post("/begin_weight_update", b'{"anew": true}'))[0] == 200
+        go_on.set()
+        # The second one has read nothing yet, and does not.
+        assert [status for status, _ in await asyncio.gather(*reads)] == [200, 400]
+        return await post("/end_weight_update", b"{}")
+
+    assert asyncio.run(both())[0] == 200
+    assert engine.engine.scheduler.weight_version == "default"
 
 
 def test_a_request_that_comes_in_while_memory_is_released_waits_until_it_is_back(engine, kit, make_job):

@@ -10,6 +10,7 @@ import os
 import pickle
 import shutil
 import sys
+import threading
 from contextlib import contextmanager
 from multiprocessing.reduction import ForkingPickler
 from types import SimpleNamespace
@@ -19,6 +20,7 @@ import torch
 import torch.multiprocessing as mp
 from safetensors.torch import load_file
 
+from miles_rollout.engines.local import update
 from miles_rollout.engines.local.errors import CheckpointError
 from miles_rollout.engines.local.model import load_model
 from miles_rollout.engines.local.unpack import unpack
@@ -128,6 +130,42 @@ def test_the_end_of_a_session_finds_everything_ready(kit, others, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(engine.model, "stage", lambda weights: pytest.fail("it is staged while requests wait"))
         assert engine.ask("end") == ""
+    assert (engine.sums(), engine.version) == (fresh.sums(), "5")
+
+
+def test_a_session_that_is_opened_anew_forgets_what_the_last_one_got(kit, others):
+    engine = Updated(kit.directory("qwen3"))
+    before = engine.sums()
+    assert engine.ask("begin") == ""
+    half = dict(list(others.items())[:7])
+    assert engine.ask("from_tensor", serialized_named_tensors=[listed(half)]) == ""
+    assert engine.ask("begin", anew=True) == ""
+    assert engine.ask("end") == ""
+    assert (engine.sums(), engine.version) == (before, "default")
+
+
+def test_the_end_of_a_session_waits_for_what_is_still_being_read(kit, others, monkeypatch):
+    engine, fresh = Updated(kit.directory("qwen3")), Updated(kit.directory("qwen3", seed=1))
+    reading, go_on = threading.Event(), threading.Event()
+
+    def slowly(*arguments):
+        reading.set()
+        assert go_on.wait(20)
+        return unpack(*arguments)
+
+    async def scenario():
+        updates = engine.updates
+        await updates.begin(b"{}")
+        monkeypatch.setattr(update, "unpack", slowly)
+        body = {"serialized_named_tensors": [listed(others)], "weight_version": "5"}
+        sent = asyncio.create_task(updates.from_tensor(json.dumps(body).encode()))
+        await asyncio.to_thread(reading.wait, 20)
+        ended = asyncio.create_task(updates.end(b"{}"))
+        await asyncio.sleep(0)
+        go_on.set()
+        return [status for status, _ in await asyncio.gather(sent, ended)]
+
+    assert asyncio.run(scenario()) == [200, 200]
     assert (engine.sums(), engine.version) == (fresh.sums(), "5")
 
 

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 import time
+import urllib.error
 from pathlib import Path
 
 import pytest
@@ -318,6 +319,41 @@ def test_a_key_of_the_users_own_is_asked_for_on_loopback_too(make, monkeypatch):
     assert fleet.endpoints()[0].key == "correct-horse"
     with pytest.raises(OSError, match="401"):
         about(fleet.endpoints()[0])
+
+
+def test_a_part_that_answers_nobody_has_the_key_for_as_long_as_it_takes_to_start(make):
+    fleet = make(engine_host="0.0.0.0")
+    fleet.start([Placement(num_nodes=2, node_rank=1, dist_init_addr="10.0.0.1:9999", node="127.0.0.1")])
+    part = fleet._children[0]
+
+    def told():
+        assert fleet.dead() == {}
+        with contextlib.suppress(ConnectionError, urllib.error.URLError):
+            return request(part.endpoint.url + "/server_info", None, 10, part.endpoint.key)["api_key"]
+
+    until(lambda: told() == part.endpoint.key, "it has read the key")
+
+
+def test_a_driver_that_is_killed_while_a_server_starts_leaves_no_key_behind(tmp_path):
+    script = tmp_path / "parent.py"
+    script.write_text(
+        "from miles_api.services import Placement\n"
+        "from miles_rollout.options import EngineFleetOptions\n"
+        "from miles_rollout.engines.sglang.fleet import SGLangFleet\n"
+        "from miles_rollout.engines.sglang.options import SGLangOptions\n"
+        "SGLangFleet(SGLangOptions(), EngineFleetOptions(engine_key_variable='OUR_KEY'), 'm', 1).start([Placement()])\n"
+    )
+    own = {"OUR_KEY": "correct-horse", "TMPDIR": str(tmp_path), "STAND_IN_START": "hang"}
+    parent = subprocess.Popen([sys.executable, str(script)], env={**os.environ, **own})
+    try:
+        until(lambda: list(tmp_path.glob("miles-engine-*/key.yaml")), "the server is started")
+        (file,) = tmp_path.glob("miles-engine-*/key.yaml")
+        assert "correct-horse" in file.read_text(encoding="utf-8")
+    finally:
+        parent.kill()
+        parent.wait()
+    left = [path for path in tmp_path.glob("miles-engine-*/*") if path.is_file()]
+    assert [path for path in left if "correct-horse" in path.read_text(encoding="utf-8")] == []
 
 
 def test_an_idle_server_may_be_told_to_spin(make):

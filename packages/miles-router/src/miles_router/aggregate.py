@@ -62,15 +62,27 @@ async def _ask_one(worker: Worker, path: str) -> dict[str, Any] | str:
     try:
         async with asyncio.timeout(_DEADLINE_S):
             status, body = await fetch(worker, path)
-        if worker.key:
-            body = body.replace(worker.key, b"")
-        return msgspec.json.decode(body, type=dict[str, Any]) if status == _OK else f"answers {path} with {status}"
+        if status != _OK:
+            return f"answers {path} with {status}"
+        said = msgspec.json.decode(body, type=dict[str, Any])
+        return _without(worker.key.decode(), said) if worker.key else said
     except TimeoutError:
         return f"does not answer {path} within {_DEADLINE_S:g} s"
     except UpstreamError as error:
         return str(error)
     except msgspec.DecodeError as error:
         return f"answers {path} with something unreadable: {error}"
+
+
+def _without(key: str, said: Any) -> Any:
+    """Return what an engine says without its key, however that was escaped."""
+    if isinstance(said, str):
+        return said.replace(key, "")
+    if isinstance(said, list):
+        return [_without(key, each) for each in said]
+    if isinstance(said, dict):
+        return {name: _without(key, each) for name, each in said.items()}
+    return said
 
 
 def _nobody(path: str, problems: list[str]) -> tuple[int, object]:

@@ -40,6 +40,8 @@ __all__ = ["RouterApp"]
 
 
 _SHOWN = frozenset(("/status", "/metrics"))
+_MAX_MANAGED = 64 << 10
+"""Bytes of a body that is for the router itself, where nothing counts what all of them take together."""
 
 
 class _Call(NamedTuple):
@@ -198,7 +200,12 @@ class RouterApp:
         if handler is None:
             await self._refuse_method(send, scope["path"], methods)
             return
-        body = await read_body(receive, self._max_body)
+        try:
+            body = await read_body(receive, min(self._max_body, _MAX_MANAGED))
+        except BodyTooLargeError:
+            text = f"the body is longer than {_MAX_MANAGED} bytes, or --router-max-body-bytes {self._max_body}"
+            await self.refuse(send, 413, text)
+            return
         if body is None:
             return
         try:

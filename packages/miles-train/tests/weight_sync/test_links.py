@@ -25,6 +25,18 @@ def test_a_buffer_that_does_not_fit_into_shared_memory_is_refused_before_it_is_w
     link.close()
 
 
+def test_an_engine_that_knows_of_no_session_any_more_counts_as_dead(new_engine):
+    engine, tensor = new_engine(), torch.zeros(4)
+    problem = "the update must run between begin_weight_update() and end_weight_update()"
+    engine.replies = {"/update_weights_from_tensor": (400, {"success": False, "message": problem})}
+    link, url = TensorLink(), engine.endpoint.url
+    link.open([Receiver(url)])
+    link.put(Bucket([("w", tensor)], tensor.nbytes), {})
+    link.wait()
+    link.close()
+    assert (list(link.gone), link.refused) == ([url], {})
+
+
 def test_the_store_of_a_group_listens_at_one_address():
     store = _store_at("127.0.0.1", 2)
     at = [c.laddr for c in psutil.Process().net_connections() if c.status == "LISTEN"]

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from miles_api.errors import ServiceError
+from miles_api.services import Endpoint
 from miles_train.options import WeightSyncOptions
 from miles_train.weight_sync.frame import Source, WeightSync
 from miles_train.weight_sync.link import in_buckets
@@ -128,7 +129,42 @@ def test_a_session_that_a_killed_run_left_open_is_closed_first(engines, make_syn
     make_sync().push(1)
     # Paused, as what the killed run had sent may be half of an update.
     order = [path for path in engines[0].paths() if path in (BEGIN, END, PAUSE)]
-    assert order == [PAUSE, BEGIN, PAUSE, END, BEGIN, END]
+    assert order == [PAUSE, BEGIN, END, BEGIN, END]
+
+
+def test_half_of_an_update_that_a_killed_run_staged_is_dropped_and_never_served(engines, sending, make_sync):
+    class Answers(dict):
+        def __getitem__(self, path):
+            if path == "/server_info":
+                return 200, {"stages_weights": True}
+            first = engines[0].paths().count(BEGIN) == 1
+            return (400, {"message": "a weight-update session is already open"}) if first else (200, {"success": True})
+
+    engines[0].replies = Answers({BEGIN: None, "/server_info": None})
+    engines[1].replies = {"/server_info": (200, {"stages_weights": True})}
+    # Also where the new weights do not arrive either.
+    sending.refused = {engines[1].endpoint.url: "shape mismatch"}
+    with pytest.raises(ServiceError, match="keep the old ones"):
+        make_sync().push(1)
+    assert engines[0].requests(BEGIN) == [{}, {"anew": True}]
+    assert not any(path in (END, PAUSE) for path in engines[0].paths())
+
+
+def test_an_engine_that_started_anew_at_its_address_within_a_push_gets_it_again(engines, make_sync):
+    class Answers(dict):
+        def __getitem__(self, path):
+            first = engines[0].paths().count(END) == 1
+            problem = "no weight-update session is open; call begin_weight_update() first"
+            return (400, {"success": False, "message": problem}) if first else (200, {"success": True})
+
+    engines[0].replies = Answers({END: None})
+    sync = make_sync(patience=60)
+    pushed = in_background(sync.push, 1)
+    wait_for(lambda: engines[1].requests(CONTINUE))
+    assert not engines[0].requests(CONTINUE)
+    sync.replace(engines[0].endpoint, Endpoint(url=engines[0].endpoint.url))
+    assert pushed()["sync/checked"] == 2
+    assert [path for path in engines[0].paths() if path in (BEGIN, END, CONTINUE)] == [BEGIN, END] * 2 + [CONTINUE]
 
 
 def test_engines_stay_paused_when_one_does_not_take_the_weights(engines, sending, make_sync):

@@ -130,5 +130,7 @@ def apart(payload: dict[str, Any]) -> list[dict[str, Any]] | None:
     ids = payload.get("input_ids")
     if not (isinstance(ids, list) and ids and isinstance(ids[0], list)):
         return None
-    pairs = zip(ids, payload["sampling_params"], strict=True)
-    return [{**payload, "input_ids": one, "sampling_params": its} for one, its in pairs]
+    # What there is one of for each prompt.
+    names = ("input_ids", "sampling_params", "rid")
+    own = {name: payload[name] for name in names if isinstance(payload.get(name), list)}
+    return [payload | dict(zip(own, values, strict=True)) for values in zip(*own.values(), strict=True)]

@@ -13,7 +13,7 @@ from miles_api.errors import ServiceError
 from miles_rollout import running
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Mapping
+    from collections.abc import AsyncIterator, Callable, Mapping
 
 __all__ = ["get", "post"]
 
@@ -36,15 +36,23 @@ async def post(
     `ServiceError` with status and body.
     """
     state = running.of_this_loop()
-    if state is not None and state.interrupts is not None:
-        path = url.removeprefix(state.requests.url)
-        if state.aborted and (refusal := state.interrupts.refusal(path, payload)) is not None:
-            return refusal
-        payload = state.interrupts.named(path, payload)
-    body = None if action in ("get", "delete") else msgspec.json.encode(payload or {})
+    interrupts = None if state is None else state.interrupts
+    if state is None or interrupts is None:
+        return await _until_served(url, action, lambda: payload, headers, max_retries)
+    path = url.removeprefix(state.requests.url)
+    if state.aborted and (refusal := interrupts.refusal(path, payload)) is not None:
+        return refusal
+    with interrupts.named(path, payload) as body:
+        return await _until_served(url, action, body, headers, max_retries)
+
+
+async def _until_served(
+    url: str, action: str, body: Callable[[], Any], headers: Mapping[str, str] | None, max_retries: int
+) -> Any:
     for attempt in range(1, max_retries + 1):
+        sent = None if action in ("get", "delete") else msgspec.json.encode(body() or {})
         try:
-            return await _once(url, action, body, headers)
+            return await _once(url, action, sent, headers)
         except _BusyError as error:
             if attempt == max_retries:
                 raise ServiceError(str(error)) from error

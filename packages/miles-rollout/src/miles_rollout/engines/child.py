@@ -39,7 +39,8 @@ class Child:
     ) -> None:
         """`serves` is False for a part that answers nobody; after `grace` seconds a request to end becomes an order.
 
-        What is needed `until_it_answers`, such as a socket that holds its port, is closed then, or when it ends.
+        What is needed `until_it_answers`, such as a socket that holds its port, is closed then, or when it ends: for a
+        part that answers nobody only then.
         """
         self.index, self.process, self.endpoint, self.serves = index, process, endpoint, serves
         self._errors = errors
@@ -76,7 +77,8 @@ class Child:
 
     def watch(self, health_timeout: float = 0.0) -> None:
         """Print `why_dead` on stderr should it die from now on, or not react for so many seconds; 0 is for ever."""
-        self._at_start.close()
+        if self.serves:  # another one may not have begun to read what it needs
+            self._at_start.close()
         self._watcher = threading.Thread(target=self._watch, name=f"engine-{self.index}-watch", daemon=True)
         self._watcher.start()
         if self.serves:

@@ -238,6 +238,8 @@ class BeginUpdateRequest(msgspec.Struct, kw_only=True):
     """The body of `POST /begin_weight_update`, since 0.5.23; `/end_weight_update` takes an empty object."""
 
     selector: Selector = "all"
+    anew: bool = False
+    """Of an engine that stages weights: drop what an open session holds. SGLang does not know it."""
 
 
 class _Update(msgspec.Struct, kw_only=True):

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from miles_api.errors import ServiceError
 from miles_api.services import Endpoint
-from miles_train.weight_sync.engine import EngineGoneError, ask
+from miles_train.weight_sync.engine import EngineGoneError
+from miles_train.weight_sync.session import within
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -119,6 +120,6 @@ class Link:
 
 
 def _post(receiver: Receiver, path: str, body: dict[str, Any]) -> None:
-    answer = ask(Endpoint(url=receiver.url, key=receiver.key), path, body)
+    answer = within(Endpoint(url=receiver.url, key=receiver.key), path, body)
     if not answer.get("success"):
         raise ServiceError(f"engine {receiver.url} refused {path}: {answer}")

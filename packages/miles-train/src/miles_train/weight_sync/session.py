@@ -6,17 +6,19 @@ over the weights that it serves, and is paused for the whole of it.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from miles_api.errors import ServiceError
-from miles_train.weight_sync.engine import RefusedError, ask
+from miles_train.weight_sync.engine import EngineGoneError, RefusedError, ask
 
 if TYPE_CHECKING:
     from miles_api.services import Endpoint
 
-__all__ = ["begin", "end", "stages"]
+__all__ = ["begin", "end", "stages", "within"]
 
+_BEGIN = "/begin_weight_update"
 _NOT_FOUND, _BAD_REQUEST = 404, 400
+_OPEN = "already open"
+_NONE = ("no weight-update session is open", "between begin_weight_update()")
 
 
 def stages(endpoint: Endpoint) -> bool:
@@ -29,27 +31,38 @@ def stages(endpoint: Endpoint) -> bool:
 
 
 def begin(endpoint: Endpoint) -> None:
-    """Open a session, where engines have them; one that a killed run left open is closed first."""
-    for _ in range(2):
-        try:
-            ask(endpoint, "/begin_weight_update", {})
-        except RefusedError as error:
-            if error.status == _NOT_FOUND:
-                return
-            if error.status != _BAD_REQUEST or "already open" not in str(error):
-                raise
-            # What it holds may be half of an update, which nobody is to be answered with.
-            ask(endpoint, "/pause_generation", {"mode": "in_place"})
-            end(endpoint)
-        else:
+    """Open a session, where engines have them, in the place of one that a killed run left open.
+
+    What that holds may be half of an update: an engine that stages weights drops it, any other is paused.
+    """
+    try:
+        ask(endpoint, _BEGIN, {})
+    except RefusedError as error:
+        if error.status == _NOT_FOUND:
             return
-    raise ServiceError(f"engine {endpoint.url} does not open a weight-update session")
+        if error.status != _BAD_REQUEST or _OPEN not in str(error):
+            raise
+        if stages(endpoint):
+            ask(endpoint, _BEGIN, {"anew": True})
+        else:
+            end(endpoint)
+            ask(endpoint, _BEGIN, {})
+
+
+def within(endpoint: Endpoint, path: str, body: dict[str, Any]) -> Any:
+    """Ask within a session, as `ask` does; `EngineGoneError` if there is none: another engine is at this address."""
+    try:
+        return ask(endpoint, path, body)
+    except RefusedError as error:
+        if error.status == _BAD_REQUEST and any(text in str(error) for text in _NONE):
+            raise EngineGoneError(f"{error}: it was started anew during the update") from error
+        raise
 
 
 def end(endpoint: Endpoint) -> None:
     """Close the session, where engines have them: from now on it serves what it got."""
     try:
-        ask(endpoint, "/end_weight_update", {})
+        within(endpoint, "/end_weight_update", {})
     except RefusedError as error:
         if error.status != _NOT_FOUND:
             raise

@@ -189,14 +189,18 @@ class Control:
         request = _parse(body, UpdateFromDiskRequest)
         if isinstance(request, str):
             return _failed(request)
-        scheduler = self._scheduler
+        scheduler, session = self._scheduler, self._updates.session
         async with self._updating:
+            if session is not self._updates.session:
+                return _failed("the weight-update session in which this was asked for is over")
             try:
                 directory = check_weights_dir(Path(request.model_path))
                 commit = await asyncio.to_thread(scheduler.model.stage, directory)
             except (CheckpointError, UnsupportedModelError) as error:
                 return _failed(str(error))
-            if not self._updates.keep(directory, commit, request):
+            if session is not None:
+                session.keep(directory, commit, request)
+            else:
                 await self._put(commit, directory, request.weight_version, request.abort_all_requests)
         return 200, {"success": True, "message": "Weights updated.", "num_paused_requests": 0}
 
@@ -237,7 +241,7 @@ class Control:
             answer = await self.memory.release(body)
             if not self.memory.has_weights:
                 # What was sent is held for hashes and for what completes it: as much as the weights themselves.
-                self._source = {}
+                self._source, self._updates.session = {}, None
         return answer
 
     async def _put(self, commit: Callable[[], None], source: Weights, version: str | None, aborts: bool) -> None:

@@ -17,6 +17,7 @@ from miles_rollout.engines.local.group import UpdateGroups
 from miles_rollout.engines.local.unpack import unpack
 from miles_rollout.engines.local.weights import completed
 from miles_rollout.engines.protocol import (
+    BeginUpdateRequest,
     DestroyGroupRequest,
     InitGroupRequest,
     UpdateFromDistributedRequest,
@@ -50,6 +51,11 @@ class _Session:
         self.staged: tuple[Weights, Callable[[], None]] | None = None
         """What the end puts in place, if everything is there already."""
 
+    def keep(self, directory: Path, commit: Callable[[], None], request: UpdateFromDiskRequest) -> None:
+        """Keep what was read from a directory for the end."""
+        self.tensors, self.directory, self.staged = {}, directory, (directory, commit)
+        self.note(request)
+
     def note(self, request: UpdateFromDiskRequest | UpdateFromTensorRequest | UpdateFromDistributedRequest) -> None:
         """Take what a request says of the update as a whole."""
         self.version = request.weight_version or self.version
@@ -69,38 +75,34 @@ class WeightUpdates:
         """`put(commit, weights, version, aborts)` runs `commit` between two steps; `lock` is held for every update."""
         self._model, self._current, self._put, self._lock = model, current, put, lock
         self._groups = UpdateGroups()
-        self._session: _Session | None = None
+        self.session: _Session | None = None
+        """The one that is open. What was asked for within one counts for no other."""
 
-    async def begin(self, _: bytes) -> Answer:
-        """Open a session."""
-        if self._session is not None:
+    async def begin(self, body: bytes) -> Answer:
+        """Open a session, in the place of an open one if asked to."""
+        try:
+            anew = msgspec.json.decode(body or b"{}", type=BeginUpdateRequest).anew
+        except msgspec.DecodeError as error:
+            return _failed(str(error))
+        if self.session is not None and not anew:
             return _failed("a weight-update session is already open; call end_weight_update() first")
-        self._session = _Session()
+        self.session = _Session()
         return _done("Success")
 
     async def end(self, _: bytes) -> Answer:
         """Put what the session has collected in place, as a whole or not at all."""
-        session, self._session = self._session, None
-        if session is None:
-            return _failed("no weight-update session is open; call begin_weight_update() first")
-        if session.staged is None and not session.tensors:
-            return _done("Success")
         async with self._lock:
+            session, self.session = self.session, None
+            if session is None:
+                return _failed("no weight-update session is open; call begin_weight_update() first")
+            if session.staged is None and not session.tensors:
+                return _done("Success")
             try:
                 weights, commit = session.staged or await asyncio.to_thread(self._stage, session)
             except (CheckpointError, UnsupportedModelError) as error:
                 return _failed(str(error))
             await self._put(commit, weights, session.version, session.aborts)
         return _done("Success")
-
-    def keep(self, directory: Path, commit: Callable[[], None], request: UpdateFromDiskRequest) -> bool:
-        """Keep what was read from a directory for the end of the session; False if none is open."""
-        session = self._session
-        if session is None:
-            return False
-        session.tensors, session.directory, session.staged = {}, directory, (directory, commit)
-        session.note(request)
-        return True
 
     async def from_tensor(self, body: bytes) -> Answer:
         """Take tensors out of shared memory."""
@@ -129,7 +131,7 @@ class WeightUpdates:
         return await _tried(body, DestroyGroupRequest, lambda r: self._groups.leave(r.group_name))
 
     async def _take(self, body: bytes, kind: type[Any], read: Callable[[Any], dict[str, torch.Tensor]]) -> Answer:
-        session = self._session
+        session = self.session
         if session is None:
             return _failed(f"the update {_OUTSIDE}")
 
@@ -141,7 +143,10 @@ class WeightUpdates:
             if request.weight_version:
                 self._stage_ahead(session)
 
-        return await _tried(body, kind, add)
+        async with self._lock:
+            if session is not self.session:
+                return _failed(f"the update {_OUTSIDE}")
+            return await _tried(body, kind, add)
 
     def _stage_ahead(self, session: _Session) -> None:
         """Stage what was sent, if it is everything: what is wrong, or missing, the end of the session says."""

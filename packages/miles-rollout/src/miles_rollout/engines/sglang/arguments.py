@@ -40,6 +40,9 @@ OWNED = {
     "ssl_certfile": "engines are spoken to over plain HTTP",
     "ssl_ca_certs": "engines are spoken to over plain HTTP",
     "ssl_keyfile_password": "engines are spoken to over plain HTTP",
+    "grpc_port": "engines are spoken to over plain HTTP, and nothing else of them asks for the key",
+    "grpc_mode": "engines are spoken to over plain HTTP, and nothing else of them asks for the key",
+    "smg_grpc_mode": "engines are spoken to over plain HTTP, and nothing else of them asks for the key",
     "config": "a file of arguments would not be checked: put them in the table [sglang]",
     "help": "`PYTHON -m sglang.launch_server --help` prints it, with the Python of --sglang-python",
 }

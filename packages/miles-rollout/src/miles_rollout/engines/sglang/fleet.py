@@ -8,7 +8,7 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import IO, TYPE_CHECKING
 from zlib import crc32
 
 from miles_api.errors import ServiceError
@@ -86,7 +86,7 @@ class SGLangFleet(ProcessFleet):
 
     def _spawn(self, index: int, *, again: bool) -> Child:
         placement = self._placements[index]
-        sock, given = bound_socket(index, self._addresses), self._key_file()
+        sock, given = bound_socket(index, self._addresses), self._key_file() if self._key else ()
         guard = [sys.executable, "-I", "-S", str(Path(__file__).with_name("guard.py")), str(os.getpid()), str(_GRACE)]
         # A file, not a pipe: nobody has to read it while the engine runs.
         output = tempfile.TemporaryFile()  # noqa: SIM115 - closed when the engine has ended
@@ -97,7 +97,7 @@ class SGLangFleet(ProcessFleet):
                 "-m",
                 "sglang.launch_server",
                 *self._words(index, *sock.getsockname()),
-                *(["--config", str(Path(given.name, _KEY_FILE))] if given else []),
+                *(["--config", str(Path(given[0].name, _KEY_FILE))] if given else []),
             ],
             stdin=subprocess.DEVNULL,
             stdout=output,
@@ -111,20 +111,20 @@ class SGLangFleet(ProcessFleet):
         endpoint = Endpoint(**where, gpu_ids=placement.gpu_ids, tp_ranks=tp_ranks, key=self._key)
         grace = _GRACE + _LAST_GRACE  # the guard needs a moment after its own
         serves = placement.node_rank == 0
-        until_it_answers = (sock, *([given] if given else []))
-        return Child(index, process, endpoint, output, serves=serves, until_it_answers=until_it_answers, grace=grace)
+        return Child(index, process, endpoint, output, serves=serves, until_it_answers=(sock, *given), grace=grace)
 
-    def _key_file(self) -> tempfile.TemporaryDirectory[str] | None:
-        """Write the key into a file that SGLang reads arguments from, for this user alone; None without a key.
+    def _key_file(self) -> tuple[tempfile.TemporaryDirectory[str], IO[bytes]]:
+        """Return a folder with what SGLang reads arguments from, here the key, and the memory in which it stands.
 
-        SGLang takes it from there or from its command line, which all users of the machine see.
+        SGLang takes it from there or from its command line, which all users of the machine see. Memory of this process,
+        as no disk is to keep a key when this process is killed.
         """
-        if not self._key:
-            return None
-        folder = tempfile.TemporaryDirectory(prefix="miles-engine-")
+        held = os.fdopen(os.memfd_create(_KEY_FILE), "wb", buffering=0)
         # Quoted as JSON, which is YAML too: it would take 123 for a number.
-        Path(folder.name, _KEY_FILE).write_text(json.dumps({"api-key": self._key}), encoding="utf-8")
-        return folder
+        held.write(json.dumps({"api-key": self._key}).encode())
+        folder = tempfile.TemporaryDirectory(prefix="miles-engine-")
+        Path(folder.name, _KEY_FILE).symlink_to(f"/proc/{os.getpid()}/fd/{held.fileno()}")
+        return folder, held
 
     def _words(self, index: int, host: str, port: int, *_: int) -> list[str]:
         """Return the arguments of one server; those of the run come last, as SGLang takes the last."""
