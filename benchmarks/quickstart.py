@@ -74,9 +74,8 @@ class CpuWatch:
         return s0 + (s1 - s0) * (moment - t0) / (t1 - t0)
 
 
-def race(words: list[object], lines: Path) -> dict[str, float]:
-    """Run one contestant, which writes one line a rollout; return its figures."""
-    started = time.time()
+def watched(words: list[object]) -> CpuWatch:
+    """Run a program to its end, and return what it used; ends this one with what it said if it fails."""
     # one thread a process, and no busy waiting: two threads on two busy cores are up to 8 times slower than one
     settings = {**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"}
     with tempfile.TemporaryFile() as said:
@@ -87,6 +86,13 @@ def race(words: list[object], lines: Path) -> dict[str, float]:
         if status:
             said.seek(0)
             raise SystemExit(f"{words} failed:\n{said.read().decode()}")
+    return watch
+
+
+def race(words: list[object], lines: Path) -> dict[str, float]:
+    """Run one contestant, which writes one line a rollout; return its figures."""
+    started = time.time()
+    watch = watched(words)
     rows = [json.loads(line) for line in lines.read_text().splitlines()]
     return figures([as_row(row) for row in rows if row.get("kind", "rollout") == "rollout"], watch, started)
 

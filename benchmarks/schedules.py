@@ -20,14 +20,13 @@ import argparse
 import json
 import os
 import statistics
-import subprocess
 import sys
 import tempfile
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from quickstart import QUICKSTART, CpuWatch
+from quickstart import QUICKSTART, CpuWatch, watched
 
 WARM_UP = 3
 """Rollouts that do not count: caches fill, kernels are chosen, the first one is never made ahead."""
@@ -65,15 +64,7 @@ def run(schedule: str, rollouts: int, flags: list[str], run_dir: Path) -> dict[s
     """Run once and return its figures."""
     words = [sys.executable, "-m", "miles_api.cli", "train", QUICKSTART / "run.toml", "--run-dir", run_dir]
     words += ["--rollout-schedule", schedule, "--num-rollout", rollouts, "--eval-interval", 10**6, *SIZES, *flags]
-    settings = {**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"}
-    with tempfile.TemporaryFile() as said:
-        process = subprocess.Popen([str(word) for word in words], stdout=said, stderr=said, env=settings)
-        watch = CpuWatch(process.pid)
-        status = process.wait()
-        watch.stop()
-        if status:
-            said.seek(0)
-            raise SystemExit(f"{words} failed:\n{said.read().decode()}")
+    watch = watched(words)
     lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
     return figures([line for line in lines if line["kind"] == "rollout"], watch)
 

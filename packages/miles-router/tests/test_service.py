@@ -18,12 +18,13 @@ from pathlib import Path
 
 import pytest
 
+from miles_api.addresses import is_loopback
 from miles_api.config import RunConfig
 from miles_api.errors import ConfigError, ServiceError
 from miles_api.services import Endpoint, RouterService
 from miles_router import Router, RouterOptions, service
 from miles_router.command import command
-from miles_router.options import READY_PREFIX, is_loopback
+from miles_router.options import READY_PREFIX
 from miles_router.service import create
 
 

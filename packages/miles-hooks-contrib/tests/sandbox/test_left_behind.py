@@ -1,6 +1,7 @@
 """What a program in the sandbox leaves behind: nobody, however it ends."""
 
 import asyncio
+import contextlib
 import os
 import signal
 import subprocess
@@ -20,6 +21,17 @@ pytestmark = needs_sandbox
 
 def children():
     return {pid for task in Path("/proc/self/task").iterdir() for pid in (task / "children").read_text().split()}
+
+
+@contextlib.asynccontextmanager
+async def under_way(marked):
+    """Give a session, and the run of a program in it that has begun and sleeps."""
+    line, alive = marked
+    async with asyncio.timeout(20), Session(line + "import time; time.sleep(60)", Limits(seconds=60)) as opened:
+        running = asyncio.ensure_future(opened.run({"kind": "stdin"}))
+        while not alive():
+            await asyncio.sleep(0.01)
+        yield opened, running
 
 
 def test_a_fork_bomb_stops_at_the_limit_and_leaves_nobody(marked):
@@ -55,13 +67,10 @@ def test_a_child_that_stays_behind_is_ended_and_not_waited_for(marked, sandboxed
 
 
 def test_a_cancelled_run_leaves_nobody_and_no_zombie(marked):
-    line, alive = marked
+    _, alive = marked
 
     async def cancelled():
-        async with asyncio.timeout(20), Session(line + "import time; time.sleep(60)", Limits(seconds=60)) as opened:
-            running = asyncio.ensure_future(opened.run({"kind": "stdin"}))
-            while not alive():
-                await asyncio.sleep(0.01)
+        async with under_way(marked) as (_, running):
             running.cancel()
             await asyncio.gather(running, return_exceptions=True)
 
@@ -90,13 +99,10 @@ def test_it_does_not_outlive_whoever_started_it(marked):
 
 
 def test_a_supervisor_that_dies_is_an_error_and_no_outcome(marked):
-    line, alive = marked
+    _, alive = marked
 
     async def killed():
-        async with asyncio.timeout(20), Session(line + "import time; time.sleep(60)", Limits(seconds=60)) as opened:
-            running = asyncio.ensure_future(opened.run({"kind": "stdin"}))
-            while not alive():
-                await asyncio.sleep(0.01)
+        async with under_way(marked) as (opened, running):
             os.killpg(opened._process.pid, signal.SIGKILL)
             await running
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import ipaddress
 from typing import Annotated, Literal
 
 import msgspec
 
+from miles_api.addresses import is_loopback
 from miles_api.errors import ConfigError
 from miles_api.options import Options, flag_of
 
@@ -18,7 +18,6 @@ __all__ = [
     "TOKEN_VARIABLE",
     "RouterOptions",
     "check_binding",
-    "is_loopback",
     "short_flag",
 ]
 
@@ -81,16 +80,6 @@ _SHORT = {"sglang_router_ip": "--host", "sglang_router_port": "--port"}
 def short_flag(field: str) -> str:
     """Return what `miles router` calls an option: `--router-policy` of a run is its `--policy`."""
     return _SHORT.get(field) or flag_of(field.removeprefix("router_"))
-
-
-def is_loopback(host: str) -> bool:
-    """Tell whether `host` can only be reached from this machine; a name other than `localhost` counts as reachable."""
-    if host == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
 
 
 def check_binding(options: RouterOptions) -> None:

@@ -17,9 +17,10 @@ import torch.multiprocessing as mp
 from safetensors.torch import load_file, save_file
 
 from miles_api.checksum import checksums
+from miles_api.services import Endpoint
 from miles_train.options import ParallelOptions
 from miles_train.trainer import Trainer
-from miles_train.weight_sync.plan import Plan, Receiver
+from miles_train.weight_sync.plan import Plan
 from miles_train.weight_sync.verify import probe_tokens
 
 tiny = import_module("packages.miles-train.tests.tiny_trainer")
@@ -74,7 +75,8 @@ def note_weights(parallel, place, hf_dir, out, engine):
     silent = trainer.export(f"{out}/silent", True)
     trainer.train(0, tiny.make_batch())
     trained = trainer.export(f"{out}/trained", True, True)
-    plan = Plan(how="tensor", version="7", receivers=[Receiver(engine)], bucket_bytes=BUCKET, hashed=True, flush=True)
+    engines = [Endpoint(url=engine)]
+    plan = Plan(how="tensor", version="7", receivers=engines, bucket_bytes=BUCKET, hashed=True, flush=True)
     sent = trainer.send_weights(plan)
     scores = trainer.score(TOKENS)
     trainer.stop()

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import ipaddress
 import os
 from typing import TYPE_CHECKING
 
+from miles_api.addresses import is_loopback
 from miles_api.errors import ConfigError
 from miles_hooks_contrib.search_r1.retrieval import load
 
@@ -40,7 +40,7 @@ class RetrievalServerCommand:
 
     def run(self, namespace: argparse.Namespace) -> int:
         """Serve until interrupted. Raises `ConfigError`, `DataError` or `ServiceError` if it cannot start."""
-        if namespace.token is None and not _is_loopback(namespace.host):
+        if namespace.token is None and not is_loopback(namespace.host):
             raise ConfigError(
                 f"--host {namespace.host} lets other machines search the corpus: pass --token, or set "
                 f"{TOKEN_VARIABLE}, or listen on 127.0.0.1"
@@ -53,13 +53,6 @@ class RetrievalServerCommand:
             bm25.Bm25(namespace.corpus), namespace.host, namespace.port, namespace.topk, namespace.token or None
         )
         return 0
-
-
-def _is_loopback(host: str) -> bool:
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
 
 
 command = RetrievalServerCommand()

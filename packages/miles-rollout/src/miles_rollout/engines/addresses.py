@@ -12,19 +12,11 @@ from miles_api.errors import ServiceError
 if TYPE_CHECKING:
     from miles_rollout.options import EngineFleetOptions
 
-__all__ = ["bound_socket", "is_loopback", "url_of"]
+__all__ = ["bound_socket", "url_of"]
 
 _LAST_PORT = 65535
 _SOMEWHERE = {socket.AF_INET: "192.0.2.1", socket.AF_INET6: "2001:db8::1"}
 """Addresses of documentation: nobody has them, and the way to them is the way out."""
-
-
-def is_loopback(host: str) -> bool:
-    """Tell whether only this machine can reach `host`; a name other than `localhost` counts as reachable."""
-    try:
-        return host == "localhost" or ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
 
 
 def bound_socket(index: int, options: EngineFleetOptions) -> socket.socket:

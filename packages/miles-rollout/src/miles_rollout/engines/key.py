@@ -12,8 +12,8 @@ import re
 import secrets
 from typing import TYPE_CHECKING
 
+from miles_api.addresses import is_loopback
 from miles_api.errors import ConfigError
-from miles_rollout.engines.addresses import is_loopback
 
 if TYPE_CHECKING:
     from collections.abc import Iterable

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ipaddress
 import os
 import socket
 import threading
@@ -14,6 +13,7 @@ import ray
 from ray.exceptions import RayActorError, RayError
 
 from miles_api import stacks
+from miles_api.addresses import is_loopback
 from miles_api.errors import ServiceError
 from miles_api.loading.load import provider
 from miles_api.services import Endpoint, Placement
@@ -219,7 +219,9 @@ class RayFleet:
         """
         nodes = {each["NodeManagerAddress"] for each in ray.nodes() if each["Alive"]}
         alone = nodes | {node} == {self._here}
-        return self._config if alone or not _is_loopback(self._config) else self._config.replace(**{_HOST: node})
+        if alone or not is_loopback(self._config.flat().get(_HOST, "")):
+            return self._config
+        return self._config.replace(**{_HOST: node})
 
     def _environment(self) -> dict[str, str]:
         """Return the variable with the key of the engines, which other nodes do not have."""
@@ -251,11 +253,3 @@ class RayFleet:
     def _refuse_if_stopped(self) -> None:
         if self._stopped.is_set():
             raise ServiceError("the engines were stopped")
-
-
-def _is_loopback(config: RunConfig) -> bool:
-    host = config.flat().get(_HOST, "")
-    try:
-        return host == "localhost" or ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False

@@ -14,14 +14,13 @@ from urllib.parse import urlsplit
 import torch.distributed as dist
 from torch.distributed import distributed_c10d as c10d
 
-from miles_api.services import Endpoint
 from miles_train.weight_sync.engine import EngineGoneError, RefusedError, ask
 from miles_train.weight_sync.link import FLATTENED, Bucket, Link
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from miles_train.weight_sync.plan import Receiver
+    from miles_api.services import Endpoint
 
 __all__ = ["BroadcastLink"]
 
@@ -39,10 +38,10 @@ class BroadcastLink(Link):
         self._group: Any = None
         self._store: Any = None
         self._name = ""
-        self._members: list[Receiver] = []
+        self._members: list[Endpoint] = []
         self._work: Any = None
 
-    def open(self, receivers: list[Receiver]) -> None:
+    def open(self, receivers: list[Endpoint]) -> None:
         """Send to these from now on, through a new group if the last one had other members or broke."""
         super().open(receivers)
         if not receivers or (self._group is not None and self._members == receivers):
@@ -87,7 +86,7 @@ class BroadcastLink(Link):
             self._receivers = []
             self._drop()
 
-    def _meet(self, receivers: list[Receiver]) -> None:
+    def _meet(self, receivers: list[Endpoint]) -> None:
         try:
             host = _own_address(receivers[0].url)
         except OSError as error:
@@ -96,14 +95,14 @@ class BroadcastLink(Link):
             return
         self._name = f"miles-weights-{secrets.token_hex(4)}"
         self._members = list(receivers)
-        size = 1 + sum(receiver.ranks for receiver in receivers)
+        size = 1 + sum(len(receiver.tp_ranks) for receiver in receivers)
         self._store = _store_at(host, size)
         body = {"master_address": host, "master_port": self._store.port, "world_size": size, "backend": self._backend}
         offset = 1
         for receiver in receivers:
             place = {"rank_offset": offset, "group_name": self._name}
             self._post(receiver, "/init_weights_update_group", {**body, **place})
-            offset += receiver.ranks
+            offset += len(receiver.tp_ranks)
         problem = self._form(size)
         if problem:
             self._drop()
@@ -138,8 +137,7 @@ class BroadcastLink(Link):
         self._drop()
         for receiver in members:
             try:
-                member = Endpoint(url=receiver.url, key=receiver.key)
-                ask(member, "/destroy_weights_update_group", {"group_name": self._name})
+                ask(receiver, "/destroy_weights_update_group", {"group_name": self._name})
             except (EngineGoneError, RefusedError):
                 # It has died, or did not get as far as joining.
                 continue

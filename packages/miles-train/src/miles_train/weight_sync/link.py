@@ -10,14 +10,13 @@ import torch
 from torch import Tensor
 
 from miles_api.errors import ServiceError
-from miles_api.services import Endpoint
 from miles_train.weight_sync.engine import EngineGoneError
 from miles_train.weight_sync.session import within
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
-    from miles_train.weight_sync.plan import Receiver
+    from miles_api.services import Endpoint
 
 __all__ = ["FLATTENED", "Bucket", "Link", "in_buckets"]
 
@@ -62,12 +61,12 @@ class Link:
     def __init__(self) -> None:
         self.gone: dict[str, str] = {}
         self.refused: dict[str, str] = {}
-        self._receivers: list[Receiver] = []
+        self._receivers: list[Endpoint] = []
         self._under_way: dict[str, Future[Any]] = {}
         self._pool = ThreadPoolExecutor(32, thread_name_prefix="send-weights")
         self._buffers: list[Tensor | None] = [None, None]
 
-    def open(self, receivers: list[Receiver]) -> None:
+    def open(self, receivers: list[Endpoint]) -> None:
         """Send to these from now on; nothing is gone or refused yet."""
         self.gone, self.refused, self._receivers = {}, {}, list(receivers)
 
@@ -115,11 +114,11 @@ class Link:
     def _start(self, bucket: Bucket, flat: Tensor, body: dict[str, Any]) -> None:
         raise NotImplementedError
 
-    def _post(self, receiver: Receiver, path: str, body: dict[str, Any]) -> None:
+    def _post(self, receiver: Endpoint, path: str, body: dict[str, Any]) -> None:
         self._under_way[receiver.url] = self._pool.submit(_post, receiver, path, body)
 
 
-def _post(receiver: Receiver, path: str, body: dict[str, Any]) -> None:
-    answer = within(Endpoint(url=receiver.url, key=receiver.key), path, body)
+def _post(receiver: Endpoint, path: str, body: dict[str, Any]) -> None:
+    answer = within(receiver, path, body)
     if not answer.get("success"):
         raise ServiceError(f"engine {receiver.url} refused {path}: {answer}")

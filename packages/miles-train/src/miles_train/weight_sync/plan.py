@@ -4,20 +4,9 @@ from __future__ import annotations
 
 import msgspec
 
-__all__ = ["Plan", "Receiver", "Sent"]
+from miles_api.services import Endpoint
 
-
-class Receiver(msgspec.Struct, frozen=True):
-    """One engine that gets weights."""
-
-    url: str
-    ranks: int = 1
-    """How many tensor-parallel ranks it has, each of which receives."""
-    key: str = ""
-    """What it asks for, as in `Endpoint`."""
-
-    def __repr__(self) -> str:
-        return f"Receiver(url={self.url!r}, ranks={self.ranks})"
+__all__ = ["Plan", "Sent"]
 
 
 class Plan(msgspec.Struct, frozen=True, kw_only=True):
@@ -26,7 +15,8 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
     how: str
     """`tensor` or `broadcast`."""
     version: str
-    receivers: list[Receiver]
+    receivers: list[Endpoint]
+    """The engines that get weights; each of their tensor-parallel ranks receives."""
     bucket_bytes: int
     hashed: bool
     """Whether hashes of all tensors are wanted."""

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from miles_api.errors import ServiceError
 from miles_train.weight_sync.disk import IN_PLACE, DiskWay
 from miles_train.weight_sync.engine import EngineGoneError
-from miles_train.weight_sync.plan import Plan, Receiver
+from miles_train.weight_sync.plan import Plan
 from miles_train.weight_sync.session import begin, end
 from miles_train.weight_sync.way import Gone, ask_all, without
 
@@ -82,7 +82,7 @@ class SentWay:
             Plan(
                 how=self._how,
                 version=push.version,
-                receivers=[Receiver(one.url, len(one.tp_ranks), one.key) for one in endpoints],
+                receivers=endpoints,
                 bucket_bytes=self._options.update_weight_buffer_size,
                 hashed=push.due,
                 flush=self._options.pause_generation_mode != IN_PLACE,

@@ -49,7 +49,7 @@ class TensorLink(Link):
             torch.cuda.current_stream().synchronize()
         metadata = _metadata(bucket)
         for receiver in self._receivers:
-            handles = [_serialized(flat, metadata) for _ in range(receiver.ranks)]
+            handles = [_serialized(flat, metadata) for _ in receiver.tp_ranks]
             self._post(receiver, _PATH, {**body, "serialized_named_tensors": handles, "load_format": FLATTENED})
 
 

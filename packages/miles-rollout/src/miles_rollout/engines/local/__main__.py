@@ -18,8 +18,8 @@ import uvicorn
 import uvloop
 
 from miles_api import stacks
+from miles_api.addresses import is_loopback
 from miles_api.errors import ConfigError
-from miles_rollout.engines.addresses import is_loopback
 from miles_rollout.engines.key import KEY_VARIABLE
 from miles_rollout.engines.local.control import Control
 from miles_rollout.engines.local.engine import Engine
